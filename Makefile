@@ -1,0 +1,48 @@
+# `make demo` shows meshgpu on this computer, `make test` proves it. Both set up what they need.
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PYTHON ?= python3
+
+.PHONY: help demo test check sim-long benchmarks proto lock clean
+.DEFAULT_GOAL := help
+
+help:           ## list what can be made
+	@sed -n 's/^\([a-z-]*\): *\([^#]*\)## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+
+$(READY): pyproject.toml packaging/requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "meshgpu needs Python 3.11 or newer")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r packaging/requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+demo: $(READY)  ## three agents on loopback: find each other, form a mesh, train a model on a machine found by name
+	@$(BIN)/python examples/demo.py
+
+test: check     ## everything: `check`, then all tests
+	$(BIN)/pytest -n 2 -m "slow or hosts"
+
+check: $(READY) ## the fast loop: format, lint, types, architecture, generated code, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest -n 2 -m "not slow and not hosts"
+
+sim-long: $(READY) ## simulate many more seeds than CI does
+	$(BIN)/python -m tests.sim.soak
+
+benchmarks: $(READY) ## the numbers in docs/benchmarks.md, peers beside them
+	$(BIN)/python benchmarks/run.py
+
+proto: $(READY) ## regenerate meshgpu/wire/v1 from proto/
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --mypy_out=quiet:. proto/meshgpu/wire/v1/*.proto
+
+lock:           ## resolve the dependencies anew
+	$(BIN)/uv pip compile pyproject.toml --group dev --generate-hashes --universal --no-header --quiet \
+	  --output-file packaging/requirements.lock --upgrade
+
+clean:          ## forget the virtual environment and all caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .demo

@@ -1,0 +1,68 @@
+"""Every error that meshgpu raises on purpose, and how it looks over gRPC and HTTP.
+
+MeshgpuError            code, message, hint: somebody can act on it
+├── TrustError          a signature, a right or a proof does not hold
+├── AgentUnreachable    the control socket does not answer (the CLI suggests `meshgpu up`)
+└── BrokenInvariant     our own bug; carries the last events of the object it happened to
+"""
+
+from typing import Final
+
+
+class MeshgpuError(Exception):
+    """What was attempted, on what, what was found, what was expected.
+
+    `code` is kebab-case and stable; `hint` is a command or a sentence that mends it.
+    """
+
+    def __init__(self, code: str, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+
+class TrustError(MeshgpuError):
+    """What arrived is not signed, not fresh or not allowed; nothing was changed."""
+
+
+class AgentUnreachable(MeshgpuError):
+    """No agent answers on the control socket."""
+
+
+class BrokenInvariant(MeshgpuError):
+    """A claim of our own does not hold: a bug of meshgpu, never of a peer or a user."""
+
+    def __init__(self, message: str, story: tuple[str, ...] = ()) -> None:
+        lines = "".join(f"\n  {line}" for line in story)
+        super().__init__("broken-invariant", f"{message}{lines}", "please report this, with the lines above")
+        self.story = story
+
+
+HTTP_STATUS: Final[dict[str, int]] = {
+    "bad-request": 400,
+    "not-allowed": 403,
+    "not-in-mesh": 409,
+    "unknown-job": 404,
+    "unknown-machine": 404,
+    "unknown-file": 404,
+    "ambiguous": 409,
+    "already-in-mesh": 409,
+    "missing-chunks": 409,
+    "too-large": 413,
+    "disk-full": 507,
+    "no-answer": 504,
+    "broken-invariant": 500,
+}
+"""HTTP status by error code; a code that is not listed is answered with 422."""
+
+GRPC_STATUS: Final[dict[str, str]] = {
+    "bad-request": "INVALID_ARGUMENT",
+    "not-allowed": "PERMISSION_DENIED",
+    "not-in-mesh": "FAILED_PRECONDITION",
+    "unknown-job": "NOT_FOUND",
+    "unknown-file": "NOT_FOUND",
+    "disk-full": "RESOURCE_EXHAUSTED",
+    "no-answer": "DEADLINE_EXCEEDED",
+}
+"""gRPC status name by error code; a code that is not listed is answered with FAILED_PRECONDITION."""
