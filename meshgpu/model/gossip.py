@@ -1,0 +1,90 @@
+"""What every node tells the mesh about itself: signed, versioned entries that only their owner may change."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from meshgpu.model.ids import Address, JobId, MeshId, NodeId, UserName
+from meshgpu.model.inventory import GpuReading, Inventory
+from meshgpu.model.resources import GpuShare
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Incarnation:
+    """Orders what a node says of itself: `epoch` is kept on disk and raised at every start, `counter` while it runs."""
+
+    epoch: int
+    counter: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """What changes rarely: where the node is, what is built in, what it lends.
+
+    fence: how other users' jobs are shut in (`bubblewrap`, `landlock`), empty where nothing works.
+    may_steward: False on machines that are not meant to stay on (battery).
+    lends: False while the owner keeps every job away. trusts: users whose jobs run here without a fence.
+    """
+
+    agent_version: str
+    addresses: tuple[Address, ...]
+    inventory: Inventory
+    fence: str = ""
+    may_steward: bool = True
+    lends: bool = True
+    trusts: tuple[UserName, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """A job's hold on this machine: whole GPUs or parts of them, processors (0: not counted) and memory."""
+
+    job: JobId
+    epoch: int
+    name: str
+    user: UserName
+    gpus: tuple[GpuShare, ...]
+    cpus: int = 0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What changes often: readings and allocations. Placement reads it as a hint; the node itself decides."""
+
+    readings: tuple[GpuReading, ...]
+    allocations: tuple[Allocation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GossipEntry:
+    """One entry of one owner. The key is the type of its value: each node has one NodeRecord and one Capacity."""
+
+    mesh: MeshId
+    owner: NodeId
+    incarnation: Incarnation
+    version: int
+    value: NodeRecord | Capacity
+
+
+class MemberState(StrEnum):
+    """A member as this node sees it. No job is ever acted on because of it."""
+
+    ALIVE = "alive"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A machine's announcement by mDNS, unverified: a hint to dial and a line on `discover`.
+
+    mesh_tag: first 12 characters of the mesh id, empty where the machine is in no mesh.
+    pairing_port: 0 unless an invite or join window is open there. gpus: `2x RTX 4090 24GB`, empty if hidden.
+    """
+
+    node: NodeId
+    mesh_tag: str
+    mesh_name: str
+    protocol: int
+    addresses: tuple[Address, ...]
+    pairing_port: int = 0
+    gpus: str = ""

@@ -1,0 +1,244 @@
+"""Jobs and attempts: what is asked for, the register that stewards hold, and what happens on a node."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from meshgpu.model.ids import Digest, HoldId, JobId, MeshId, NodeId, UserName
+from meshgpu.model.resources import GpuShare, Resources
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentRequest:
+    """Which Python environment a job runs in.
+
+    pip: requirement specifiers from `--pip`. requirements: text of the `--pip-req` file, empty without one.
+    from_project: whether a lock or requirements file in the tree is used where the two others are empty.
+    """
+
+    pip: tuple[str, ...] = ()
+    requirements: str = ""
+    from_project: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What a user submits, signed by the user's key. Its digest names it; it never changes.
+
+    command: argv; with `shell`, one string that `sh -c` runs. tree: digest of the manifest of the working directory.
+    machine: the node named by `-m`, else None. stewards: who holds the register: one rig, later three.
+    issued_wall_s: Unix time; a steward accepts a spec 120 s old at most.
+    """
+
+    mesh: MeshId
+    job: JobId
+    name: str
+    user: UserName
+    submitter: NodeId
+    command: tuple[str, ...]
+    shell: bool
+    env: tuple[tuple[str, str], ...]
+    environment: EnvironmentRequest
+    tree: Digest
+    tree_bytes: int
+    tree_files: int
+    resources: Resources
+    machine: NodeId | None
+    stewards: tuple[NodeId, ...]
+    issued_wall_s: float
+
+
+class JobState(StrEnum):
+    DRAFT = "draft"
+    QUEUED = "queued"
+    PLACING = "placing"
+    ACTIVE = "active"
+    UNKNOWN = "unknown"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    LOST = "lost"
+
+    @property
+    def is_final(self) -> bool:
+        return self in FINAL_JOB_STATES
+
+
+FINAL_JOB_STATES: Final = frozenset(
+    {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED, JobState.LOST}
+)
+
+
+class Phase(StrEnum):
+    """What an active job is doing; what people see in the column ST."""
+
+    STAGING = "staging"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPING = "stopping"
+    SAVING = "saving"
+
+
+class StopMode(StrEnum):
+    STOP = "stop"
+    """SIGTERM, 30 s, SIGKILL; outputs are saved."""
+    KILL = "kill"
+    """SIGKILL at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How an attempt ended. exit_code: the job's own, 128+n for signal n, None where no process ever ended.
+
+    outcome: what the attempt came to, in a state of DESIGN §5. reason: one line, empty for a plain exit.
+    output_files, output_bytes: what it left under its working directory.
+    """
+
+    outcome: "AttemptState"
+    exit_code: int | None
+    reason: str = ""
+    output_files: int = 0
+    output_bytes: int = 0
+
+
+class AttemptState(StrEnum):
+    """Where an attempt stands on its node; states only move forward, in this order. The last: its steward knows how."""
+
+    HELD = "held"
+    ACCEPTED = "accepted"
+    STAGING = "staging"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    EXITED = "exited"
+    REJECTED = "rejected"
+    FENCED = "fenced"
+    CRASHED = "crashed"
+    ABANDONED = "abandoned"
+    DELIVERED = "delivered"
+
+
+ATTEMPT_ORDER: Final = {state: rank for rank, state in enumerate(AttemptState)}
+ENDED_ATTEMPT_STATES: Final = frozenset(
+    {
+        AttemptState.EXITED,
+        AttemptState.DELIVERED,
+        AttemptState.REJECTED,
+        AttemptState.FENCED,
+        AttemptState.CRASHED,
+        AttemptState.ABANDONED,
+    }
+)
+"""No process of the attempt lives in these states."""
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """A job as its steward holds it; changed only by compare-and-set on (state, epoch).
+
+    epoch counts attempts from 1; 0 before the first. node, hold, gpus belong to it. phase is None unless active.
+    detail: what staging is doing, as people read it. reason: why the job waits, or why it ended as it did.
+    heard_wall_s: when the node of this epoch last reported. Times are Unix seconds, None where not yet.
+    """
+
+    job: JobId
+    state: JobState
+    epoch: int = 0
+    node: NodeId | None = None
+    hold: HoldId | None = None
+    gpus: tuple[GpuShare, ...] = ()
+    phase: Phase | None = None
+    detail: str = ""
+    stop: StopMode | None = None
+    result: Result | None = None
+    reason: str = ""
+    submitted_wall_s: float = 0.0
+    started_wall_s: float | None = None
+    ended_wall_s: float | None = None
+    heard_wall_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as its user may see it: what was asked for, and the register as one steward holds it."""
+
+    spec: JobSpec
+    register: Register
+
+
+@dataclass(frozen=True, slots=True)
+class PlacingVote:
+    """A steward's vote that the register is placing(epoch, node, hold). A quorum, signed, is the attempt ticket."""
+
+    mesh: MeshId
+    job: JobId
+    spec: Digest
+    epoch: int
+    node: NodeId
+    hold: HoldId
+    steward: NodeId
+
+
+class Action(StrEnum):
+    """What a user asks of a job; each is a signed request."""
+
+    LIST = "list"
+    WATCH = "watch"
+    STOP = "stop"
+    KILL = "kill"
+    LOGS = "logs"
+    FILES = "files"
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """A user's request about a job (or, with LIST, all of the user's jobs), signed by the user's key.
+
+    node: whom it is meant for, so that it cannot be replayed elsewhere. issued_wall_s: Unix time, 120 s fresh.
+    """
+
+    mesh: MeshId
+    user: UserName
+    action: Action
+    node: NodeId
+    issued_wall_s: float
+    nonce: str
+    job: JobId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A job as the command line asks for it, before it is resolved and signed.
+
+    gpus: None where `-g` is absent: one whole GPU if the machine has one, else none.
+    machine: a machine's name, empty without `-m`.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    shell: bool
+    env: tuple[tuple[str, str], ...]
+    environment: EnvironmentRequest
+    tree: Digest
+    tree_bytes: int
+    tree_files: int
+    machine: str
+    resources: Resources | None
+    cpus: int = 0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptPlan:
+    """Everything the executor needs to run one attempt.
+
+    gpus: the shares that were held, in PCI order. fenced: whether the job must be shut in (another user's job).
+    machine: the machine's name, for MESHGPU_MACHINE.
+    """
+
+    spec: JobSpec
+    epoch: int
+    gpus: tuple[GpuShare, ...]
+    fenced: bool
+    machine: str

@@ -1,0 +1,204 @@
+"""What nodes say to one another over a Link. Each message is one frame; none needs an answer to be safe."""
+
+from dataclasses import dataclass
+
+from meshgpu.model.gossip import Incarnation
+from meshgpu.model.ids import HoldId, JobId, NodeId
+from meshgpu.model.job import JobView, Phase, Register, Result
+from meshgpu.model.resources import GpuShare
+from meshgpu.model.trust import Head, Signed
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Up to which version of an owner's entries somebody is informed. Versions count over both of its entries."""
+
+    owner: NodeId
+    incarnation: Incarnation
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class GossipDigest:
+    """What I know. The receiver answers with what I lack, and, with `wants_answer`, with a digest of its own."""
+
+    known: tuple[Known, ...]
+    heads: tuple[Head, ...]
+    wants_answer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GossipDelta:
+    """Entries of any owners, each signed by its owner."""
+
+    entries: tuple[Signed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LogDelta:
+    """Entries of the mesh log, each signed by its author."""
+
+    entries: tuple[Signed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Submitter to steward: hold this job. Sent again until answered; idempotent by job id."""
+
+    job: JobId
+    spec: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitAnswer:
+    """Steward to submitter: the job is durable here with its tree, or is being received, or is refused (`code`)."""
+
+    job: JobId
+    held: bool
+    done_bytes: int = 0
+    total_bytes: int = 0
+    code: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Steward to node: would you run this, as which epoch?"""
+
+    job: JobId
+    epoch: int
+    spec: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class OfferAnswer:
+    """Node to steward: a hold on named GPUs for 3 s of the node's clock, or why not (`refusal`, hold None)."""
+
+    job: JobId
+    epoch: int
+    hold: HoldId | None
+    gpus: tuple[GpuShare, ...] = ()
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Steward to node: this hold is not needed."""
+
+    job: JobId
+    hold: HoldId
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Steward to node: run it. votes: signed PlacingVote of a quorum of the spec's stewards, the attempt ticket."""
+
+    job: JobId
+    epoch: int
+    hold: HoldId
+    spec: Signed
+    votes: tuple[Signed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CommitAnswer:
+    """Node to steward: the attempt is accepted durably, or why not."""
+
+    job: JobId
+    epoch: int
+    accepted: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Activate:
+    """Steward to node: active(epoch) is recorded, so the accepted attempt may start. Sent again when asked again."""
+
+    job: JobId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Steward to node: this epoch is spent. An attempt of it must not start, and must end if it did."""
+
+    job: JobId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptReport:
+    """Node to steward, on every change and every few seconds: how the attempt stands; `result` once it has ended."""
+
+    job: JobId
+    epoch: int
+    phase: Phase | None
+    detail: str
+    started_wall_s: float | None
+    ended_wall_s: float | None
+    result: Result | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReportAck:
+    """Steward to node: the result of this epoch is recorded."""
+
+    job: JobId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Steward to node: end this attempt. request: the user's signed JobRequest to the steward (stop or kill)."""
+
+    job: JobId
+    epoch: int
+    spec: Signed
+    request: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """To a steward: a user's signed JobRequest to list, watch, stop or kill. `query` names the answer."""
+
+    query: str
+    request: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Steward to the asking agent: the jobs concerned, or why not."""
+
+    query: str
+    views: tuple[JobView, ...]
+    code: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobUpdate:
+    """Steward to a watching agent: the register as it stands now."""
+
+    register: Register
+
+
+Message = (
+    GossipDigest
+    | GossipDelta
+    | LogDelta
+    | Submit
+    | SubmitAnswer
+    | Offer
+    | OfferAnswer
+    | Release
+    | Commit
+    | CommitAnswer
+    | Activate
+    | Fence
+    | AttemptReport
+    | ReportAck
+    | Cancel
+    | Ask
+    | Answer
+    | JobUpdate
+)

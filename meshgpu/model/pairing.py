@@ -1,0 +1,75 @@
+"""What is said over a pairing connection, before the newcomer is a member."""
+
+from dataclasses import dataclass
+
+from meshgpu.model.ids import Address, Digest, MeshId, NodeId, UserName
+from meshgpu.model.trust import Signed
+
+
+@dataclass(frozen=True, slots=True)
+class InviteString:
+    """The parts of `mgpu1-…`: enough to find the inviter, to know its mesh, and to prove the right to join.
+
+    genesis: the mesh. inviter: the only node that redeems it. secret: 20 base32 characters (100 bits).
+    addresses: where the inviter's pairing listener is.
+    """
+
+    genesis: MeshId
+    inviter: NodeId
+    secret: str
+    addresses: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """Newcomer, step 1. nonce: 32 random bytes."""
+
+    protocol: int
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """Inviter, step 1: the mesh log, so that the newcomer can check whom it talks to before it proves anything.
+
+    nonce: 32 random bytes. binding: the inviter's node key over a PairingBinding.
+    """
+
+    log: tuple[Signed, ...]
+    node: NodeId
+    nonce: bytes
+    binding: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class PairingBinding:
+    """What the inviter signs: this TLS certificate and the newcomer's nonce belong to this conversation with me."""
+
+    certificate: Digest
+    newcomer_nonce: bytes
+    inviter_nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """Newcomer, step 2: who it is, and the proof that it holds the invite's secret.
+
+    public_key, user_key: 32 raw bytes; device_ca: DER. uid: the OS account that will be the user's here.
+    proof: HMAC-SHA256 with the secret over the transcript (`core.trust.joining.transcript`).
+    """
+
+    public_key: bytes
+    device_ca: bytes
+    user_key: bytes
+    uid: int
+    name: str
+    proof: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Inviter, step 2: the mesh log with the newcomer in it, and where the inviter's Links are."""
+
+    log: tuple[Signed, ...]
+    user: UserName
+    addresses: tuple[Address, ...]

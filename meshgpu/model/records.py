@@ -1,0 +1,63 @@
+"""What a node keeps on disk, so that it is the same node after a crash."""
+
+from dataclasses import dataclass
+
+from meshgpu.model.ids import Address, HoldId, JobId, MeshId, NodeId
+from meshgpu.model.job import AttemptState, Register, Result, StopMode
+from meshgpu.model.resources import GpuShare
+from meshgpu.model.trust import Invite, Signed
+
+
+@dataclass(frozen=True, slots=True)
+class MeshRecord:
+    """Which mesh this node is in, and the boot epoch of its last start."""
+
+    mesh: MeshId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogRecord:
+    """One entry of the mesh log, in the order in which it arrived (`rank`)."""
+
+    rank: int
+    entry: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRecord:
+    """Where a member was reached last: tried first after a restart."""
+
+    node: NodeId
+    addresses: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job whose register this node holds as a steward; spec as the user signed it.
+
+    cancel: the user's signed JobRequest to stop or kill it, None without one.
+    """
+
+    spec: Signed
+    register: Register
+    cancel: Signed | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """An attempt of this node, from the moment it is accepted; that its record exists means that its epoch is spent."""
+
+    job: JobId
+    epoch: int
+    state: AttemptState
+    spec: Signed
+    hold: HoldId
+    gpus: tuple[GpuShare, ...]
+    stop: StopMode | None = None
+    result: Result | None = None
+    started_wall_s: float | None = None
+    ended_wall_s: float | None = None
+
+
+Record = MeshRecord | LogRecord | PeerRecord | JobRecord | AttemptRecord | Invite
