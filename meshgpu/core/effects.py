@@ -1,0 +1,152 @@
+"""Orders: everything a node can ask for. Imperative; the only way out of the core.
+
+Within one step the driver performs every Persist, durably, before any other effect.
+"""
+
+from dataclasses import dataclass
+
+from meshgpu.model.ids import Address, Digest, JobId, NodeId
+from meshgpu.model.job import AttemptPlan, JobView, Register, StopMode
+from meshgpu.model.messages import Message
+from meshgpu.model.records import Record
+from meshgpu.model.trust import Member
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Keep `record` under (kind, key); None forgets it."""
+
+    kind: str
+    key: str
+    record: Record | None
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Put a message on the open Link to `peer`; silently lost where none is open."""
+
+    peer: NodeId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """Ends in LinkOpened or DialFailed."""
+
+    peer: NodeId
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Identify:
+    """Ends in AddressIdentified or IdentifyFailed."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class TrustMembers:
+    """Replace the TLS trust bundle by these members' device CAs."""
+
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """What mDNS says of this machine has changed."""
+
+    mesh_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class FetchTree:
+    """Get every chunk of a job's tree from one of `sources`; ends in TreeArrived or TreeFailed."""
+
+    job: JobId
+    tree: Digest
+    sources: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StartAttempt:
+    """Get the tree from one of `sources`, build the environment, start the guard; ends in AttemptFinished."""
+
+    plan: AttemptPlan
+    sources: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptAttempt:
+    """Take up an attempt from before this agent started; ends in AttemptFinished."""
+
+    plan: AttemptPlan
+
+
+@dataclass(frozen=True, slots=True)
+class EndAttempt:
+    job: JobId
+    epoch: int
+    mode: StopMode
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardAttempt:
+    """Its record has been kept long enough: its files may go."""
+
+    job: JobId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The end of a local query. With a `code` it failed: `reason`, `hint` say how. silent: who did not answer."""
+
+    query: str
+    views: tuple[JobView, ...] = ()
+    silent: tuple[NodeId, ...] = ()
+    code: str = ""
+    reason: str = ""
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueryProgressed:
+    """How far the shipping of a submitted job's tree is."""
+
+    query: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TellWatchers:
+    """A register that somebody local watches, as its steward now has it."""
+
+    register: Register
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Something that `peer` sent was refused; nothing else happened."""
+
+    peer: NodeId
+    reason: str
+
+
+Effect = (
+    Persist
+    | Send
+    | Dial
+    | Identify
+    | TrustMembers
+    | Announce
+    | FetchTree
+    | StartAttempt
+    | AdoptAttempt
+    | EndAttempt
+    | DiscardAttempt
+    | Answered
+    | QueryProgressed
+    | TellWatchers
+    | Reject
+)

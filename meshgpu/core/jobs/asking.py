@@ -1,0 +1,156 @@
+"""What a local user asks of machines that hold jobs: list, stop, watch. No index: all live members are asked."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from meshgpu.core.effects import Answered, Effect, Send, TellWatchers
+from meshgpu.core.statemachine import earliest
+from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.errors import TrustError
+from meshgpu.model.clock import Now
+from meshgpu.model.ids import JobId, KeyId, NodeId, base32
+from meshgpu.model.job import Action, JobRequest, JobView, Register
+from meshgpu.model.messages import Answer, Ask, JobUpdate
+from meshgpu.model.trust import Notary, Signed
+
+
+@dataclass(frozen=True, slots=True)
+class AskTiming:
+    """list_s: how long a list waits for slow members. act_s: how long a stop waits for the steward.
+    watch_s: how often a watch is renewed: a third of the time for which a steward keeps it.
+    """
+
+    list_s: float = 0.3
+    act_s: float = 5.0
+    watch_s: float = 5.0
+
+
+@dataclass(slots=True)
+class _Question:
+    action: Action
+    give_up_at: float
+    waiting: set[NodeId]
+    views: list[JobView] = field(default_factory=list)
+    failure: tuple[str, str] | None = None
+
+
+@dataclass(slots=True)
+class _Watch:
+    key: KeyId
+    steward: NodeId
+    renew_at: float
+
+
+class Asking:
+    """Open questions and watches of this node's users. `linked()` are the members that can be asked, self included."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        log: MeshLog,
+        notary: Notary,
+        rng: random.Random,
+        linked: Callable[[], list[NodeId]],
+        timing: AskTiming,
+    ) -> None:
+        self._node = node
+        self._log = log
+        self._notary = notary
+        self._rng = rng
+        self._linked = linked
+        self._timing = timing
+        self._open: dict[str, _Question] = {}
+        self._watches: dict[JobId, _Watch] = {}
+
+    def sign_request(self, now: Now, key: KeyId, action: Action, job: JobId | None, node: NodeId) -> Signed:
+        """A user's request to one node. Raises TrustError where the key is no user's."""
+        user = self._log.user_of(key)
+        if user is None or self._log.mesh is None:
+            raise TrustError("not-allowed", "cannot ask: this account is no user of the mesh", "meshgpu version")
+        nonce = base32(self._rng.randbytes(10))
+        return self._notary.sign(key, JobRequest(self._log.mesh, user, action, node, now.wall_s, nonce, job))
+
+    def list_jobs(self, now: Now, query: str, key: KeyId) -> list[Effect]:
+        return self._ask(now, query, key, Action.LIST, None, self._linked(), self._timing.list_s)
+
+    def act(self, now: Now, query: str, key: KeyId, action: Action, job: JobId, steward: NodeId) -> list[Effect]:
+        return self._ask(now, query, key, action, job, [steward], self._timing.act_s)
+
+    def _ask(
+        self, now: Now, query: str, key: KeyId, action: Action, job: JobId | None, nodes: list[NodeId], wait_s: float
+    ) -> list[Effect]:
+        try:
+            asks: list[Effect] = [
+                Send(node, Ask(query, self.sign_request(now, key, action, job, node))) for node in nodes
+            ]
+        except TrustError as error:
+            return [Answered(query, code=error.code, reason=error.message, hint=error.hint)]
+        self._open[query] = _Question(action, now.boot_s + wait_s, set(nodes))
+        return asks
+
+    def answered(self, node: NodeId, answer: Answer) -> list[Effect]:
+        watched = [TellWatchers(view.register) for view in answer.views if self._is_steward_of(node, view.register)]
+        question = self._open.get(answer.query)
+        if question is None or node not in question.waiting:
+            return list(watched)
+        question.waiting.discard(node)
+        question.views.extend(view for view in answer.views if node in view.spec.stewards)
+        if answer.code and question.action is not Action.LIST:
+            question.failure = (answer.code, answer.reason)
+        return [*watched, *(self._close(answer.query, question) if not question.waiting else [])]
+
+    def _is_steward_of(self, node: NodeId, register: Register) -> bool:
+        watch = self._watches.get(register.job)
+        return watch is not None and watch.steward == node
+
+    def updated(self, node: NodeId, update: JobUpdate) -> list[Effect]:
+        return [TellWatchers(update.register)] if self._is_steward_of(node, update.register) else []
+
+    def watch(self, now: Now, key: KeyId, job: JobId, steward: NodeId) -> None:
+        """From now on every change of the job is told, until `unwatch`; renewed in `step`."""
+        self._watches[job] = _Watch(key, steward, now.boot_s)
+
+    def unwatch(self, job: JobId) -> None:
+        self._watches.pop(job, None)
+
+    def linked_again(self, now: Now, node: NodeId) -> None:
+        for watch in self._watches.values():
+            if watch.steward == node:
+                watch.renew_at = now.boot_s
+
+    def step(self, now: Now) -> list[Effect]:
+        effects: list[Effect] = []
+        for query, question in list(self._open.items()):
+            if now.boot_s >= question.give_up_at:
+                effects.extend(self._close(query, question))
+        for job, watch in self._watches.items():
+            if now.boot_s >= watch.renew_at:
+                watch.renew_at = now.boot_s + self._timing.watch_s
+                try:
+                    request = self.sign_request(now, watch.key, Action.WATCH, job, watch.steward)
+                except TrustError:
+                    continue  # the account left the mesh: its watch simply tells no more
+                effects.append(Send(watch.steward, Ask(f"watch-{job}", request)))
+        return effects
+
+    def deadline(self) -> float | None:
+        return earliest(
+            *(question.give_up_at for question in self._open.values()),
+            *(watch.renew_at for watch in self._watches.values()),
+        )
+
+    def _close(self, query: str, question: _Question) -> list[Effect]:
+        del self._open[query]
+        silent = tuple(sorted(question.waiting))
+        if question.action is Action.LIST:
+            reached = set(self._linked()) - question.waiting
+            away = tuple(node for node in sorted(self._log.members) if node not in reached)
+            return [Answered(query, tuple(question.views), away)]
+        if question.failure:
+            return [Answered(query, silent=silent, code=question.failure[0], reason=question.failure[1])]
+        if silent:
+            name = self._log.members[silent[0]].name
+            reason = f"cannot {question.action} the job: {name}, which holds it, did not answer"
+            return [Answered(query, silent=silent, code="no-answer", reason=reason, hint="meshgpu machines")]
+        return [Answered(query, tuple(question.views))]

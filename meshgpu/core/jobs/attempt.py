@@ -1,0 +1,102 @@
+"""One attempt as its node sees it, and the forms it takes for the disk, the steward and the mesh."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+from meshgpu.core.effects import Persist, Send
+from meshgpu.core.jobs.placement import wanted_cpus
+from meshgpu.errors import BrokenInvariant
+from meshgpu.model.gossip import Allocation
+from meshgpu.model.ids import HoldId, NodeId
+from meshgpu.model.job import (
+    ATTEMPT_ORDER,
+    ENDED_ATTEMPT_STATES,
+    AttemptState,
+    JobSpec,
+    Phase,
+    Result,
+    StopMode,
+)
+from meshgpu.model.messages import AttemptReport
+from meshgpu.model.records import AttemptRecord
+from meshgpu.model.resources import GpuShare
+from meshgpu.model.trust import Signed
+
+STORY_LENGTH: Final = 16
+
+
+@dataclass(slots=True)
+class Attempt:
+    """Mutable, owned by `Attempts`. due: `boot_s` of the next thing to do; what that is follows from the state."""
+
+    spec: JobSpec
+    signed: Signed
+    epoch: int
+    state: AttemptState
+    gpus: tuple[GpuShare, ...]
+    hold: HoldId
+    steward: NodeId
+    due: float
+    accepted_at: float = 0.0
+    phase: Phase | None = None
+    detail: str = ""
+    stop: StopMode | None = None
+    result: Result | None = None
+    started_wall_s: float | None = None
+    ended_wall_s: float | None = None
+    story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
+
+    @property
+    def occupies(self) -> bool:
+        """Whether its GPUs are taken: from the hold until no process of it lives."""
+        return self.state not in ENDED_ATTEMPT_STATES
+
+    @property
+    def needs_telling(self) -> bool:
+        return self.state not in (AttemptState.HELD, AttemptState.DELIVERED)
+
+    def advance(self, state: AttemptState) -> None:
+        """Move forward, never back."""
+        self.story.append(f"{self.state} → {state}")
+        if ATTEMPT_ORDER[state] < ATTEMPT_ORDER[self.state]:
+            raise BrokenInvariant(f"attempt {self.epoch} of {self.spec.job} goes back", tuple(self.story))
+        self.state = state
+
+    def allocation(self) -> Allocation:
+        return Allocation(
+            self.spec.job,
+            self.epoch,
+            self.spec.name,
+            self.spec.user,
+            self.gpus,
+            wanted_cpus(self.spec.resources),
+            self.spec.resources.memory_bytes,
+        )
+
+    def persist(self) -> Persist:
+        record = AttemptRecord(
+            self.spec.job,
+            self.epoch,
+            self.state,
+            self.signed,
+            self.hold,
+            self.gpus,
+            self.stop,
+            self.result,
+            self.started_wall_s,
+            self.ended_wall_s,
+        )
+        return Persist("attempt", f"{self.spec.job}/{self.epoch}", record)
+
+    def report(self) -> Send:
+        report = AttemptReport(
+            self.spec.job,
+            self.epoch,
+            self.phase,
+            self.detail,
+            self.started_wall_s,
+            self.ended_wall_s,
+            self.result,
+        )
+        return Send(self.steward, report)

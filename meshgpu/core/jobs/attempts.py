@@ -1,0 +1,371 @@
+"""A node's own attempts: it alone decides about its GPUs. Hold → accept → start when activated → report until heard.
+
+An accepted attempt starts only when its steward says that active(epoch) is recorded, so a lost acknowledgement
+never becomes a second copy; and an epoch that is not above all accepted ones of its job is refused.
+"""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttempt, Persist, Reject, Send, StartAttempt
+from meshgpu.core.jobs.attempt import Attempt
+from meshgpu.core.jobs.placement import find_room
+from meshgpu.core.owner import OwnerPolicy, Permission, permission
+from meshgpu.core.statemachine import earliest
+from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.core.trust.requests import RequestRules
+from meshgpu.errors import TrustError
+from meshgpu.model.clock import Now
+from meshgpu.model.gossip import Allocation
+from meshgpu.model.ids import RANDOM_ID_BYTES, HoldId, JobId, NodeId, random_id
+from meshgpu.model.inventory import GpuReading, Inventory
+from meshgpu.model.job import Action, AttemptPlan, AttemptState, JobSpec, Phase, PlacingVote, Result, StopMode
+from meshgpu.model.messages import (
+    Activate,
+    AttemptReport,
+    Cancel,
+    Commit,
+    CommitAnswer,
+    Fence,
+    Offer,
+    OfferAnswer,
+    Release,
+    ReportAck,
+)
+from meshgpu.model.records import AttemptRecord
+from meshgpu.model.trust import Notary
+
+HOLDS_LIMIT: Final = 256
+"""Open holds at a time: more than any burst of offers needs, less than what hurts."""
+
+MAY_LIVE: Final = (AttemptState.STAGING, AttemptState.RUNNING, AttemptState.STOPPING)
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptTiming:
+    """hold_s: how long an offer is kept; longer blocks GPUs after a steward's crash.
+    report_s: how often a live attempt is reported. ask_s: how often activation or an acknowledgement is asked again.
+    give_up_s: when an accepted attempt that nobody activates is given back. sweep_s: how often old records are sought.
+    """
+
+    hold_s: float = 3.0
+    report_s: float = 5.0
+    ask_s: float = 1.0
+    give_up_s: float = 60.0
+    sweep_s: float = 3600.0
+    retention_s: float = 30 * 86400.0
+
+
+class Attempts:
+    """Holds, attempts and spent epochs of this node."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        log: MeshLog,
+        rules: RequestRules,
+        notary: Notary,
+        rng: random.Random,
+        policy: OwnerPolicy,
+        timing: AttemptTiming,
+    ) -> None:
+        self._node = node
+        self._log = log
+        self._rules = rules
+        self._notary = notary
+        self._rng = rng
+        self._policy = policy
+        self._timing = timing
+        self._live: dict[tuple[JobId, int], Attempt] = {}
+        self._delivered: dict[tuple[JobId, int], Attempt] = {}
+        self._spent: dict[JobId, int] = {}
+        self._sweep_at: float | None = None
+        self._inventory = Inventory(0, 0)
+        self._readings: tuple[GpuReading, ...] = ()
+        self.fence = ""
+
+    def machine_read(self, inventory: Inventory, readings: tuple[GpuReading, ...]) -> None:
+        self._inventory, self._readings = inventory, readings
+
+    def restore(self, now: Now, records: Iterable[AttemptRecord]) -> list[Effect]:
+        """Take up what an earlier agent left; attempts that may live are adopted."""
+        effects: list[Effect] = []
+        self._sweep_at = now.boot_s + self._timing.sweep_s
+        for record in sorted(records, key=lambda record: (record.job, record.epoch)):
+            try:
+                attempt = self._from_record(now, record)
+            except TrustError as error:
+                effects.append(Reject(self._node, error.message))
+                continue
+            self._spend(record.job, record.epoch)
+            kept = self._delivered if record.state is AttemptState.DELIVERED else self._live
+            kept[record.job, record.epoch] = attempt
+            if record.state in MAY_LIVE:
+                effects.append(AdoptAttempt(self._plan(attempt)))
+        return effects
+
+    def _from_record(self, now: Now, record: AttemptRecord) -> Attempt:
+        spec = self._rules.verify_spec(record.spec)
+        attempt = Attempt(
+            spec, record.spec, record.epoch, record.state, record.gpus, record.hold, spec.stewards[0], now.boot_s
+        )
+        attempt.accepted_at = now.boot_s
+        attempt.stop, attempt.result = record.stop, record.result
+        attempt.started_wall_s, attempt.ended_wall_s = record.started_wall_s, record.ended_wall_s
+        return attempt
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def allocations(self) -> tuple[Allocation, ...]:
+        """What is held or in use, by job."""
+        return tuple(attempt.allocation() for _, attempt in sorted(self._live.items()) if attempt.occupies)
+
+    def latest(self, job: JobId) -> Attempt | None:
+        """The newest accepted attempt of a job on this node."""
+        key = (job, self._spent.get(job, 0))
+        return self._live.get(key) or self._delivered.get(key)
+
+    # -- messages from stewards ---------------------------------------------------------------------------------------
+
+    def offered(self, now: Now, steward: NodeId, offer: Offer) -> list[Effect]:
+        try:
+            spec = self._rules.verify_spec(offer.spec)
+        except TrustError as error:
+            return [Reject(steward, error.message), _refuse(steward, offer, error.message)]
+        refusal = self._offer_refusal(steward, offer, spec)
+        if refusal:
+            return [_refuse(steward, offer, refusal)]
+        # An offer that is repeated gets a new hold: the one before it must not count as taken.
+        self._live.pop((spec.job, offer.epoch), None)
+        room = find_room(spec.resources, self._inventory, self._readings, self.allocations())
+        if room.refusal:
+            return [_refuse(steward, offer, room.refusal)]
+        hold = HoldId(random_id(self._rng.randbytes(RANDOM_ID_BYTES)))
+        ends = now.boot_s + self._timing.hold_s
+        self._live[spec.job, offer.epoch] = Attempt(
+            spec, offer.spec, offer.epoch, AttemptState.HELD, room.gpus, hold, steward, ends
+        )
+        return [Send(steward, OfferAnswer(spec.job, offer.epoch, hold, room.gpus))]
+
+    def _offer_refusal(self, steward: NodeId, offer: Offer, spec: JobSpec) -> str:
+        if steward not in spec.stewards or offer.job != spec.job:
+            return "the offer does not come from a machine that holds the job"
+        if spec.machine not in (None, self._node):
+            return "the job is meant for another machine"
+        if offer.epoch <= self._spent.get(spec.job, 0):
+            return f"attempt {offer.epoch} of this job was here before"
+        if sum(attempt.state is AttemptState.HELD for attempt in self._live.values()) >= HOLDS_LIMIT:
+            return "has too many open offers"
+        return self._permission(spec).refusal
+
+    def released(self, steward: NodeId, release: Release) -> list[Effect]:
+        for key, attempt in list(self._live.items()):
+            is_meant = key[0] == release.job and attempt.hold == release.hold and attempt.steward == steward
+            if is_meant and attempt.state is AttemptState.HELD:
+                del self._live[key]
+        return []
+
+    def committed(self, now: Now, steward: NodeId, commit: Commit) -> list[Effect]:
+        key = (commit.job, commit.epoch)
+        attempt = self._live.get(key) or self._delivered.get(key)
+        if attempt is None or attempt.hold != commit.hold or attempt.steward != steward:
+            return [_decline(steward, commit, "the hold is not known here (any more)")]
+        if attempt.state is not AttemptState.HELD:  # it was accepted before: say so again
+            return [Send(steward, CommitAnswer(*key, accepted=True))]
+        if now.boot_s >= attempt.due:
+            del self._live[key]
+            return [_decline(steward, commit, "the hold has run out")]
+        try:
+            self._verify_ticket(attempt, commit)
+        except TrustError as error:
+            return [Reject(steward, error.message), _decline(steward, commit, error.message)]
+        self._spend(*key)
+        attempt.accepted_at = now.boot_s
+        attempt.due = now.boot_s + self._timing.ask_s
+        attempt.advance(AttemptState.ACCEPTED)
+        return [attempt.persist(), Send(steward, CommitAnswer(*key, accepted=True))]
+
+    def _verify_ticket(self, attempt: Attempt, commit: Commit) -> None:
+        spec = attempt.spec
+        wanted = PlacingVote(
+            spec.mesh,
+            spec.job,
+            self._notary.digest(attempt.signed),
+            commit.epoch,
+            self._node,
+            attempt.hold,
+            attempt.steward,
+        )
+        self._rules.verify_ticket(commit.votes, wanted, spec.stewards)
+
+    def activated(self, now: Now, steward: NodeId, activate: Activate) -> list[Effect]:
+        attempt = self._of_steward(steward, activate.job, activate.epoch)
+        if attempt is None or attempt.state is not AttemptState.ACCEPTED:
+            return []
+        attempt.advance(AttemptState.STAGING)
+        attempt.phase = Phase.STAGING
+        attempt.due = now.boot_s + self._timing.report_s
+        sources = tuple(dict.fromkeys((*attempt.spec.stewards, attempt.spec.submitter)))
+        return [attempt.persist(), StartAttempt(self._plan(attempt), sources), attempt.report()]
+
+    def fenced(self, now: Now, steward: NodeId, fence: Fence) -> list[Effect]:
+        """The steward says that this epoch is spent: what never started is dropped, what runs is ended."""
+        attempt = self._of_steward(steward, fence.job, fence.epoch)
+        if attempt is None:
+            return []
+        if attempt.state is AttemptState.HELD:
+            del self._live[fence.job, fence.epoch]
+            return []
+        if attempt.state is AttemptState.ACCEPTED:
+            attempt.result = Result(AttemptState.FENCED, None, "another attempt of the job was chosen")
+            attempt.ended_wall_s = now.wall_s
+            attempt.advance(AttemptState.FENCED)
+        if attempt.occupies:
+            return self._end(attempt, StopMode.KILL)
+        return self._settle(attempt)
+
+    def cancelled(self, now: Now, steward: NodeId, cancel: Cancel) -> list[Effect]:
+        try:
+            spec = self._rules.verify_spec(cancel.spec)
+            request = self._rules.verify_cancel(cancel.request, spec)
+        except TrustError as error:
+            return [Reject(steward, error.message)]
+        attempt = self._of_steward(steward, cancel.job, cancel.epoch)
+        if spec.job != cancel.job or steward not in spec.stewards:
+            return [Reject(steward, "cannot stop a job: the request does not come from a machine that holds it")]
+        if attempt is None or attempt.state is AttemptState.HELD:
+            # Without its hold a Commit that is still on its way is refused: the attempt can no longer start.
+            self._live.pop((cancel.job, cancel.epoch), None)
+            never = Result(AttemptState.ABANDONED, None, "stopped before it started")
+            return [Send(steward, AttemptReport(cancel.job, cancel.epoch, None, "", None, now.wall_s, never))]
+        if attempt.state is AttemptState.ACCEPTED:
+            return self._abandon(now, attempt, "stopped before it started")
+        if not attempt.occupies:
+            return [attempt.report()]
+        return self._end(attempt, StopMode.KILL if request.action is Action.KILL else StopMode.STOP)
+
+    def acknowledged(self, steward: NodeId, ack: ReportAck) -> list[Effect]:
+        attempt = self._of_steward(steward, ack.job, ack.epoch)
+        return self._settle(attempt) if attempt is not None and attempt.result is not None else []
+
+    def steward_linked(self, now: Now, steward: NodeId) -> None:
+        """A Link to a steward is up again: tell it at once how its attempts stand."""
+        for attempt in self._live.values():
+            if attempt.steward == steward and attempt.needs_telling:
+                attempt.due = now.boot_s
+
+    # -- what the executor says ---------------------------------------------------------------------------------------
+
+    def progressed(self, job: JobId, epoch: int, phase: Phase, detail: str) -> list[Effect]:
+        attempt = self._live.get((job, epoch))
+        if attempt is None or not attempt.occupies:
+            return []
+        if attempt.phase is not Phase.STOPPING or phase is Phase.SAVING:
+            attempt.phase = phase
+        attempt.detail = detail or attempt.detail
+        return [attempt.report()]
+
+    def began(self, job: JobId, epoch: int, started_wall_s: float) -> list[Effect]:
+        attempt = self._live.get((job, epoch))
+        if attempt is None or attempt.state not in MAY_LIVE:
+            return []
+        attempt.started_wall_s = started_wall_s
+        if attempt.state is AttemptState.STAGING:
+            attempt.advance(AttemptState.RUNNING)
+        attempt.phase = Phase.STOPPING if attempt.state is AttemptState.STOPPING else Phase.RUNNING
+        return [attempt.persist(), attempt.report()]
+
+    def finished(self, now: Now, job: JobId, epoch: int, ended_wall_s: float, result: Result) -> list[Effect]:
+        attempt = self._live.get((job, epoch))
+        if attempt is None or attempt.state not in MAY_LIVE:
+            return []
+        attempt.result, attempt.ended_wall_s, attempt.phase = result, ended_wall_s, None
+        attempt.due = now.boot_s + self._timing.ask_s
+        attempt.advance(result.outcome)
+        return [attempt.persist(), attempt.report()]
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def step(self, now: Now) -> list[Effect]:
+        effects: list[Effect] = []
+        for key, attempt in list(self._live.items()):
+            if now.boot_s < attempt.due:
+                continue
+            if attempt.state is AttemptState.HELD:
+                del self._live[key]
+            elif attempt.state is not AttemptState.ACCEPTED:
+                attempt.due = now.boot_s + (self._timing.report_s if attempt.occupies else self._timing.ask_s)
+                effects.append(attempt.report())
+            elif now.boot_s >= attempt.accepted_at + self._timing.give_up_s:
+                effects.extend(self._abandon(now, attempt, "nobody said that it may start"))
+            else:
+                attempt.due = now.boot_s + self._timing.ask_s
+                effects.append(Send(attempt.steward, CommitAnswer(*key, accepted=True)))
+        if self._sweep_at is not None and now.boot_s >= self._sweep_at:
+            self._sweep_at = now.boot_s + self._timing.sweep_s
+            effects.extend(self._forget_old(now))
+        return effects
+
+    def deadline(self) -> float | None:
+        return earliest(self._sweep_at, *(attempt.due for attempt in self._live.values()))
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _permission(self, spec: JobSpec) -> Permission:
+        return permission(self._policy, spec.user, self._log.members[self._node].owner, self.fence)
+
+    def _plan(self, attempt: Attempt) -> AttemptPlan:
+        fenced = self._permission(attempt.spec).needs_fence
+        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, fenced, self._log.members[self._node].name)
+
+    def _of_steward(self, steward: NodeId, job: JobId, epoch: int) -> Attempt | None:
+        """A live attempt, if it is `steward`'s to command."""
+        attempt = self._live.get((job, epoch))
+        return attempt if attempt is not None and steward in attempt.spec.stewards else None
+
+    def _spend(self, job: JobId, epoch: int) -> None:
+        self._spent[job] = max(epoch, self._spent.get(job, 0))
+
+    def _abandon(self, now: Now, attempt: Attempt, reason: str) -> list[Effect]:
+        """Give back what never started: only its own node may say so."""
+        attempt.result = Result(AttemptState.ABANDONED, None, reason)
+        attempt.ended_wall_s = now.wall_s
+        attempt.due = now.boot_s + self._timing.ask_s
+        attempt.advance(AttemptState.ABANDONED)
+        return [attempt.persist(), attempt.report()]
+
+    def _end(self, attempt: Attempt, mode: StopMode) -> list[Effect]:
+        order = EndAttempt(attempt.spec.job, attempt.epoch, mode)
+        if attempt.stop in (StopMode.KILL, mode):
+            return [order]
+        attempt.stop = mode
+        attempt.phase = Phase.STOPPING
+        attempt.advance(AttemptState.STOPPING)
+        return [attempt.persist(), order, attempt.report()]
+
+    def _settle(self, attempt: Attempt) -> list[Effect]:
+        """Its steward knows how it ended."""
+        key = (attempt.spec.job, attempt.epoch)
+        self._delivered[key] = self._live.pop(key)
+        attempt.advance(AttemptState.DELIVERED)
+        return [attempt.persist()]
+
+    def _forget_old(self, now: Now) -> list[Effect]:
+        """Records and files that have been kept long enough. A job that old can no longer be submitted again."""
+        effects: list[Effect] = []
+        for key, attempt in list(self._delivered.items()):
+            if now.wall_s >= (attempt.ended_wall_s or 0.0) + self._timing.retention_s:
+                del self._delivered[key]
+                self._spent.pop(key[0], None)
+                effects += [Persist("attempt", f"{key[0]}/{key[1]}", None), DiscardAttempt(*key)]
+        return effects
+
+
+def _refuse(steward: NodeId, offer: Offer, refusal: str) -> Send:
+    return Send(steward, OfferAnswer(offer.job, offer.epoch, None, refusal=refusal))
+
+
+def _decline(steward: NodeId, commit: Commit, reason: str) -> Send:
+    return Send(steward, CommitAnswer(commit.job, commit.epoch, accepted=False, reason=reason))

@@ -1,0 +1,190 @@
+"""The submitter's side: resolve what was asked for, sign it, and give it to the machine that will hold it."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from meshgpu.core.effects import Answered, Effect, QueryProgressed, Send
+from meshgpu.core.jobs.placement import Candidate, explain, lacking, nearest_name, rank
+from meshgpu.core.statemachine import earliest
+from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.errors import MeshgpuError, TrustError
+from meshgpu.model.clock import Now
+from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, UserName, random_id
+from meshgpu.model.job import Draft, JobSpec, JobState, JobView, Register
+from meshgpu.model.messages import Submit, SubmitAnswer
+from meshgpu.model.resources import NO_GPU, GpuRequest, Resources
+from meshgpu.model.trust import Member, Notary, Role, Signed, UserKey
+
+ONE_WHOLE_GPU: Final = GpuRequest(count=1)
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionTiming:
+    """resend_s: how often the spec is sent again. patience_s: how long without a word before the user is told."""
+
+    resend_s: float = 2.0
+    patience_s: float = 10.0
+
+
+@dataclass(slots=True)
+class _Submission:
+    query: str
+    spec: JobSpec
+    signed: Signed
+    resend_at: float
+    give_up_at: float
+
+
+class Submissions:
+    """Jobs on their way from this node to their steward. `candidates(user, machine)` is the mesh as known here."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        log: MeshLog,
+        notary: Notary,
+        rng: random.Random,
+        candidates: Callable[[UserName, NodeId | None], list[Candidate]],
+        timing: SubmissionTiming,
+    ) -> None:
+        self._node = node
+        self._log = log
+        self._notary = notary
+        self._rng = rng
+        self._candidates = candidates
+        self._timing = timing
+        self._open: dict[JobId, _Submission] = {}
+
+    def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
+        """The tree of a job that is being submitted here, if `peer` was chosen to hold it."""
+        found = self._open.get(job)
+        return found.spec.tree if found is not None and peer in found.spec.stewards else None
+
+    def asked(self, now: Now, query: str, key: KeyId, draft: Draft) -> list[Effect]:
+        try:
+            spec = self._resolve(now, self._user(key), draft)
+            signed = self._notary.sign(key, spec)
+        except MeshgpuError as error:
+            return [Answered(query, code=error.code, reason=error.message, hint=error.hint)]
+        self._open[spec.job] = _Submission(
+            query, spec, signed, now.boot_s + self._timing.resend_s, now.boot_s + self._timing.patience_s
+        )
+        return [Send(spec.stewards[0], Submit(spec.job, signed))]
+
+    def answered(self, now: Now, steward: NodeId, answer: SubmitAnswer) -> list[Effect]:
+        found = self._open.get(answer.job)
+        if found is None or steward not in found.spec.stewards:
+            return []
+        if answer.code:
+            del self._open[answer.job]
+            return [Answered(found.query, code=answer.code, reason=answer.reason)]
+        if not answer.held:
+            found.give_up_at = now.boot_s + self._timing.patience_s
+            return [QueryProgressed(found.query, answer.done_bytes, answer.total_bytes)] if answer.total_bytes else []
+        del self._open[answer.job]
+        register = Register(answer.job, JobState.QUEUED, submitted_wall_s=now.wall_s)
+        return [Answered(found.query, (JobView(found.spec, register),))]
+
+    def steward_linked(self, now: Now, steward: NodeId) -> None:
+        for found in self._open.values():
+            if steward in found.spec.stewards:
+                found.resend_at = now.boot_s
+
+    def step(self, now: Now) -> list[Effect]:
+        effects: list[Effect] = []
+        for job, found in list(self._open.items()):
+            steward = found.spec.stewards[0]
+            if now.boot_s >= found.give_up_at:
+                del self._open[job]
+                name = self._log.members[steward].name
+                waited = f"{self._timing.patience_s:.0f} s"
+                reason = f"cannot submit: {name} did not confirm within {waited} that it holds the job"
+                effects.append(Answered(found.query, code="no-answer", reason=reason, hint="meshgpu machines"))
+            elif now.boot_s >= found.resend_at:
+                found.resend_at = now.boot_s + self._timing.resend_s
+                effects.append(Send(steward, Submit(job, found.signed)))
+        return effects
+
+    def deadline(self) -> float | None:
+        return earliest(*(min(found.resend_at, found.give_up_at) for found in self._open.values()))
+
+    # -- resolving ----------------------------------------------------------------------------------------------------
+
+    def _user(self, key: KeyId) -> UserKey:
+        user = self._log.users.get(key)
+        if user is None:
+            raise TrustError("not-allowed", "cannot submit: this account is no user of the mesh", "meshgpu version")
+        return user
+
+    def _resolve(self, now: Now, user: UserKey, draft: Draft) -> JobSpec:
+        assert self._log.mesh is not None
+        machine = self._machine(draft.machine) if draft.machine else None
+        candidates = self._candidates(user.user, machine.node if machine else None)
+        resources = draft.resources or self._default_resources(draft, candidates)
+        self._check_possible(resources, machine, candidates)
+        return JobSpec(
+            self._log.mesh,
+            JobId(random_id(self._rng.randbytes(RANDOM_ID_BYTES))),
+            draft.name,
+            user.user,
+            self._node,
+            draft.command,
+            draft.shell,
+            draft.env,
+            draft.environment,
+            draft.tree,
+            draft.tree_bytes,
+            draft.tree_files,
+            resources,
+            machine.node if machine else None,
+            (self._steward(user.user, resources, machine),),
+            now.wall_s,
+        )
+
+    def _machine(self, name: str) -> Member:
+        member = self._log.member_named(name)
+        if member is not None:
+            return member
+        names = [member.name for member in self._log.members.values()]
+        near = nearest_name(name, names)
+        hint = f"did you mean -m {near}?" if near else f"the machines are: {', '.join(sorted(names))}"
+        raise MeshgpuError("unknown-machine", f"cannot run on {name}: no machine of the mesh has that name", hint)
+
+    def _default_resources(self, draft: Draft, candidates: list[Candidate]) -> Resources:
+        """Without -g: one whole GPU if the machine (without -m: any machine) has one, else none."""
+        has_gpu = any(candidate.record and candidate.record.inventory.gpus for candidate in candidates)
+        return Resources(ONE_WHOLE_GPU if has_gpu else NO_GPU, draft.cpus, draft.memory_bytes)
+
+    def _check_possible(self, resources: Resources, machine: Member | None, candidates: list[Candidate]) -> None:
+        """A request that no machine can ever satisfy is refused now, not queued for ever."""
+        known = [candidate for candidate in candidates if candidate.record is not None]
+        if machine is not None:
+            refusal = next((c.refusal for c in known if c.node == machine.node and c.is_closed), "")
+            lacks = next((lacking(resources.gpus, c.record.inventory) for c in known if c.record), "")
+            if refusal or lacks:
+                raise MeshgpuError(
+                    "impossible", f"cannot run on {machine.name}: it {refusal or lacks}", "meshgpu machines"
+                )
+            return
+        open_to_me = [c for c in known if not c.is_closed]
+        if known and not open_to_me:
+            raise MeshgpuError("impossible", f"cannot run: {explain(resources, known)}", "meshgpu machines")
+        if open_to_me and all(c.record and lacking(resources.gpus, c.record.inventory) for c in open_to_me):
+            reasons = explain(resources, open_to_me)
+            raise MeshgpuError(
+                "impossible", f"cannot run: no machine has {resources.gpus} GPUs: {reasons}", "meshgpu machines"
+            )
+
+    def _steward(self, user: UserName, resources: Resources, machine: Member | None) -> NodeId:
+        """Who holds the job: the machine named by -m, else the best-ranked rig, else any that answers, else we."""
+        everyone = self._candidates(user, None)
+        alive = [c for c in everyone if c.record is not None and not c.is_down and c.record.may_steward]
+        rigs = [c for c in alive if self._log.members[c.node].role is Role.RIG]
+        if machine is not None and any(c.node == machine.node for c in rigs):
+            return machine.node
+        ranked = rank(resources, rigs, self._rng)
+        if ranked:
+            return ranked[0]
+        return next((c.node for c in rigs if c.node != self._node), self._node)

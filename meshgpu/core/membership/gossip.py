@@ -1,0 +1,225 @@
+"""What every node says of itself, kept the same everywhere: owner-only entries, eager push, digests (Scuttlebutt).
+
+Invariant: who claims version v of an owner has every entry of that owner up to v. It holds because an owner pushes
+over ordered Links, and because an answer to a digest carries all that is newer, in one message.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from typing import Final
+
+from meshgpu.core.effects import Effect, Reject, Send
+from meshgpu.core.statemachine import earliest
+from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.errors import TrustError
+from meshgpu.model.clock import Now
+from meshgpu.model.gossip import Capacity, GossipEntry, Incarnation, NodeRecord
+from meshgpu.model.ids import KeyId, NodeId
+from meshgpu.model.messages import GossipDelta, GossipDigest, Known, LogDelta
+from meshgpu.model.trust import Notary, Signed
+
+DELTA_ENTRIES: Final = 512
+"""Entries in one message at most: two for each of 256 owners, far below a frame's 1 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class GossipTiming:
+    """coalesce_s: how long a change waits for company; higher sends less and tells later.
+    digest_s: how often one random peer is asked for what was missed; higher heals later. jitter spreads it by ±20 %.
+    """
+
+    coalesce_s: float = 0.05
+    digest_s: float = 1.0
+    jitter: float = 0.2
+
+
+@dataclass(slots=True)
+class _Owner:
+    """All that is known of one owner, by the type of the entry's value."""
+
+    incarnation: Incarnation
+    entries: dict[type, tuple[GossipEntry, Signed]]
+
+    @property
+    def version(self) -> int:
+        return max((entry.version for entry, _ in self.entries.values()), default=0)
+
+
+class Gossip:
+    """This node's copy of what all say, and its own say."""
+
+    def __init__(
+        self, node: NodeId, epoch: int, log: MeshLog, notary: Notary, rng: random.Random, timing: GossipTiming
+    ) -> None:
+        self._node = node
+        self._log = log
+        self._notary = notary
+        self._rng = rng
+        self._timing = timing
+        self._owners: dict[NodeId, _Owner] = {node: _Owner(Incarnation(epoch, 0), {})}
+        self._peers: list[NodeId] = []
+        self._pushed_version = 0
+        self._push_at: float | None = None
+        self._digest_at: float | None = None
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def record(self, node: NodeId) -> NodeRecord | None:
+        value = self._value(node, NodeRecord)
+        return value if isinstance(value, NodeRecord) else None
+
+    def capacity(self, node: NodeId) -> Capacity | None:
+        value = self._value(node, Capacity)
+        return value if isinstance(value, Capacity) else None
+
+    def _value(self, node: NodeId, kind: type) -> NodeRecord | Capacity | None:
+        owner = self._owners.get(node)
+        found = owner.entries.get(kind) if owner else None
+        return found[0].value if found else None
+
+    def known(self) -> tuple[Known, ...]:
+        return tuple(
+            Known(node, owner.incarnation, owner.version)
+            for node, owner in sorted(self._owners.items())
+            if owner.entries
+        )
+
+    # -- own entries --------------------------------------------------------------------------------------------------
+
+    def say(self, now: Now, value: NodeRecord | Capacity) -> None:
+        """Change one of this node's own entries; told to all within `coalesce_s`."""
+        own = self._owners[self._node]
+        found = own.entries.get(type(value))
+        if (found is not None and found[0].value == value) or self._log.mesh is None:
+            return
+        self._write(own, value)
+        self._schedule_push(now)
+
+    def _write(self, own: _Owner, value: NodeRecord | Capacity) -> None:
+        assert self._log.mesh is not None
+        entry = GossipEntry(self._log.mesh, self._node, own.incarnation, own.version + 1, value)
+        own.entries[type(value)] = (entry, self._notary.sign(KeyId(self._node), entry))
+
+    def _schedule_push(self, now: Now) -> None:
+        if self._push_at is None:
+            self._push_at = now.boot_s + self._timing.coalesce_s
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def link_opened(self, now: Now, peer: NodeId) -> list[Effect]:
+        """Full sync: both sides say what they know."""
+        if peer not in self._peers:
+            self._peers.append(peer)
+        if self._digest_at is None:
+            self._digest_at = now.boot_s + self._next_interval()
+        return [Send(peer, self._digest(wants_answer=True))]
+
+    def link_closed(self, peer: NodeId) -> None:
+        if peer in self._peers:
+            self._peers.remove(peer)
+
+    def log_grew(self, entries: tuple[Signed, ...], source: NodeId | None) -> list[Effect]:
+        """Pass new log entries on at once; who has them already adds nothing and stays quiet."""
+        return [Send(peer, LogDelta(entries)) for peer in self._peers if peer != source]
+
+    def digest_arrived(self, peer: NodeId, digest: GossipDigest) -> list[Effect]:
+        effects: list[Effect] = []
+        lacking_log = self._log.beyond(digest.heads)
+        if lacking_log:
+            effects.append(Send(peer, LogDelta(lacking_log[:DELTA_ENTRIES])))
+        newer = self._newer_than(digest.known)
+        if newer:
+            effects.append(Send(peer, GossipDelta(newer)))
+        if digest.wants_answer:
+            effects.append(Send(peer, self._digest(wants_answer=False)))
+        return effects
+
+    def delta_arrived(self, now: Now, peer: NodeId, delta: GossipDelta) -> tuple[list[NodeId], list[Effect]]:
+        """Returns the owners whose entries changed."""
+        changed: list[NodeId] = []
+        refused: set[NodeId] = set()
+        effects: list[Effect] = []
+        for signed in delta.entries[:DELTA_ENTRIES]:
+            owner = NodeId(signed.key)
+            if owner in refused:
+                continue  # later entries of an owner would claim the refused one
+            try:
+                if self._accept(now, signed) and owner not in changed:
+                    changed.append(owner)
+            except TrustError as error:
+                refused.add(owner)
+                effects.append(Reject(peer, error.message))
+        return changed, effects
+
+    def step(self, now: Now) -> list[Effect]:
+        """Do what is due: push own changes, exchange digests with one random peer."""
+        effects: list[Effect] = []
+        if self._push_at is not None and now.boot_s >= self._push_at:
+            self._push_at = None
+            own = self._owners[self._node]
+            news = tuple(
+                signed
+                for entry, signed in sorted(own.entries.values(), key=lambda pair: pair[0].version)
+                if entry.version > self._pushed_version
+            )
+            self._pushed_version = own.version
+            effects.extend(Send(peer, GossipDelta(news)) for peer in self._peers)
+        if self._digest_at is not None and now.boot_s >= self._digest_at:
+            self._digest_at = now.boot_s + self._next_interval() if self._peers else None
+            if self._peers:
+                effects.append(Send(self._rng.choice(self._peers), self._digest(wants_answer=True)))
+        return effects
+
+    def deadline(self) -> float | None:
+        return earliest(self._push_at, self._digest_at)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _digest(self, *, wants_answer: bool) -> GossipDigest:
+        return GossipDigest(self.known(), self._log.heads(), wants_answer)
+
+    def _next_interval(self) -> float:
+        spread = self._timing.digest_s * self._timing.jitter
+        return self._timing.digest_s + self._rng.uniform(-spread, spread)
+
+    def _newer_than(self, known: tuple[Known, ...]) -> tuple[Signed, ...]:
+        theirs = {row.owner: (row.incarnation, row.version) for row in known}
+        newer: list[Signed] = []
+        for node, owner in sorted(self._owners.items()):
+            seen = theirs.get(node, (Incarnation(0, 0), 0))
+            for entry, signed in sorted(owner.entries.values(), key=lambda pair: pair[0].version):
+                if (owner.incarnation, entry.version) > seen:
+                    newer.append(signed)
+        return tuple(newer[:DELTA_ENTRIES])
+
+    def _accept(self, now: Now, signed: Signed) -> bool:
+        """Whether the entry was news. Raises TrustError for what no member signed as its own."""
+        member = self._log.members.get(NodeId(signed.key))
+        if member is None:
+            raise TrustError("not-allowed", "cannot take in an entry: its owner is no member of this mesh")
+        entry = self._notary.read(signed, member.public_key, GossipEntry)
+        if entry.mesh != self._log.mesh or entry.owner != member.node:
+            raise TrustError("not-allowed", f"cannot take in an entry of {member.name}: it speaks for somebody else")
+        if entry.owner == self._node:
+            self._outbid(now, entry.incarnation)
+            return False
+        owner = self._owners.get(entry.owner)
+        if owner is None or entry.incarnation > owner.incarnation:
+            owner = self._owners[entry.owner] = _Owner(entry.incarnation, {})
+        found = owner.entries.get(type(entry.value))
+        if entry.incarnation < owner.incarnation or (found is not None and entry.version <= found[0].version):
+            return False
+        owner.entries[type(entry.value)] = (entry, signed)
+        return True
+
+    def _outbid(self, now: Now, heard: Incarnation) -> None:
+        """Somebody knows a later me (restored from a backup): jump above it and say everything again."""
+        own = self._owners[self._node]
+        if heard <= own.incarnation:
+            return
+        values = [entry.value for entry, _ in sorted(own.entries.values(), key=lambda pair: pair[0].version)]
+        own = self._owners[self._node] = _Owner(replace(heard, counter=heard.counter + 1), {})
+        self._pushed_version = 0
+        for value in values:
+            self._write(own, value)
+        self._schedule_push(now)

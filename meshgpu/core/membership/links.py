@@ -1,0 +1,154 @@
+"""Which Links to open: one to every member, dialled by the lower id, by the other after a while."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from meshgpu.core.effects import Dial, Effect, Identify
+from meshgpu.core.statemachine import earliest
+from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.model.clock import Now
+from meshgpu.model.ids import Address, NodeId
+
+ADDRESSES_KEPT: Final = 8
+"""Per member: a desktop has two or three; a liar on the LAN must not make us dial hundreds."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTiming:
+    """courtesy_s: how long the higher id waits for the lower one to dial.
+    retry_s, retry_limit_s: first and longest pause between dials of one peer (doubling, ±25 %); longer heals later.
+    seed_s: how often a seed whose node is not linked is asked who it is. dials: how many dials may be under way.
+    """
+
+    courtesy_s: float = 5.0
+    retry_s: float = 0.5
+    retry_limit_s: float = 30.0
+    seed_s: float = 30.0
+    dials: int = 8
+
+
+@dataclass(slots=True)
+class _Peer:
+    """How one other node is reached. `next_dial` is None until an address is known."""
+
+    addresses: list[Address]
+    next_dial: float | None = None
+    failures: int = 0
+    is_dialling: bool = False
+    lost_at: float | None = None
+
+
+class Links:
+    """The address book and the dial rule. Dials nobody but members."""
+
+    def __init__(
+        self, node: NodeId, log: MeshLog, rng: random.Random, seeds: Iterable[Address], timing: LinkTiming
+    ) -> None:
+        self._node = node
+        self._log = log
+        self._rng = rng
+        self._timing = timing
+        self._peers: dict[NodeId, _Peer] = {}
+        self._seeds: dict[Address, NodeId | None] = dict.fromkeys(seeds)
+        self._seeds_at: float | None = 0.0 if self._seeds else None
+        self.open: dict[NodeId, float] = {}
+        """{peer: boot_s since when its Link is open}"""
+
+    def last_seen(self, peer: NodeId) -> float | None:
+        """`boot_s` at which the Link to `peer` was lost; None if it is open or never was."""
+        found = self._peers.get(peer)
+        return found.lost_at if found else None
+
+    def learn(self, now: Now, peer: NodeId, addresses: Iterable[Address]) -> None:
+        """Take a hint where `peer` may be; the newest hint is dialled first."""
+        if peer == self._node:
+            return
+        found = self._peers.setdefault(peer, _Peer([]))
+        fresh = [address for address in addresses if address not in found.addresses]
+        if not fresh:
+            return
+        found.addresses = (fresh + found.addresses)[:ADDRESSES_KEPT]
+        soonest = now.boot_s + (0.0 if self._node < peer else self._timing.courtesy_s)
+        if found.next_dial is None or found.failures:
+            found.next_dial = soonest
+            found.failures = 0
+
+    def add_seeds(self, seeds: Iterable[Address]) -> None:
+        for seed in seeds:
+            self._seeds.setdefault(seed, None)
+        self._seeds_at = 0.0 if self._seeds else None
+
+    def addresses(self, peer: NodeId) -> tuple[Address, ...]:
+        found = self._peers.get(peer)
+        return tuple(found.addresses) if found else ()
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def link_opened(self, now: Now, peer: NodeId) -> None:
+        self.open[peer] = now.boot_s
+        found = self._peers.setdefault(peer, _Peer([]))
+        found.is_dialling, found.failures, found.lost_at = False, 0, None
+
+    def link_closed(self, now: Now, peer: NodeId) -> None:
+        self.open.pop(peer, None)
+        found = self._peers.setdefault(peer, _Peer([]))
+        found.lost_at = now.boot_s
+        if found.addresses:
+            found.next_dial = now.boot_s + self._pause(found, courteous=self._node > peer)
+
+    def dial_failed(self, now: Now, peer: NodeId, address: Address) -> None:
+        found = self._peers.get(peer)
+        if found is None:
+            return
+        found.is_dialling = False
+        found.failures += 1
+        if address in found.addresses:  # try the others first next time
+            found.addresses.remove(address)
+            found.addresses.append(address)
+        untried = found.failures < len(found.addresses)
+        found.next_dial = now.boot_s if untried else now.boot_s + self._pause(found, courteous=False)
+
+    def identified(self, now: Now, address: Address, node: NodeId) -> None:
+        if address in self._seeds:
+            self._seeds[address] = node
+        self.learn(now, node, (address,))
+
+    def step(self, now: Now) -> list[Effect]:
+        effects: list[Effect] = []
+        if self._log.mesh is None:
+            return effects
+        if self._seeds_at is not None and now.boot_s >= self._seeds_at:
+            self._seeds_at = now.boot_s + self._timing.seed_s
+            effects.extend(
+                Identify(seed) for seed, node in self._seeds.items() if node is None or node not in self.open
+            )
+        under_way = sum(found.is_dialling for found in self._peers.values())
+        for peer, found in sorted(self._peers.items()):
+            if under_way < self._timing.dials and self._is_due(now, peer, found):
+                found.is_dialling = True
+                under_way += 1
+                effects.append(Dial(peer, found.addresses[0]))
+        return effects
+
+    def deadline(self) -> float | None:
+        if self._log.mesh is None:
+            return None
+        if sum(found.is_dialling for found in self._peers.values()) >= self._timing.dials:
+            return self._seeds_at
+        dials = (found.next_dial for peer, found in self._peers.items() if self._is_wanted(peer, found))
+        return earliest(self._seeds_at, *dials)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _is_wanted(self, peer: NodeId, found: _Peer) -> bool:
+        return peer in self._log.members and peer not in self.open and not found.is_dialling and bool(found.addresses)
+
+    def _is_due(self, now: Now, peer: NodeId, found: _Peer) -> bool:
+        return found.next_dial is not None and now.boot_s >= found.next_dial and self._is_wanted(peer, found)
+
+    def _pause(self, found: _Peer, *, courteous: bool) -> float:
+        doubled = self._timing.retry_s * float(2 ** min(found.failures, 10))
+        pause = min(doubled, self._timing.retry_limit_s)
+        return pause * self._rng.uniform(0.75, 1.25) + (self._timing.courtesy_s if courteous else 0.0)

@@ -1,0 +1,397 @@
+"""One node: composes the state machines and routes what happens between them. The only module that knows them all."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from meshgpu.core import events as ev
+from meshgpu.core.effects import Announce, Effect, Persist, Reject, Send, TrustMembers
+from meshgpu.core.jobs.asking import Asking, AskTiming
+from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
+from meshgpu.core.jobs.placement import Candidate
+from meshgpu.core.jobs.steward import Stewardship, StewardTiming
+from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
+from meshgpu.core.membership.gossip import Gossip, GossipTiming
+from meshgpu.core.membership.links import Links, LinkTiming
+from meshgpu.core.owner import OwnerPolicy, permission
+from meshgpu.core.statemachine import earliest
+from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.core.trust.requests import RequestRules
+from meshgpu.model import messages as msg
+from meshgpu.model.clock import Now
+from meshgpu.model.gossip import Capacity, MemberState, NodeRecord
+from meshgpu.model.ids import Address, Digest, JobId, MeshId, NodeId, UserName
+from meshgpu.model.inventory import GpuReading, Inventory
+from meshgpu.model.job import JobView
+from meshgpu.model.records import AttemptRecord, JobRecord, LogRecord, MeshRecord, PeerRecord, Record
+from meshgpu.model.trust import Member, Notary, Signed
+
+MESH_TAG_CHARACTERS = 12
+LOOPS_LIMIT = 1_000
+"""Messages a node sends to itself within one step: a handful; more means that two rules feed each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """What a node is told at start. capacity_s: readings alone are gossiped this often at most; allocations at once."""
+
+    agent_version: str
+    fence: str = ""
+    may_steward: bool = True
+    seeds: tuple[Address, ...] = ()
+    policy: OwnerPolicy = field(default_factory=OwnerPolicy)
+    capacity_s: float = 5.0
+    gossip: GossipTiming = field(default_factory=GossipTiming)
+    links: LinkTiming = field(default_factory=LinkTiming)
+    attempts: AttemptTiming = field(default_factory=AttemptTiming)
+    steward: StewardTiming = field(default_factory=StewardTiming)
+    submission: SubmissionTiming = field(default_factory=SubmissionTiming)
+    asking: AskTiming = field(default_factory=AskTiming)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineView:
+    """A member as people see it. down_s: for how long it has not answered; None if it answers or never did."""
+
+    member: Member
+    state: MemberState
+    is_self: bool
+    down_s: float | None
+    record: NodeRecord | None
+    capacity: Capacity | None
+
+
+class Node:
+    """`step` is the only way to change it; the methods below `reading` only look."""
+
+    def __init__(
+        self, node: NodeId, now: Now, notary: Notary, rng: random.Random, config: NodeConfig, records: Iterable[Record]
+    ) -> None:
+        """`records` is what this node persisted before, in any order; `start` tells what follows from it."""
+        self.node = node
+        self._config = config
+        self._records = tuple(records)
+        self._epoch = 1 + max((r.epoch for r in self._records if isinstance(r, MeshRecord)), default=0)
+        self.log = MeshLog(notary)
+        self._log_rank = 0
+        self.rules = RequestRules(notary, self.log, node)
+        self._gossip = Gossip(node, self._epoch, self.log, notary, rng, config.gossip)
+        self._links = Links(node, self.log, rng, config.seeds, config.links)
+        self.attempts = Attempts(node, self.log, self.rules, notary, rng, config.policy, config.attempts)
+        self.attempts.fence = config.fence
+        self.stewardship = Stewardship(node, self.log, self.rules, notary, rng, self._candidates, config.steward)
+        self.submissions = Submissions(node, self.log, notary, rng, self._candidates, config.submission)
+        self.asking = Asking(node, self.log, notary, rng, self._askable, config.asking)
+        self._inventory = Inventory(0, 0)
+        self._readings: tuple[GpuReading, ...] = ()
+        self._addresses: tuple[Address, ...] = ()
+        self._kept_addresses: dict[NodeId, tuple[Address, ...]] = {}
+        self._told_allocations_at = now.boot_s - config.capacity_s
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def machines(self, now: Now) -> list[MachineView]:
+        """Every member, by name, as it stands here."""
+        views = [self._machine(now, member) for member in self.log.members.values()]
+        return sorted(views, key=lambda view: view.member.name)
+
+    def _machine(self, now: Now, member: Member) -> MachineView:
+        is_self = member.node == self.node
+        is_alive = is_self or member.node in self._links.open
+        lost_at = self._links.last_seen(member.node)
+        return MachineView(
+            member,
+            MemberState.ALIVE if is_alive else MemberState.DOWN,
+            is_self,
+            now.boot_s - lost_at if not is_alive and lost_at is not None else None,
+            self._gossip.record(member.node),
+            self._gossip.capacity(member.node),
+        )
+
+    def addresses(self, peer: NodeId) -> tuple[Address, ...]:
+        """Where `peer` may be dialled, best first."""
+        return self._links.addresses(peer)
+
+    def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
+        """The tree that `peer` may fetch here because it runs the job, or is to hold it; None if it may not."""
+        return self.stewardship.tree_for(job, peer) or self.submissions.tree_for(job, peer)
+
+    def _candidates(self, user: UserName, machine: NodeId | None) -> list[Candidate]:
+        members = self.log.members
+        wanted = [machine] if machine is not None else sorted(members)
+        return [self._candidate(user, members[node]) for node in wanted if node in members]
+
+    def _candidate(self, user: UserName, member: Member) -> Candidate:
+        record = self._gossip.record(member.node)
+        is_down = member.node != self.node and member.node not in self._links.open
+        closed = ""
+        if record is not None:  # a hint that saves an offer: the machine itself has the last word
+            closed = permission(OwnerPolicy(record.lends, record.trusts), user, member.owner, record.fence).refusal
+        return Candidate(
+            member.node,
+            member.name,
+            record,
+            self._gossip.capacity(member.node),
+            refusal=closed or ("does not answer" if is_down else ""),
+            is_closed=bool(closed),
+            is_down=is_down,
+        )
+
+    def _askable(self) -> list[NodeId]:
+        return [self.node, *(peer for peer in sorted(self._links.open) if peer in self.log.members)]
+
+    # -- stepping -----------------------------------------------------------------------------------------------------
+
+    def start(self, now: Now) -> list[Effect]:
+        """Take up what was persisted; to be called once, before any step."""
+        meshes = [record.mesh for record in self._records if isinstance(record, MeshRecord)]
+        if not meshes:
+            return []
+        log = sorted((r for r in self._records if isinstance(r, LogRecord)), key=lambda record: record.rank)
+        self.log.enter(meshes[0], (record.entry for record in log))
+        self._log_rank = len(log)
+        effects: list[Effect] = [self._mesh_record(), *self._trust_effects()]
+        for record in self._records:
+            if isinstance(record, PeerRecord):
+                self._links.learn(now, record.node, record.addresses)
+        effects += self.attempts.restore(now, (r for r in self._records if isinstance(r, AttemptRecord)))
+        effects += self.stewardship.restore(now, (r for r in self._records if isinstance(r, JobRecord)))
+        self._records = ()
+        self._say_record(now)
+        self._say_capacity(now, force=True)
+        return self._loop_back(now, effects)
+
+    def step(self, now: Now, event: ev.Event) -> list[Effect]:
+        effects = self._route(now, event)
+        effects += self._links.step(now)
+        effects += self._gossip.step(now)
+        effects += self.attempts.step(now)
+        effects += self.stewardship.step(now)
+        effects += self.submissions.step(now)
+        effects += self.asking.step(now)
+        effects = self._loop_back(now, effects)
+        self._say_capacity(now, force=False)
+        return [effect for effect in effects if isinstance(effect, Persist)] + [
+            effect for effect in effects if not isinstance(effect, Persist)
+        ]
+
+    def deadline(self) -> float | None:
+        return earliest(
+            self._links.deadline(),
+            self._gossip.deadline(),
+            self.attempts.deadline(),
+            self.stewardship.deadline(),
+            self.submissions.deadline(),
+            self.asking.deadline(),
+        )
+
+    def _loop_back(self, now: Now, effects: list[Effect]) -> list[Effect]:
+        """What a node says to itself is heard in the same step."""
+        done: list[Effect] = []
+        pending = list(effects)
+        for _ in range(LOOPS_LIMIT):
+            if not pending:
+                return done
+            effect = pending.pop(0)
+            if isinstance(effect, Send) and effect.peer == self.node:
+                pending = [*self._heard(now, self.node, effect.message), *pending]
+            else:
+                done.append(effect)
+        return [*done, *pending]
+
+    def _route(self, now: Now, event: ev.Event) -> list[Effect]:
+        match event:
+            case ev.Ticked():
+                return []
+            case ev.MessageArrived(peer=peer, message=message):
+                if peer not in self.log.members:
+                    return [Reject(peer, "a node outside the mesh sent a message")]
+                return self._heard(now, peer, message)
+            case ev.LinkOpened(peer=peer):
+                return self._link_opened(now, peer)
+            case ev.LinkClosed(peer=peer):
+                self._links.link_closed(now, peer)
+                self._gossip.link_closed(peer)
+                return []
+            case ev.DialFailed(peer=peer, address=address):
+                self._links.dial_failed(now, peer, address)
+                return []
+            case ev.MachineSighted(sighting=sighting):
+                self._links.learn(now, sighting.node, sighting.addresses)
+                return []
+            case ev.AddressIdentified(address=address, node=node):
+                self._links.identified(now, address, node)
+                return []
+            case ev.IdentifyFailed():
+                return []
+            case ev.MachineRead(inventory=inventory, readings=readings):
+                return self._machine_read(now, inventory, readings)
+            case ev.AddressesChanged(addresses=addresses):
+                self._addresses = addresses
+                self._say_record(now)
+                return []
+            case ev.MeshEntered(mesh=mesh, log=log, met=met):
+                return self._enter(now, mesh, log, met)
+            case ev.LogWritten(log=log):
+                return self._log_learned(log, None)
+            case ev.RunAsked(query=query, key=key, draft=draft):
+                return self.submissions.asked(now, query, key, draft)
+            case ev.JobsAsked(query=query, key=key):
+                return self.asking.list_jobs(now, query, key)
+            case ev.ActionAsked():
+                return self.asking.act(now, event.query, event.key, event.action, event.job, event.steward)
+            case ev.WatchStarted(key=key, job=job, steward=steward):
+                self.asking.watch(now, key, job, steward)
+                return []
+            case ev.WatchStopped(job=job):
+                self.asking.unwatch(job)
+                return []
+            case ev.TreeArrived(job=job):
+                return self.stewardship.tree_arrived(now, job)
+            case ev.TreeProgressed():
+                return self.stewardship.tree_progressed(event.job, event.done_bytes, event.total_bytes)
+            case ev.TreeFailed(job=job, code=code, reason=reason):
+                return self.stewardship.tree_failed(job, code, reason)
+            case ev.AttemptProgressed():
+                return self.attempts.progressed(event.job, event.epoch, event.phase, event.detail)
+            case ev.AttemptBegan():
+                return self.attempts.began(event.job, event.epoch, event.started_wall_s)
+            case ev.AttemptFinished():
+                return self.attempts.finished(now, event.job, event.epoch, event.ended_wall_s, event.result)
+            case _:
+                assert_never(event)
+
+    def _heard(self, now: Now, peer: NodeId, message: msg.Message) -> list[Effect]:
+        match message:
+            case msg.GossipDigest():
+                return self._gossip.digest_arrived(peer, message)
+            case msg.GossipDelta():
+                return self._gossip_arrived(now, peer, message)
+            case msg.LogDelta(entries=entries):
+                return self._log_learned(entries, peer)
+            case msg.Submit():
+                return self.stewardship.submitted(now, peer, message)
+            case msg.SubmitAnswer():
+                return self.submissions.answered(now, peer, message)
+            case msg.Offer():
+                return self.attempts.offered(now, peer, message)
+            case msg.OfferAnswer():
+                return self.stewardship.offer_answered(now, peer, message)
+            case msg.Release():
+                return self.attempts.released(peer, message)
+            case msg.Commit():
+                return self.attempts.committed(now, peer, message)
+            case msg.CommitAnswer():
+                return self.stewardship.commit_answered(now, peer, message)
+            case msg.Activate():
+                return self.attempts.activated(now, peer, message)
+            case msg.Fence():
+                return self.attempts.fenced(now, peer, message)
+            case msg.AttemptReport():
+                return self.stewardship.reported(now, peer, message)
+            case msg.ReportAck():
+                return self.attempts.acknowledged(peer, message)
+            case msg.Cancel():
+                return self.attempts.cancelled(now, peer, message)
+            case msg.Ask():
+                return self.stewardship.asked(now, peer, message)
+            case msg.Answer():
+                return self.asking.answered(peer, message)
+            case msg.JobUpdate():
+                return self.asking.updated(peer, message)
+            case _:
+                assert_never(message)
+
+    # -- what concerns several machines -------------------------------------------------------------------------------
+
+    def _enter(
+        self, now: Now, mesh: MeshId, log: tuple[Signed, ...], met: tuple[tuple[NodeId, tuple[Address, ...]], ...]
+    ) -> list[Effect]:
+        added = self.log.enter(mesh, log)
+        effects: list[Effect] = [self._mesh_record(), *self._log_records(added), *self._trust_effects()]
+        for node, addresses in met:
+            self._links.learn(now, node, addresses)
+            effects.append(Persist("peer", node, PeerRecord(node, addresses)))
+        effects += self.attempts.restore(now, ())
+        effects += self.stewardship.restore(now, ())
+        self._say_record(now)
+        self._say_capacity(now, force=True)
+        return effects
+
+    def _log_learned(self, entries: tuple[Signed, ...], source: NodeId | None) -> list[Effect]:
+        added = self.log.add(entries)
+        if not added:
+            return []
+        return [*self._log_records(added), *self._trust_effects(), *self._gossip.log_grew(added, source)]
+
+    def _link_opened(self, now: Now, peer: NodeId) -> list[Effect]:
+        self._links.link_opened(now, peer)
+        self.attempts.steward_linked(now, peer)
+        self.submissions.steward_linked(now, peer)
+        self.asking.linked_again(now, peer)
+        self.stewardship.room_changed(now)
+        return self._gossip.link_opened(now, peer)
+
+    def _gossip_arrived(self, now: Now, peer: NodeId, delta: msg.GossipDelta) -> list[Effect]:
+        changed, effects = self._gossip.delta_arrived(now, peer, delta)
+        for owner in changed:
+            record = self._gossip.record(owner)
+            if record is not None and record.addresses != self._kept_addresses.get(owner, ()):
+                self._kept_addresses[owner] = record.addresses
+                self._links.learn(now, owner, record.addresses)
+                effects.append(Persist("peer", owner, PeerRecord(owner, record.addresses)))
+        if changed:
+            self.stewardship.room_changed(now)
+        return effects
+
+    def _machine_read(self, now: Now, inventory: Inventory, readings: tuple[GpuReading, ...]) -> list[Effect]:
+        is_new = inventory != self._inventory
+        self._inventory, self._readings = inventory, readings
+        self.attempts.machine_read(inventory, readings)
+        if is_new:
+            self._say_record(now)
+        return [Announce(self.log.mesh_name)] if is_new else []
+
+    def _say_record(self, now: Now) -> None:
+        config = self._config
+        self._gossip.say(
+            now,
+            NodeRecord(
+                config.agent_version,
+                self._addresses,
+                self._inventory,
+                self.attempts.fence,
+                config.may_steward,
+                config.policy.lends,
+                config.policy.trusted,
+            ),
+        )
+
+    def _say_capacity(self, now: Now, *, force: bool) -> None:
+        """Allocations are told at once, readings alone every few seconds."""
+        allocations = self.attempts.allocations()
+        told = self._gossip.capacity(self.node)
+        is_due = now.boot_s >= self._told_allocations_at + self._config.capacity_s
+        if force or told is None or told.allocations != allocations or is_due:
+            self._told_allocations_at = now.boot_s
+            capacity = Capacity(self._readings, allocations)
+            if capacity != told:
+                self._gossip.say(now, capacity)
+                self.stewardship.room_changed(now)
+
+    def _mesh_record(self) -> Persist:
+        assert self.log.mesh is not None
+        return Persist("mesh", "mesh", MeshRecord(self.log.mesh, self._epoch))
+
+    def _log_records(self, added: tuple[Signed, ...]) -> list[Effect]:
+        first = self._log_rank
+        self._log_rank += len(added)
+        return [Persist("log", f"{rank:08d}", LogRecord(rank, entry)) for rank, entry in enumerate(added, start=first)]
+
+    def _trust_effects(self) -> list[Effect]:
+        return [TrustMembers(tuple(self.log.members.values())), Announce(self.log.mesh_name)]
+
+    def job_view(self, job: JobId) -> JobView | None:
+        """A job that this node holds as a steward."""
+        return self.stewardship.view(job)

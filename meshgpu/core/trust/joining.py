@@ -1,0 +1,144 @@
+"""How a machine joins with an invite: the string, the transcript, the proof, and what is written to the log.
+
+The inviter shows the mesh log first; the newcomer checks that it begins with the genesis of its invite, that the
+inviter is a member, and that the inviter signed this very TLS certificate, before it proves the secret.
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.errors import TrustError
+from meshgpu.model.clock import Now
+from meshgpu.model.ids import Address, Digest, KeyId, MeshId, NodeId, UserName, base32, node_id
+from meshgpu.model.pairing import Application, Greeting, Introduction, InviteString, PairingBinding
+from meshgpu.model.trust import AddNode, Invite, LinkUser, Notary, Role, Signed
+
+INVITE_LIFE_S: Final = 600.0
+SECRET_BYTES: Final = 13
+"""104 random bits, of which 20 base32 characters carry 100: beyond guessing, so failures need no lock-out."""
+SECRET_CHARACTERS: Final = 20
+_PREFIX: Final = "mgpu1-"
+_STRING: Final = re.compile(r"mgpu1-([0-9a-f]{64})-([a-z2-7]{52})-([a-z2-7]{20})-([a-z2-7]+)-([a-z2-7]{4})")
+_MISTYPED: Final = "copy the whole line that `meshgpu invite` printed"
+
+
+def new_secret(random_bytes: bytes) -> str:
+    return base32(random_bytes)[:SECRET_CHARACTERS]
+
+
+def write_invite(invite: InviteString) -> str:
+    """One word: hash of the genesis, inviter, secret, addresses, and four characters that catch a slip."""
+    where = base32(" ".join(invite.addresses).encode())
+    body = f"{_PREFIX}{invite.genesis}-{invite.inviter}-{invite.secret}-{where}"
+    return f"{body}-{_check(body)}"
+
+
+def read_invite(text: str) -> InviteString:
+    """Raises TrustError `bad-invite` that says what is wrong with the string."""
+    text = text.strip().lower()
+    match = _STRING.fullmatch(text)
+    if match is None:
+        raise TrustError("bad-invite", "cannot read the invite: it does not have the form mgpu1-…", _MISTYPED)
+    if _check(text.rpartition("-")[0]) != match[5]:
+        raise TrustError("bad-invite", "cannot read the invite: a character of it is wrong or missing", _MISTYPED)
+    where = _unbase32(match[4])
+    return InviteString(MeshId(match[1]), NodeId(match[2]), match[3], tuple(Address(a) for a in where.split()))
+
+
+def transcript(introduction: Introduction, greeting: Greeting, certificate: Digest, application: Application) -> bytes:
+    """Everything both sides have seen, in order and unambiguous; the proof is computed over it."""
+    parts = [
+        b"meshgpu pairing 1",
+        greeting.nonce,
+        introduction.nonce,
+        introduction.node.encode(),
+        certificate.encode(),
+        application.public_key,
+        application.device_ca,
+        application.user_key,
+        str(application.uid).encode(),
+        application.name.encode(),
+    ]
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def prove(secret: str, about: bytes) -> bytes:
+    return hmac.new(secret.encode(), about, hashlib.sha256).digest()
+
+
+def check_introduction(
+    notary: Notary, invite: InviteString, introduction: Introduction, greeting: Greeting, certificate: Digest
+) -> MeshLog:
+    """The newcomer's check, before it proves anything. Returns the mesh's log; raises TrustError."""
+    log = MeshLog(notary)
+    log.enter(invite.genesis, introduction.log)
+    inviter = log.members.get(invite.inviter)
+    if inviter is None or introduction.node != invite.inviter:
+        raise TrustError("wrong-mesh", "cannot join: the machine that answered is not the one that made the invite")
+    binding = notary.read(introduction.binding, inviter.public_key, PairingBinding)
+    if binding != PairingBinding(certificate, greeting.nonce, introduction.nonce):
+        raise TrustError("wrong-mesh", "cannot join: somebody stands between this machine and the one that invited it")
+    return log
+
+
+class Invites:
+    """The invites that this node made. Each is redeemed once, here, before it expires."""
+
+    def __init__(self, invites: Iterable[Invite] = ()) -> None:
+        self._open = {invite.secret: invite for invite in invites}
+
+    def create(self, now: Now, secret: str, user: UserName, inviter: KeyId) -> Invite:
+        invite = Invite(secret, user, Role.RIG, inviter, now.wall_s + INVITE_LIFE_S)
+        self._open[secret] = invite
+        return invite
+
+    def drop_expired(self, now: Now) -> tuple[Invite, ...]:
+        """Forget invites whose time is over, and say which."""
+        expired = tuple(invite for invite in self._open.values() if now.wall_s >= invite.expires_wall_s)
+        for invite in expired:
+            del self._open[invite.secret]
+        return expired
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._open
+
+    def redeem(self, now: Now, application: Application, transcripts: dict[bytes, bytes]) -> tuple[bytes, Invite]:
+        """Use up the invite whose secret made the proof over one of `transcripts`; {our nonce: transcript}.
+
+        Returns that nonce and the invite. Raises TrustError `bad-invite`, and then nothing was used.
+        """
+        self.drop_expired(now)
+        for nonce, about in transcripts.items():
+            for invite in self._open.values():
+                if hmac.compare_digest(prove(invite.secret, about), application.proof):
+                    del self._open[invite.secret]
+                    return nonce, invite
+        raise TrustError(
+            "bad-invite", "cannot join: the invite was used before, has expired, or is not from here", "meshgpu invite"
+        )
+
+
+def admit(log: MeshLog, invite: Invite, application: Application) -> tuple[Signed, ...]:
+    """The log entries that make the newcomer a member and its account the invited user's. Raises TrustError."""
+    node = node_id(application.public_key)
+    added = AddNode(node, application.public_key, application.device_ca, application.name, invite.role, invite.user)
+    linked = LinkUser(invite.user, application.user_key, node, application.uid)
+    return log.write(invite.inviter, (added, linked))
+
+
+def _check(text: str) -> str:
+    return base32(hashlib.sha256(text.encode()).digest())[:4]
+
+
+def _unbase32(text: str) -> str:
+    try:
+        return base64.b32decode(text.upper() + "=" * (-len(text) % 8)).decode()
+    except (binascii.Error, UnicodeDecodeError) as error:
+        raise TrustError("bad-invite", "cannot read the invite: its addresses are garbled", _MISTYPED) from error

@@ -1,0 +1,102 @@
+"""Which signed requests are obeyed: signed by a user's key, for this mesh and this node, fresh, allowed."""
+
+from typing import Final
+
+from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.errors import TrustError
+from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
+from meshgpu.model.ids import KeyId, NodeId
+from meshgpu.model.job import Action, JobRequest, JobSpec, PlacingVote
+from meshgpu.model.trust import Notary, Signed, T, UserKey
+
+MAX_STEWARDS: Final = 3
+
+
+class RequestRules:
+    """Turns signed bytes into values that may be obeyed, or raises TrustError. Keeps no state but the log it reads."""
+
+    def __init__(self, notary: Notary, log: MeshLog, node: NodeId) -> None:
+        self._notary = notary
+        self._log = log
+        self._node = node
+
+    def verify_spec(self, signed: Signed) -> JobSpec:
+        """A job that a user of this mesh really asked for. Says nothing about its age."""
+        user, spec = self._read_as_user(signed, JobSpec)
+        if spec.mesh != self._log.mesh:
+            raise TrustError("not-allowed", "cannot accept a job: it was signed for another mesh")
+        if spec.user != user.user or spec.submitter != user.node:
+            raise TrustError("not-allowed", f"cannot accept a job of {spec.user}: it was signed by {user.user}")
+        stewards = set(spec.stewards)
+        if len(stewards) != len(spec.stewards) or len(stewards) not in (1, MAX_STEWARDS):
+            raise TrustError("not-allowed", "cannot accept a job: it names no proper set of machines to hold it")
+        if not stewards <= self._log.members.keys():
+            raise TrustError("not-allowed", "cannot accept a job: it is to be held by a machine outside the mesh")
+        return spec
+
+    def verify_fresh_spec(self, signed: Signed, now: Now) -> JobSpec:
+        """The same, not older than 120 s: asked when a steward first stores it."""
+        spec = self.verify_spec(signed)
+        self._check_fresh("a job", spec.issued_wall_s, now)
+        return spec
+
+    def verify_request(self, signed: Signed, now: Now, peer: NodeId) -> JobRequest:
+        """A user's request that is meant for this node, now, and came from the machine that signed it."""
+        request = self.read_request(signed)
+        if self._log.users[signed.key].node != peer:
+            raise TrustError("not-allowed", f"cannot {request.action} a job: another machine passed the request on")
+        if request.node != self._node:
+            raise TrustError("not-allowed", f"cannot {request.action} a job: the request was meant for another machine")
+        self._check_fresh(f"a request to {request.action} a job", request.issued_wall_s, now)
+        return request
+
+    def verify_cancel(self, signed: Signed, spec: JobSpec) -> JobRequest:
+        """A user's own request to end this very job, made to one of its stewards, however long ago."""
+        request = self.read_request(signed)
+        if request.action not in (Action.STOP, Action.KILL) or request.job != spec.job:
+            raise TrustError("not-allowed", f"cannot stop {spec.name}: the request is about something else")
+        if request.user != spec.user or request.node not in spec.stewards:
+            raise TrustError("not-allowed", f"cannot stop {spec.name}: it belongs to {spec.user}")
+        return request
+
+    def read_request(self, signed: Signed) -> JobRequest:
+        user, request = self._read_as_user(signed, JobRequest)
+        if request.mesh != self._log.mesh or request.user != user.user:
+            raise TrustError("not-allowed", f"cannot obey a request of {request.user}: it was signed by {user.user}")
+        return request
+
+    def verify_ticket(self, votes: tuple[Signed, ...], wanted: PlacingVote, stewards: tuple[NodeId, ...]) -> None:
+        """Raises TrustError unless a quorum of `stewards` voted for `wanted` (whose own steward field is ignored)."""
+        voters: set[NodeId] = set()
+        for signed in votes[:MAX_STEWARDS]:
+            for steward in stewards:
+                member = self._log.members.get(steward)
+                if member is not None and signed.key == KeyId(member.node):
+                    vote = self._notary.read(signed, member.public_key, PlacingVote)
+                    if vote == _as_voted_by(wanted, steward):
+                        voters.add(steward)
+        needed = len(stewards) // 2 + 1
+        if len(voters) < needed:
+            raise TrustError(
+                "not-allowed", f"cannot start a job: {len(voters)} of {needed} machines that hold it agree"
+            )
+
+    def _read_as_user(self, signed: Signed, kind: type[T]) -> tuple[UserKey, T]:
+        user = self._log.users.get(signed.key)
+        if user is None:
+            raise TrustError("not-allowed", "cannot obey a request: its key belongs to no user of this mesh")
+        return user, self._notary.read(signed, user.public_key, kind)
+
+    def _check_fresh(self, what: str, issued_wall_s: float, now: Now) -> None:
+        age_s = now.wall_s - issued_wall_s
+        if abs(age_s) > WALL_CLOCK_SLACK_S:
+            raise TrustError(
+                "stale",
+                f"cannot accept {what}: it was signed {abs(age_s):.0f} s {'ago' if age_s > 0 else 'in the future'},"
+                f" expected at most {WALL_CLOCK_SLACK_S:.0f} s",
+                "check the clocks of both machines: meshgpu doctor",
+            )
+
+
+def _as_voted_by(vote: PlacingVote, steward: NodeId) -> PlacingVote:
+    return PlacingVote(vote.mesh, vote.job, vote.spec, vote.epoch, vote.node, vote.hold, steward)
