@@ -1,0 +1,117 @@
+"""Configuration: file, environment and flags become one frozen value; an unknown key names the nearest valid one."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from meshgpu.errors import MeshgpuError
+from meshgpu.model.ids import Address, UserName
+
+DEFAULT_LINK_PORT = 7443
+DEFAULT_PAIRING_PORT = 7444
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What `config.toml` may say. Each key may also come from the environment as MESHGPU_<KEY>.
+
+    seeds: addresses that are tried besides mDNS, `host` or `host:port`. advertise: `gpus`, `presence` or `off`.
+    loopback: True shows this agent on the loopback interface only: for demonstrations and tests on one computer.
+    link_port, pairing_port: 0 takes a free one. lend: False keeps every job away.
+    trust: users whose jobs run here although nothing can shut them in.
+    keep_free_gb: chunks and results are refused below this much free disk; None: the larger of 10 GB and 5 %.
+    """
+
+    seeds: tuple[str, ...] = ()
+    advertise: str = "gpus"
+    loopback: bool = False
+    link_port: int = DEFAULT_LINK_PORT
+    pairing_port: int = DEFAULT_PAIRING_PORT
+    lend: bool = True
+    trust: tuple[str, ...] = ()
+    keep_free_gb: float | None = None
+
+    @property
+    def seed_addresses(self) -> tuple[Address, ...]:
+        return tuple(with_port(seed, DEFAULT_LINK_PORT) for seed in self.seeds)
+
+    @property
+    def trusted_users(self) -> tuple[UserName, ...]:
+        return tuple(UserName(name) for name in self.trust)
+
+
+def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Config:
+    """Environment over file over defaults. Raises MeshgpuError `bad-config`, which names key and file."""
+    settings: dict[str, object] = {}
+    if path.exists():
+        try:
+            settings = tomllib.loads(path.read_text())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise MeshgpuError("bad-config", f"cannot read {path}: {error}") from error
+    names = [field.name for field in fields(Config)]
+    for key in settings:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+            raise MeshgpuError("bad-config", f"cannot use {path}: there is no setting {key!r}", f"did you mean {near}?")
+    for name in names:
+        text = environment.get(f"MESHGPU_{name.upper()}")
+        if text is not None:
+            settings[name] = _from_text(name, text)
+    checked = {name: _checked(name, value, path) for name, value in settings.items()}
+    config = Config(**checked)  # type: ignore[arg-type]  # _checked made the types true
+    if config.advertise not in ("gpus", "presence", "off"):
+        raise MeshgpuError("bad-config", f"cannot use advertise = {config.advertise!r}: expected gpus, presence or off")
+    return config
+
+
+def with_port(address: str, port: int) -> Address:
+    """`host` or `host:port`, as `host:port`."""
+    host, colon, tail = address.rpartition(":")
+    has_port = bool(colon) and tail.isdigit() and (":" not in host or host.startswith("["))
+    return Address(address if has_port else f"{address}:{port}")
+
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_KINDS: dict[str, type] = {
+    "seeds": tuple,
+    "advertise": str,
+    "loopback": bool,
+    "link_port": int,
+    "pairing_port": int,
+    "lend": bool,
+    "trust": tuple,
+    "keep_free_gb": float,
+}
+
+
+def _from_text(name: str, text: str) -> object:
+    kind = _KINDS[name]
+    try:
+        if kind is tuple:
+            return [part for part in text.replace(",", " ").split() if part]
+        if kind is bool:
+            return _BOOLEANS[text.strip().lower()]
+        return kind(text)
+    except (ValueError, KeyError) as error:
+        shown = f"MESHGPU_{name.upper()}={text}"
+        raise MeshgpuError("bad-config", f"cannot use {shown}: expected {_expected(kind)}") from error
+
+
+def _checked(name: str, value: object, path: Path) -> object:
+    kind = _KINDS[name]
+    if kind is tuple and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return tuple(value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is not tuple and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise MeshgpuError("bad-config", f"cannot use {path}: {name} = {value!r}, expected {_expected(kind)}")
+
+
+def _expected(kind: type) -> str:
+    return {tuple: "a list of strings", bool: "true or false", int: "a whole number", float: "a number"}.get(
+        kind, "text"
+    )
