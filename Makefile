@@ -38,7 +38,8 @@ benchmarks: $(READY) ## the numbers in docs/benchmarks.md, peers beside them
 	$(BIN)/python benchmarks/run.py
 
 proto: $(READY) ## regenerate meshgpu/wire/v1 from proto/
-	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --mypy_out=quiet:. proto/meshgpu/wire/v1/*.proto
+	$(BIN)/python -m grpc_tools.protoc -Iproto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+	  --python_out=. --mypy_out=quiet:. proto/meshgpu/wire/v1/*.proto
 
 lock:           ## resolve the dependencies anew
 	$(BIN)/uv pip compile pyproject.toml --group dev --generate-hashes --universal --no-header --quiet \

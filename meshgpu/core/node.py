@@ -24,7 +24,7 @@ from meshgpu.model.gossip import Capacity, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, JobId, MeshId, NodeId, UserName
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import JobView
-from meshgpu.model.records import AttemptRecord, JobRecord, LogRecord, MeshRecord, PeerRecord, Record
+from meshgpu.model.records import AttemptRecord, JobRecord, MeshLogRecord, MeshRecord, PeerRecord, Record
 from meshgpu.model.trust import Member, Notary, Signed
 
 MESH_TAG_CHARACTERS = 12
@@ -148,7 +148,7 @@ class Node:
         meshes = [record.mesh for record in self._records if isinstance(record, MeshRecord)]
         if not meshes:
             return []
-        log = sorted((r for r in self._records if isinstance(r, LogRecord)), key=lambda record: record.rank)
+        log = sorted((r for r in self._records if isinstance(r, MeshLogRecord)), key=lambda record: record.rank)
         self.log.enter(meshes[0], (record.entry for record in log))
         self._log_rank = len(log)
         effects: list[Effect] = [self._mesh_record(), *self._trust_effects()]
@@ -387,7 +387,7 @@ class Node:
     def _log_records(self, added: tuple[Signed, ...]) -> list[Effect]:
         first = self._log_rank
         self._log_rank += len(added)
-        return [Persist("log", f"{rank:08d}", LogRecord(rank, entry)) for rank, entry in enumerate(added, start=first)]
+        return [Persist("log", f"{rank:08d}", MeshLogRecord(rank, entry)) for rank, entry in enumerate(added, start=first)]
 
     def _trust_effects(self) -> list[Effect]:
         return [TrustMembers(tuple(self.log.members.values())), Announce(self.log.mesh_name)]

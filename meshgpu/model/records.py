@@ -17,7 +17,7 @@ class MeshRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class LogRecord:
+class MeshLogRecord:
     """One entry of the mesh log, in the order in which it arrived (`rank`)."""
 
     rank: int
@@ -60,4 +60,4 @@ class AttemptRecord:
     ended_wall_s: float | None = None
 
 
-Record = MeshRecord | LogRecord | PeerRecord | JobRecord | AttemptRecord | Invite
+Record = MeshRecord | MeshLogRecord | PeerRecord | JobRecord | AttemptRecord | Invite

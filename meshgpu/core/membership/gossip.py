@@ -1,7 +1,7 @@
 """What every node says of itself, kept the same everywhere: owner-only entries, eager push, digests (Scuttlebutt).
 
-Invariant: who claims version v of an owner has every entry of that owner up to v. It holds because an owner pushes
-over ordered Links, and because an answer to a digest carries all that is newer, in one message.
+Invariant: who claims version v of an owner has every entry of that owner up to v. It holds because an owner always
+pushes all of its (two) entries, and because an answer to a digest carries all that is newer, in one message.
 """
 
 import random
@@ -44,6 +44,10 @@ class _Owner:
     def version(self) -> int:
         return max((entry.version for entry, _ in self.entries.values()), default=0)
 
+    def in_order(self) -> list[tuple[GossipEntry, Signed]]:
+        """Entries by version: a message that is cut off leaves no gap."""
+        return sorted(self.entries.values(), key=lambda pair: pair[0].version)
+
 
 class Gossip:
     """This node's copy of what all say, and its own say."""
@@ -58,7 +62,6 @@ class Gossip:
         self._timing = timing
         self._owners: dict[NodeId, _Owner] = {node: _Owner(Incarnation(epoch, 0), {})}
         self._peers: list[NodeId] = []
-        self._pushed_version = 0
         self._push_at: float | None = None
         self._digest_at: float | None = None
 
@@ -156,14 +159,9 @@ class Gossip:
         effects: list[Effect] = []
         if self._push_at is not None and now.boot_s >= self._push_at:
             self._push_at = None
-            own = self._owners[self._node]
-            news = tuple(
-                signed
-                for entry, signed in sorted(own.entries.values(), key=lambda pair: pair[0].version)
-                if entry.version > self._pushed_version
-            )
-            self._pushed_version = own.version
-            effects.extend(Send(peer, GossipDelta(news)) for peer in self._peers)
+            # All of them: a peer whose Link is new, and breaks again, must not claim the newest without the others.
+            push = GossipDelta(tuple(signed for _, signed in self._owners[self._node].in_order()))
+            effects.extend(Send(peer, push) for peer in self._peers)
         if self._digest_at is not None and now.boot_s >= self._digest_at:
             self._digest_at = now.boot_s + self._next_interval() if self._peers else None
             if self._peers:
@@ -187,7 +185,7 @@ class Gossip:
         newer: list[Signed] = []
         for node, owner in sorted(self._owners.items()):
             seen = theirs.get(node, (Incarnation(0, 0), 0))
-            for entry, signed in sorted(owner.entries.values(), key=lambda pair: pair[0].version):
+            for entry, signed in owner.in_order():
                 if (owner.incarnation, entry.version) > seen:
                     newer.append(signed)
         return tuple(newer[:DELTA_ENTRIES])
@@ -197,6 +195,9 @@ class Gossip:
         member = self._log.members.get(NodeId(signed.key))
         if member is None:
             raise TrustError("not-allowed", "cannot take in an entry: its owner is no member of this mesh")
+        known = self._owners.get(member.node)
+        if known is not None and any(signed == held for _, held in known.entries.values()):
+            return False  # most of what arrives is known: it costs no signature check
         entry = self._notary.read(signed, member.public_key, GossipEntry)
         if entry.mesh != self._log.mesh or entry.owner != member.node:
             raise TrustError("not-allowed", f"cannot take in an entry of {member.name}: it speaks for somebody else")
@@ -217,9 +218,8 @@ class Gossip:
         own = self._owners[self._node]
         if heard <= own.incarnation:
             return
-        values = [entry.value for entry, _ in sorted(own.entries.values(), key=lambda pair: pair[0].version)]
+        values = [entry.value for entry, _ in own.in_order()]
         own = self._owners[self._node] = _Owner(replace(heard, counter=heard.counter + 1), {})
-        self._pushed_version = 0
         for value in values:
             self._write(own, value)
         self._schedule_push(now)

@@ -48,7 +48,7 @@ class MeshRecord(_message.Message):
 Global___MeshRecord: _TypeAlias = MeshRecord  # noqa: Y015
 
 @_typing.final
-class LogRecord(_message.Message):
+class MeshLogRecord(_message.Message):
     """One entry of the mesh log."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -73,7 +73,7 @@ class LogRecord(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___LogRecord: _TypeAlias = LogRecord  # noqa: Y015
+Global___MeshLogRecord: _TypeAlias = MeshLogRecord  # noqa: Y015
 
 @_typing.final
 class PeerRecord(_message.Message):
