@@ -1,0 +1,445 @@
+"""The control API: HTTP and JSON on a Unix socket, each call authorised by the kernel's word on who is calling."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from aiohttp import web
+
+from meshgpu.agent.callers import descends_from
+from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
+from meshgpu.agent.pairing import Pairing
+from meshgpu.agent.status import Status
+from meshgpu.agent.views import Document, JobDocuments, machine_document
+from meshgpu.config import DEFAULT_PAIRING_PORT, with_port
+from meshgpu.errors import HTTP_STATUS, MeshgpuError, TrustError
+from meshgpu.model.ids import Digest, KeyId, as_name
+from meshgpu.model.job import Draft, EnvironmentRequest, Register, StopMode
+from meshgpu.model.resources import Resources, parse_gpus
+from meshgpu.model.tree import CHUNK_BYTES, Manifest
+from meshgpu.ports import ChunkStore, PairingDialog
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_LIMIT_BYTES: Final = 64 * 2**20
+"""A manifest of some 400,000 files; a tree above 2 GB is refused before."""
+
+KEEPALIVE_S: Final = 15.0
+"""A followed job says something at least this often, so that a client can tell silence from a dead agent."""
+
+UNKNOWN_STATUS: Final = 422
+"""For errors whose code is not in the table of HTTP statuses."""
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Dial = Callable[[Any], Awaitable[PairingDialog]]
+
+
+@dataclass(slots=True)
+class Control:
+    """Serves local users. Everything it does goes through the rooms it is handed."""
+
+    status: Status
+    jobs: Jobs
+    pairing: Pairing
+    chunks: ChunkStore
+    dial_pairing: Dial
+    guards: Callable[[], frozenset[int]]
+    stop_agent: Callable[[], None]
+    tasks: asyncio.TaskGroup
+
+    def application(self) -> web.Application:
+        app = web.Application(middlewares=[self._guarded], client_max_size=MANIFEST_LIMIT_BYTES)
+        app.add_routes(
+            [
+                web.get("/v1/agent", self._agent),
+                web.post("/v1/init", self._init),
+                web.post("/v1/invites", self._invite),
+                web.post("/v1/join", self._join),
+                web.get("/v1/discover", self._discover),
+                web.get("/v1/machines", self._machines),
+                web.get("/v1/doctor", self._doctor),
+                web.post("/v1/down", self._down),
+                web.post("/v1/trees", self._put_tree),
+                web.put("/v1/chunks", self._put_chunk),
+                web.post("/v1/jobs", self._submit),
+                web.get("/v1/jobs", self._list),
+                web.get("/v1/jobs/{job}", self._job),
+                web.get("/v1/jobs/{job}/events", self._events),
+                web.post("/v1/jobs/{job}/stop", self._stop),
+                web.get("/v1/jobs/{job}/files", self._files),
+                web.get("/v1/jobs/{job}/files/{path:.+}", self._file),
+            ]
+        )
+        return app
+
+    # -- who calls ----------------------------------------------------------------------------------------------------
+
+    @web.middleware
+    async def _guarded(self, request: web.Request, handler: Answer) -> web.StreamResponse:
+        """Turn errors into answers, and refuse every process that a job started."""
+        try:
+            pid, _ = _peer(request)
+            if descends_from(pid, self.guards()):
+                raise TrustError("not-allowed", "cannot obey a job: the control socket is for people")
+            return await handler(request)
+        except MeshgpuError as error:
+            status = HTTP_STATUS.get(error.code, UNKNOWN_STATUS)
+            return web.json_response({"error": error_document(error)}, status=status)
+
+    def _uid(self, request: web.Request) -> int:
+        """The OS account that calls; root may act for the account that runs the agent."""
+        _, uid = _peer(request)
+        own = os.geteuid()
+        return own if uid == 0 else uid
+
+    def _key(self, request: web.Request) -> KeyId:
+        """The key that speaks for the caller. Raises `not-in-mesh` or `not-allowed`."""
+        return self.status.account(self._uid(request)).key
+
+    def _check_own(self, request: web.Request, what: str) -> int:
+        uid = self._uid(request)
+        if uid != os.geteuid():
+            raise TrustError("not-allowed", f"cannot {what}: only the account that runs this agent may")
+        return uid
+
+    # -- the agent and its mesh ---------------------------------------------------------------------------------------
+
+    async def _agent(self, request: web.Request) -> web.Response:
+        return web.json_response(self.status.agent(self._uid(request)))
+
+    async def _init(self, request: web.Request) -> web.Response:
+        uid = self._check_own(request, "make a mesh")
+        body = await _body(request)
+        mesh, name, user = (_text(body, key) for key in ("mesh", "name", "user"))
+        founded = self.pairing.found(uid, mesh, name, as_name(user, "owner"))
+        await self.status.entered()
+        document = self.status.agent(uid)
+        return web.json_response(
+            {
+                "mesh": founded.mesh_name,
+                "name": name,
+                "node": document["node"],
+                "user": document["user"],
+                "recovery_key": founded.recovery_key,
+            }
+        )
+
+    async def _invite(self, request: web.Request) -> web.Response:
+        user = (await _body(request)).get("user")
+        if user is not None and not isinstance(user, str):
+            raise MeshgpuError("bad-request", "cannot invite: the user's name is no text")
+        text, invite = await self.pairing.invite(self._uid(request), user)
+        return web.json_response({"invite": text, "expires_at": invite.expires_wall_s, "user": invite.user})
+
+    async def _join(self, request: web.Request) -> web.Response:
+        uid = self._check_own(request, "join a mesh")
+        body = await _body(request)
+        seeds = _texts(body, "seeds")
+        pairing_hosts = [with_port(seed.partition(":")[0], DEFAULT_PAIRING_PORT) for seed in seeds]
+        joined = await self.pairing.join(
+            uid, _text(body, "invite"), _text(body, "name"), pairing_hosts, self.dial_pairing
+        )
+        await self.status.entered()
+        me = self.status.agent(uid)
+        return web.json_response(
+            {
+                "mesh": joined.mesh_name,
+                "name": _text(body, "name"),
+                "node": me["node"],
+                "user": joined.user,
+                "inviter": joined.inviter,
+                "fence": me["fence"],
+                "gpus": self.status.gpu_names(),
+            }
+        )
+
+    async def _discover(self, request: web.Request) -> web.Response:
+        seconds = min(_number(request, "seconds", 1.5), 30.0)
+        return web.json_response({"machines": await self.status.discover(seconds)})
+
+    async def _machines(self, request: web.Request) -> web.Response:
+        self._key(request)
+        views = self.status.node.machines(self.status.clock.now())
+        return web.json_response({"machines": [machine_document(view, {}) for view in views]})
+
+    async def _doctor(self, request: web.Request) -> web.Response:
+        del request
+        return web.json_response({"checks": await self.status.doctor()})
+
+    async def _down(self, request: web.Request) -> web.Response:
+        self._check_own(request, "stop the agent")
+        asyncio.get_running_loop().call_later(0.05, self.stop_agent)
+        return web.json_response({})
+
+    # -- jobs ---------------------------------------------------------------------------------------------------------
+
+    async def _put_tree(self, request: web.Request) -> web.Response:
+        self._key(request)
+        data = await request.read()
+
+        def keep() -> tuple[Digest, list[Digest]]:
+            tree = self.chunks.put(data)
+            return tree, self.chunks.missing(list(self.chunks.manifest(tree).chunks()))
+
+        tree, missing = await asyncio.to_thread(keep)
+        return web.json_response({"tree": tree, "missing": missing})
+
+    async def _put_chunk(self, request: web.Request) -> web.Response:
+        self._key(request)
+        data = await request.read()
+        if len(data) > CHUNK_BYTES:
+            raise MeshgpuError(
+                "bad-request", f"cannot keep a chunk of {len(data)} bytes: expected {CHUNK_BYTES} at most"
+            )
+        return web.json_response({"digest": await asyncio.to_thread(self.chunks.put, data)})
+
+    async def _submit(self, request: web.Request) -> web.StreamResponse:
+        key = self._key(request)
+        draft = await self._draft(await _body(request))
+        lines: asyncio.Queue[Document] = asyncio.Queue()
+
+        def shipped(done_bytes: int, total_bytes: int) -> None:
+            lines.put_nowait({"type": "shipping", "done_bytes": done_bytes, "total_bytes": total_bytes})
+
+        async def submit() -> None:
+            try:
+                view = await self.jobs.submit(key, draft, shipped)
+                document = self._document(Found(view, _display(view.spec.name, view.spec.job)))
+                lines.put_nowait({"type": "job", "job": document})
+            except MeshgpuError as error:
+                lines.put_nowait({"type": "error", "error": error_document(error)})
+
+        submission = self.tasks.create_task(submit())
+        try:
+            response = await _stream(request)
+            while (line := await lines.get())["type"] == "shipping":
+                await _write(response, line)
+            await _write(response, line)
+            await response.write_eof()
+        finally:
+            submission.cancel()
+        return response
+
+    async def _draft(self, body: Mapping[str, Any]) -> Draft:
+        tree = Digest(_text(body, "tree"))
+        manifest: Manifest = await asyncio.to_thread(self.chunks.manifest, tree)
+        missing = await asyncio.to_thread(self.chunks.missing, list(manifest.chunks()))
+        if missing:
+            raise MeshgpuError("missing-chunks", f"cannot submit: {len(missing)} chunks of the tree are not here yet")
+        await asyncio.to_thread(self.chunks.sync)
+        gpus = body.get("gpus")
+        cpus, memory_bytes = _whole(body, "cpus"), _whole(body, "memory_bytes")
+        env = body.get("env", {})
+        if not isinstance(env, dict) or not all(isinstance(value, str) for value in env.values()):
+            raise MeshgpuError("bad-request", "cannot submit: env is no object of texts")
+        command = tuple(_texts(body, "command"))
+        if not command:
+            raise MeshgpuError("bad-request", "cannot submit: there is no command", "meshgpu run -- python train.py")
+        return Draft(
+            as_name(_text(body, "name"), "job"),
+            command,
+            body.get("shell") is True,
+            tuple(sorted(env.items())),
+            EnvironmentRequest(
+                tuple(_texts(body, "pip")), str(body.get("requirements", "")), body.get("from_project") is not False
+            ),
+            tree,
+            manifest.size_bytes,
+            len(manifest.files),
+            str(body.get("machine", "")),
+            Resources(parse_gpus(str(gpus)), cpus, memory_bytes) if gpus is not None else None,
+            cpus,
+            memory_bytes,
+        )
+
+    async def _list(self, request: web.Request) -> web.Response:
+        found, silent = await self.jobs.all(self._key(request))
+        if request.query.get("all") != "1":
+            found = [job for job in found if not job.view.register.state.is_final]
+        documents = JobDocuments(self.status.node, self.status.clock.now())
+        names = [self.status.node.log.members[node].name for node in silent]
+        jobs = [documents.document(job.view, job.display) for job in found]
+        return web.json_response({"jobs": jobs, "silent": sorted(names)})
+
+    async def _job(self, request: web.Request) -> web.Response:
+        found = await self.jobs.find(self._key(request), request.match_info["job"])
+        return web.json_response({"job": self._document(found)})
+
+    async def _stop(self, request: web.Request) -> web.Response:
+        key = self._key(request)
+        mode = _text(await _body(request), "mode")
+        if mode not in list(StopMode):
+            raise MeshgpuError("bad-request", f"cannot stop with mode {mode!r}: expected stop or kill")
+        found = await self.jobs.find(key, request.match_info["job"])
+        view = await self.jobs.stop(key, found.view, StopMode(mode))
+        return web.json_response({"job": self._document(Found(view, found.display))})
+
+    async def _files(self, request: web.Request) -> web.Response:
+        key = self._key(request)
+        found = await self.jobs.find(key, request.match_info["job"])
+        files = await self.jobs.files(key, found.view)
+        return web.json_response({"files": [{"path": path, "size_bytes": size} for path, size in files]})
+
+    async def _file(self, request: web.Request) -> web.StreamResponse:
+        key = self._key(request)
+        found = await self.jobs.find(key, request.match_info["job"])
+        size, data = await self.jobs.file(key, found.view, request.match_info["path"])
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream", "Content-Length": str(size)})
+        await response.prepare(request)
+        async for part in data:
+            await response.write(part)
+        await response.write_eof()
+        return response
+
+    # -- following ----------------------------------------------------------------------------------------------------
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        key = self._key(request)
+        found = await self.jobs.find(key, request.match_info["job"])
+        position = int(_number(request, "position", 0))
+        logs = request.query.get("logs", "1") == "1"
+        response = await _stream(request)
+        writing = asyncio.Lock()
+        current = {"type": "job", "job": self._document(found)}
+        await _write(response, current)
+
+        async def tell(item: Register | Printed | OutOfTouch) -> None:
+            event = self._event(found, item)
+            if event["type"] == "job":
+                current.update(event)
+            async with writing:
+                await _write(response, event)
+
+        pulse = self.tasks.create_task(_pulse(response, writing, current))
+        last: Document
+        try:
+            register = found.view.register
+            if request.query.get("follow", "1") == "1":
+                register = await self.jobs.follow(key, found.view, position, tell, logs=logs)
+            elif logs:
+                async for printed in self.jobs.log(key, register, position, follow=False):
+                    await tell(printed)
+            last = {"type": "end", "job": self._document(_with_register(found, register))}
+        except MeshgpuError as error:
+            last = {"type": "error", "error": error_document(error)}
+        finally:
+            pulse.cancel()
+        await _write(response, last)
+        await response.write_eof()
+        return response
+
+    def _event(self, found: Found, item: Register | Printed | OutOfTouch) -> Document:
+        match item:
+            case Register():
+                return {"type": "job", "job": self._document(_with_register(found, item))}
+            case Printed(record=record, position=position):
+                text = record.data.decode("utf-8", "surrogateescape")
+                return {"type": "log", "stream": record.stream.value, "data": text, "position": position}
+            case OutOfTouch(machine=machine, seconds=seconds):
+                name = self.status.node.log.members[machine].name
+                return {"type": "out-of-touch", "machine": name, "seconds": seconds}
+
+    def _document(self, found: Found) -> Document:
+        return JobDocuments(self.status.node, self.status.clock.now()).document(found.view, found.display)
+
+
+async def serve(application: web.Application, path: Path) -> web.AppRunner:
+    """Listen on a Unix socket that only this account can open; the caller cleans the runner up."""
+    runner = web.AppRunner(
+        application, handle_signals=False, access_log=None, shutdown_timeout=1.0, handler_cancellation=True
+    )
+    await runner.setup()
+    path.unlink(missing_ok=True)
+    mask = os.umask(0o177)
+    try:
+        await web.UnixSite(runner, str(path)).start()
+    finally:
+        os.umask(mask)
+    return runner
+
+
+def error_document(error: MeshgpuError) -> Document:
+    return {"code": error.code, "message": error.message, "hint": error.hint}
+
+
+def _with_register(found: Found, register: Register) -> Found:
+    return Found(type(found.view)(found.view.spec, register), found.display)
+
+
+def _display(name: str, job: str) -> str:
+    return f"{name}-{job[:3]}"
+
+
+def _peer(request: web.Request) -> tuple[int, int]:
+    """(pid, uid) of the calling process, by SO_PEERCRED."""
+    connection = request.transport.get_extra_info("socket") if request.transport else None
+    if connection is None:
+        raise TrustError("not-allowed", "cannot tell who calls: the connection is gone")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", credentials)
+    return pid, uid
+
+
+async def _stream(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    return response
+
+
+async def _write(response: web.StreamResponse, document: Document) -> None:
+    await response.write(json.dumps(document).encode() + b"\n")
+
+
+async def _pulse(response: web.StreamResponse, writing: asyncio.Lock, current: Document) -> None:
+    """Say again how the job stands, so that silence is told from a dead agent."""
+    with contextlib.suppress(ConnectionError):  # the follower left; its handler ends by itself
+        while True:
+            await asyncio.sleep(KEEPALIVE_S)
+            async with writing:
+                await _write(response, current)
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    try:
+        body = json.loads(await request.read() or b"{}")
+    except ValueError as error:
+        raise MeshgpuError("bad-request", f"cannot read the request: {error}") from error
+    if not isinstance(body, dict):
+        raise MeshgpuError("bad-request", "cannot read the request: expected a JSON object")
+    return body
+
+
+def _text(body: Mapping[str, Any], key: str) -> str:
+    value = body.get(key)
+    if not isinstance(value, str):
+        raise MeshgpuError("bad-request", f"cannot read the request: {key} is missing or no text")
+    return value
+
+
+def _texts(body: Mapping[str, Any], key: str) -> list[str]:
+    value = body.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+        raise MeshgpuError("bad-request", f"cannot read the request: {key} is no list of texts")
+    return value
+
+
+def _whole(body: Mapping[str, Any], key: str) -> int:
+    value = body.get(key, 0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise MeshgpuError("bad-request", f"cannot read the request: {key} is no whole number from 0")
+    return value
+
+
+def _number(request: web.Request, key: str, default: float) -> float:
+    try:
+        return max(float(request.query.get(key, default)), 0.0)
+    except ValueError as error:
+        raise MeshgpuError("bad-request", f"cannot read the request: {key} is no number") from error

@@ -1,0 +1,201 @@
+"""What local users do with jobs: submit, find, stop, follow, fetch. The control API is a thin skin over this."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from meshgpu.agent.runtime import Runtime
+from meshgpu.agent.streams import Streams, decode_files, decode_records
+from meshgpu.agent.views import display_names
+from meshgpu.core import events as ev
+from meshgpu.errors import MeshgpuError
+from meshgpu.model.bulk import BulkRequest, FilesWanted, FileWanted, LogsWanted
+from meshgpu.model.ids import JobId, KeyId, NodeId
+from meshgpu.model.job import Action, Draft, JobState, JobView, Register, StopMode
+from meshgpu.model.logs import LogRecord
+from meshgpu.model.trust import Signed
+from meshgpu.ports import Transport
+from meshgpu.wire.bulk import encode_bulk
+
+RECONNECT_S: Final = 0.5
+"""Pause before a broken log stream is opened again."""
+
+LAST_WORDS_S: Final = 10.0
+"""How long the log of a job that has ended is sought on a machine that does not answer."""
+
+POSITION_BITS: Final = 40
+"""A position counts bytes of one attempt's log (1 TB at most); above these bits stands the attempt's number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One job of the asking user, with the name that tells it from the others."""
+
+    view: JobView
+    display: str
+
+
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """Some of a job's log; `position` is where to go on."""
+
+    record: LogRecord
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfTouch:
+    """The machine that runs the job has not answered for `seconds`."""
+
+    machine: NodeId
+    seconds: float
+
+
+Tell = Callable[[Register | Printed | OutOfTouch], Awaitable[None]]
+
+
+class Jobs:
+    """For all local users; each call names the key that speaks for one."""
+
+    def __init__(self, runtime: Runtime, streams: Streams, transport: Transport) -> None:
+        self._runtime = runtime
+        self._node = runtime.node
+        self._streams = streams
+        self._transport = transport
+
+    async def submit(self, key: KeyId, draft: Draft, progress: Callable[[int, int], None]) -> JobView:
+        """Returns once the job is durable where it is held. Raises MeshgpuError."""
+        answer = await self._runtime.ask(lambda query: ev.RunAsked(query, key, draft), progress)
+        return answer.views[0]
+
+    async def all(self, key: KeyId) -> tuple[list[Found], list[NodeId]]:
+        """All jobs of a user that can be found now, newest first, and the members that did not answer."""
+        answer = await self._runtime.ask(lambda query: ev.JobsAsked(query, key))
+        views = sorted(answer.views, key=lambda view: -view.register.submitted_wall_s)
+        names = display_names(views)
+        return [Found(view, names[view.spec.job]) for view in views], list(answer.silent)
+
+    async def find(self, key: KeyId, text: str) -> Found:
+        """By id, display name or any unique part of either. Raises `unknown-job` or `ambiguous`."""
+        jobs, silent = await self.all(key)
+        exact = [job for job in jobs if text in (job.view.spec.job, job.display)]
+        by_id = [job for job in jobs if job.view.spec.job.startswith(text.rpartition("-")[2])]
+        matches = exact or [job for job in by_id if _fits(job, text)] or [job for job in jobs if text in job.display]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            shown = ", ".join(job.display for job in matches[:8])
+            raise MeshgpuError("ambiguous", f"cannot tell which job {text} is: it fits {shown}", "meshgpu ps -a")
+        names = ", ".join(sorted(self._node.log.members[node].name for node in silent))
+        missing = f" ({names} did not answer)" if names else ""
+        raise MeshgpuError("unknown-job", f"cannot find a job {text} among yours{missing}", "meshgpu ps -a")
+
+    async def stop(self, key: KeyId, job: JobView, mode: StopMode) -> JobView:
+        steward, action = job.spec.stewards[0], Action(mode.value)
+        answer = await self._runtime.ask(lambda query: ev.ActionAsked(query, key, action, job.spec.job, steward))
+        return answer.views[0]
+
+    # -- following ----------------------------------------------------------------------------------------------------
+
+    async def follow(self, key: KeyId, job: JobView, position: int, tell: Tell, *, logs: bool) -> Register:
+        """Tell every change of the register and the log from `position` on; returns the final register."""
+        register = job.register
+        updates = self._runtime.watch(ev.WatchStarted(key, job.spec.job, job.spec.stewards[0]))
+        log: asyncio.Task[None] | None = None
+        log_epoch = 0
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    if logs and register.epoch > log_epoch and _may_have_printed(register):
+                        if log is not None:  # an attempt before this one: its log comes first
+                            await _finish_log(log)
+                        log_epoch = register.epoch
+                        log = group.create_task(self._print(key, register, position, tell))
+                    if register.state.is_final:
+                        break
+                    register = await updates.get()
+                    await tell(register)
+                if log is not None:
+                    await _finish_log(log)
+        except* MeshgpuError as group_error:
+            raise group_error.exceptions[0] from None
+        finally:
+            self._runtime.unwatch(job.spec.job, updates)
+        return register
+
+    async def _print(self, key: KeyId, register: Register, position: int, tell: Tell) -> None:
+        """One attempt's log to its end, however often the connection breaks."""
+        assert register.node is not None
+        loop = asyncio.get_running_loop()
+        lost_at: float | None = None
+        while True:
+            try:
+                async for printed in self.log(key, register, position, follow=True):
+                    lost_at, position = None, printed.position
+                    await tell(printed)
+                return
+            except MeshgpuError as error:
+                if error.code == "unknown-job":  # it never started there
+                    return
+                if error.code != "no-answer":
+                    raise
+                lost_at = lost_at if lost_at is not None else loop.time()
+                await tell(OutOfTouch(register.node, loop.time() - lost_at))
+            await asyncio.sleep(RECONNECT_S)
+
+    async def log(self, key: KeyId, register: Register, position: int, *, follow: bool) -> AsyncIterator[Printed]:
+        """The log of the register's attempt from `position` on; raises `no-answer` where its machine is away."""
+        node = register.node
+        if node is None:
+            return
+        epoch = register.epoch << POSITION_BITS
+        offset = position - epoch if position >= epoch else 0
+        request = LogsWanted(self._signed(key, Action.LOGS, register.job, node), offset, follow)
+        async for message in self._open(node, request):
+            for record in decode_records(message):
+                yield Printed(record, epoch + record.position)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    async def files(self, key: KeyId, job: JobView) -> list[tuple[str, int]]:
+        """[(path, bytes)] of what the job's newest attempt left."""
+        node = job.register.node
+        if node is None:
+            return []
+        request = FilesWanted(self._signed(key, Action.FILES, job.spec.job, node))
+        return decode_files(b"".join([message async for message in self._open(node, request)]))
+
+    async def file(self, key: KeyId, job: JobView, path: str) -> tuple[int, AsyncIterator[bytes]]:
+        """Size and bytes of one file of the job's working directory."""
+        node = job.register.node
+        if node is None:
+            raise MeshgpuError("unknown-file", f"cannot fetch {path}: the job has not run yet", "meshgpu wait ID")
+        stream = self._open(node, FileWanted(self._signed(key, Action.FILES, job.spec.job, node), path))
+        return int(await anext(stream)), stream
+
+    def _signed(self, key: KeyId, action: Action, job: JobId, node: NodeId) -> Signed:
+        return self._node.asking.sign_request(self._runtime.outside.clock.now(), key, action, job, node)
+
+    def _open(self, node: NodeId, request: BulkRequest) -> AsyncIterator[bytes]:
+        if node == self._node.node:
+            return self._streams.answer(node, request)
+        return self._transport.fetch(node, self._node.addresses(node), encode_bulk(request))
+
+
+def _may_have_printed(register: Register) -> bool:
+    return register.node is not None and register.state not in (JobState.QUEUED, JobState.PLACING)
+
+
+def _fits(job: Found, text: str) -> bool:
+    name, dash, part = text.rpartition("-")
+    return job.view.spec.job.startswith(part) and (not dash or job.view.spec.name == name)
+
+
+async def _finish_log(log: "asyncio.Task[None]") -> None:
+    """Wait for the rest of the log of a job that has ended, but not for ever."""
+    try:
+        async with asyncio.timeout(LAST_WORDS_S):
+            await asyncio.shield(log)
+    except TimeoutError:
+        log.cancel()

@@ -1,0 +1,281 @@
+"""The agent: makes every room, connects them, and ends them in order."""
+
+import asyncio
+import contextlib
+import logging
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from aiohttp import web
+
+from meshgpu import __version__, ports
+from meshgpu.adapters.boot_clock import BootClock
+from meshgpu.adapters.chunk_files import ChunkFiles
+from meshgpu.adapters.gpu_locks import GpuLocks
+from meshgpu.adapters.grpc_link import GrpcLink
+from meshgpu.adapters.grpc_pairing import GrpcPairing, dial_pairing
+from meshgpu.adapters.interfaces import lan_addresses
+from meshgpu.adapters.key_files import KeyFiles
+from meshgpu.adapters.mdns import Mdns
+from meshgpu.adapters.nvml_gpus import NvmlGpus
+from meshgpu.adapters.process_executor import ProcessExecutor
+from meshgpu.adapters.sqlite_store import SqliteStore
+from meshgpu.adapters.uv_environments import UvEnvironments
+from meshgpu.agent.control import Control, serve
+from meshgpu.agent.home import Home
+from meshgpu.agent.jobs import Jobs
+from meshgpu.agent.pairing import Pairing
+from meshgpu.agent.runtime import Outside, Runtime
+from meshgpu.agent.status import Status
+from meshgpu.agent.streams import Streams
+from meshgpu.agent.trees import Trees
+from meshgpu.config import Config, load_config
+from meshgpu.core import events as ev
+from meshgpu.core.node import MESH_TAG_CHARACTERS, Node, NodeConfig
+from meshgpu.core.owner import OwnerPolicy
+from meshgpu.errors import MeshgpuError
+from meshgpu.model.gossip import Sighting
+from meshgpu.model.ids import Address, JobId, as_name, node_id
+from meshgpu.model.inventory import GpuReading, Inventory, gpu_summary
+from meshgpu.model.records import Record
+from meshgpu.wire.codec import PROTOCOL, decode, kind_of
+from meshgpu.wire.notary import WireNotary
+
+logger = logging.getLogger(__name__)
+
+ADDRESS_POLL_S = 10.0
+"""How often the machine's own addresses are looked up: DHCP and cables change them."""
+
+
+def main(home: Path) -> int:
+    """Run until SIGTERM, SIGINT or `meshgpu down`. Returns the process's exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
+    _raise_file_limit()
+    try:
+        asyncio.run(run(Home(home.absolute())))
+    except MeshgpuError as error:
+        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201  # the agent's last word, for `meshgpu up`
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)  # noqa: T201
+        return 125
+    return 0
+
+
+async def run(home: Home) -> None:
+    """The agent's whole life. Raises MeshgpuError where it cannot start."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            async with contextlib.AsyncExitStack() as closing:
+                await Agent(home, load_config(home.config), tasks, closing, stopping.set).start()
+                await stopping.wait()
+                logger.info("agent stops; jobs run on")
+            raise _Stopped
+    except* _Stopped:
+        pass
+    except* MeshgpuError as group:
+        raise group.exceptions[0] from None
+
+
+class _Stopped(Exception):  # noqa: N818  # no error: it ends the TaskGroup
+    """Ends every task of the agent."""
+
+
+class Agent:
+    """All rooms of one agent, connected. `closing` ends them in reverse order."""
+
+    def __init__(
+        self,
+        home: Home,
+        config: Config,
+        tasks: asyncio.TaskGroup,
+        closing: contextlib.AsyncExitStack,
+        stop: Callable[[], None],
+    ) -> None:
+        self._home = home
+        self._config = config
+        self._tasks = tasks
+        self._closing = closing
+        self._stop = stop
+        self._rng = random.SystemRandom()
+        self._clock = BootClock()
+        self._port = 0
+        self._pairing_port = 0
+        self._inventory = Inventory(0, 0)
+        self._addresses: list[Address] = []
+        self._discovery: Mdns | None = None
+
+    async def start(self) -> None:
+        """Connect everything; when this returns, the control socket answers."""
+        self._home.prepare()
+        store = SqliteStore(self._home.database)
+        self._closing.callback(store.close)
+        records: list[Record] = [
+            decode(kind_of(_KINDS[kind]), data) for (kind, _), data in sorted(store.load().items())
+        ]
+        self._keys = KeyFiles(self._home.keys)
+        self._notary = WireNotary(self._keys.sign, self._keys.verify)
+        chunks = ChunkFiles(self._home.chunks, keep_free_bytes=self._keep_free_bytes())
+        self._executor = ProcessExecutor(self._home.jobs, UvEnvironments(self._home.environments))
+        self._node = Node(
+            node_id(self._keys.node_key()), self._clock.now(), self._notary, self._rng, self._node_config(), records
+        )
+        transport = GrpcLink(self._keys, self._clock, self._hosts(), self._config.link_port)
+        trees = Trees(self._home, chunks, transport, self._node.addresses)
+        outside = Outside(self._clock, transport, store, self._executor, self._announce, self._discard)
+        self._runtime = Runtime(self._node, outside, trees, self._tasks)
+        streams = Streams(self._node, self._home, chunks, self._clock)
+        await self._executor.start(self._runtime.executor_event)
+        self._closing.push_async_callback(self._executor.close)
+        self._port = await transport.start(self._runtime.link_event, streams.serve)
+        self._closing.push_async_callback(transport.stop)
+        self._status = self._make_status()
+        await self._start_probe()
+        self._tasks.create_task(self._runtime.run(), name="node")
+        self._tasks.create_task(self._follow_addresses(), name="addresses")
+        await self._start_discovery()
+        await self._open_door(Jobs(self._runtime, streams, transport), chunks)
+        logger.info("agent %s answers, home %s, port %d", self._node.node[:12], self._home.directory, self._port)
+
+    def _make_status(self) -> Status:
+        return Status(
+            self._node,
+            self._home,
+            self._clock,
+            as_name(socket.gethostname().partition(".")[0], "machine"),
+            self._port,
+            self._executor.fence(),
+            lambda: list(self._addresses),
+            getattr(sys, "_base_executable", sys.executable),
+        )
+
+    def _hosts(self) -> list[str]:
+        return ["127.0.0.1"] if self._config.loopback else ["0.0.0.0"]  # noqa: S104  # peers must prove who they are
+
+    def _keep_free_bytes(self) -> int | None:
+        gigabytes = self._config.keep_free_gb
+        return None if gigabytes is None else int(gigabytes * 1e9)
+
+    def _node_config(self) -> NodeConfig:
+        return NodeConfig(
+            __version__,
+            fence=self._executor.fence(),
+            seeds=self._config.seed_addresses,
+            policy=OwnerPolicy(self._config.lend, self._config.trusted_users),
+        )
+
+    # -- the machine --------------------------------------------------------------------------------------------------
+
+    async def _start_probe(self) -> None:
+        locks = GpuLocks()
+        self._closing.callback(locks.close)
+
+        def sampled(inventory: Inventory, readings: tuple[GpuReading, ...]) -> None:
+            self._inventory = self._status.inventory = inventory
+            self._runtime.post(ev.MachineRead(inventory, locks.claim(inventory, readings)))
+
+        probe = NvmlGpus()
+        await probe.start(sampled)
+        self._closing.push_async_callback(probe.stop)
+
+    async def _follow_addresses(self) -> None:
+        """Tell the node where it can be reached, whenever that changes."""
+        while True:
+            hosts = ["127.0.0.1"] if self._config.loopback else await asyncio.to_thread(lan_addresses)
+            addresses = [Address(f"{host}:{self._port}") for host in hosts]
+            if addresses != self._addresses:
+                self._addresses = addresses
+                self._runtime.post(ev.AddressesChanged(tuple(addresses)))
+                await self._announce()
+            await asyncio.sleep(ADDRESS_POLL_S)
+
+    # -- discovery ----------------------------------------------------------------------------------------------------
+
+    async def _start_discovery(self) -> None:
+        def sighted(sighting: Sighting) -> None:
+            self._status.sightings[sighting.node] = sighting
+            self._runtime.post(ev.MachineSighted(sighting))
+
+        discovery = Mdns(["127.0.0.1"] if self._config.loopback else None)
+        try:
+            await discovery.start(sighted)
+        except MeshgpuError as error:
+            logger.warning("no discovery by mDNS: %s", error.message)
+            self._status.discovery_fault = error.message
+            return
+        self._closing.push_async_callback(discovery.stop)
+        self._discovery = discovery
+        await self._announce()
+
+    async def _announce(self) -> None:
+        if self._discovery is None or self._config.advertise == "off" or not self._addresses:
+            return
+        log = self._node.log
+        await self._discovery.announce(
+            Sighting(
+                self._node.node,
+                (log.mesh or "")[:MESH_TAG_CHARACTERS],
+                log.mesh_name,
+                PROTOCOL,
+                tuple(self._addresses),
+                self._pairing_port,
+                gpu_summary(self._inventory.gpus) if self._config.advertise == "gpus" else "",
+            )
+        )
+
+    # -- people -------------------------------------------------------------------------------------------------------
+
+    async def _open_door(self, jobs: Jobs, chunks: ports.ChunkStore) -> None:
+        listener = GrpcPairing(self._hosts(), self._config.pairing_port)
+        self._closing.push_async_callback(listener.close)
+        pairing = Pairing(
+            self._node,
+            self._keys,
+            self._notary,
+            self._clock,
+            self._rng,
+            listener,
+            self._runtime.post,
+            lambda: self._addresses,
+            self._pairing_opened,
+            self._tasks,
+        )
+        control = Control(
+            self._status, jobs, pairing, chunks, dial_pairing, self._executor.guards, self._stop, self._tasks
+        )
+        runner: web.AppRunner = await serve(control.application(), self._home.socket)
+        self._closing.push_async_callback(runner.cleanup)
+
+    def _pairing_opened(self, port: int) -> None:
+        """The pairing listener opened at `port`, or closed (0): mDNS says so."""
+        self._pairing_port = port
+        self._tasks.create_task(self._announce())
+
+    def _discard(self, job: JobId, epoch: int) -> None:
+        shutil.rmtree(self._home.attempt(job, epoch), ignore_errors=True)
+
+
+_KINDS = {
+    "mesh": "MeshRecord",
+    "log": "MeshLogRecord",
+    "peer": "PeerRecord",
+    "job": "JobRecord",
+    "attempt": "AttemptRecord",
+}
+"""The type of a stored record, by the kind under which it is kept."""
+
+
+def _raise_file_limit() -> None:
+    """A LAN host that opens silent connections must not exhaust our descriptors soon."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

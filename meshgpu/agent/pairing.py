@@ -1,0 +1,231 @@
+"""Founding a mesh, inviting, joining: the conversations around `core.trust.joining`."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from meshgpu import ports
+from meshgpu.core import events as ev
+from meshgpu.core.node import Node
+from meshgpu.core.trust import joining
+from meshgpu.core.trust.meshlog import MeshLog, found
+from meshgpu.errors import MeshgpuError, TrustError
+from meshgpu.model.ids import Address, UserName, base32, digest, is_name, key_id, node_id
+from meshgpu.model.pairing import Application, Greeting, Introduction, InviteString, PairingBinding, Welcome
+from meshgpu.model.trust import AddNode, Genesis, Invite, LinkUser, Notary, Role
+from meshgpu.wire.certificates import node_of_ca
+from meshgpu.wire.codec import PROTOCOL, decode, encode
+
+logger = logging.getLogger(__name__)
+
+GREETINGS_LIMIT = 64
+"""Conversations that wait for their second step: a stranger can open many, and the oldest are forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Founded:
+    mesh_name: str
+    recovery_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    mesh_name: str
+    user: UserName
+    inviter: str
+
+
+@dataclass(slots=True)
+class Pairing:
+    """This node's way into a mesh, and others' way in through it."""
+
+    node: Node
+    keys: ports.Keys
+    notary: Notary
+    clock: ports.Clock
+    rng: random.Random
+    listener: ports.PairingTransport
+    post: Callable[[ev.Event], None]
+    addresses: Callable[[], Sequence[Address]]
+    announce_port: Callable[[int], None]
+    tasks: asyncio.TaskGroup
+    _invites: joining.Invites = field(default_factory=joining.Invites)
+    _open: dict[bytes, tuple[Greeting, Introduction]] = field(default_factory=dict)
+    _port: int = 0
+
+    # -- founding -----------------------------------------------------------------------------------------------------
+
+    def found(self, uid: int, mesh_name: str, name: str, user: str) -> Founded:
+        """Make a mesh of one machine. Raises MeshgpuError `already-in-mesh` or `bad-name`."""
+        self._check_outside()
+        _check_names(mesh=mesh_name, machine=name, user=user)
+        admin = self.keys.user_key(uid)
+        recovery_key = base32(self.rng.randbytes(20))
+        genesis = Genesis(mesh_name, admin, digest(recovery_key.encode()), self.rng.randbytes(16))
+        mesh, first = found(self.notary, key_id(admin), genesis)
+        log = MeshLog(self.notary)
+        log.enter(mesh, [first])
+        public_key = self.keys.node_key()
+        me = node_id(public_key)
+        member = AddNode(me, public_key, self.keys.device_ca(), name, Role.RIG, UserName(user))
+        entries = log.write(key_id(admin), (member, LinkUser(UserName(user), admin, me, uid)))
+        self.post(ev.MeshEntered(mesh, (first, *entries)))
+        return Founded(mesh_name, recovery_key)
+
+    def _check_outside(self) -> None:
+        if self.node.log.mesh is not None:
+            raise MeshgpuError(
+                "already-in-mesh",
+                f"cannot enter a mesh: this machine is in the mesh {self.node.log.mesh_name} already",
+                "meshgpu machines",
+            )
+
+    # -- inviting -----------------------------------------------------------------------------------------------------
+
+    async def invite(self, uid: int, user: str | None) -> tuple[str, Invite]:
+        """Open the pairing listener for one more machine; it closes when the last invite is used or over."""
+        log = self.node.log
+        account = log.account(self.node.node, uid)
+        if account is None or log.mesh is None:
+            raise TrustError("not-in-mesh", "cannot invite: this account is in no mesh", "meshgpu init")
+        if not account.is_admin:
+            raise TrustError(
+                "not-an-admin",
+                f"cannot invite: {account.user} on this machine is no admin of the mesh {log.mesh_name}",
+                "run `meshgpu invite` on the machine where the mesh was made",
+            )
+        _check_names(user=user or account.user)
+        if not self._port:
+            self._port = await self.listener.open(self._answer)
+            self.announce_port(self._port)
+        secret = joining.new_secret(self.rng.randbytes(joining.SECRET_BYTES))
+        invite = self._invites.create(self.clock.now(), secret, UserName(user or account.user), account.key)
+        self.tasks.create_task(self._close_when_over())
+        hosts = dict.fromkeys(address.rpartition(":")[0] for address in self.addresses())
+        where = tuple(Address(f"{host}:{self._port}") for host in hosts)
+        return joining.write_invite(InviteString(log.mesh, self.node.node, secret, where)), invite
+
+    async def _close_when_over(self) -> None:
+        await asyncio.sleep(joining.INVITE_LIFE_S + 1.0)
+        self._invites.drop_expired(self.clock.now())
+        await self._close_if_done()
+
+    async def _close_if_done(self) -> None:
+        if self._invites.is_empty and self._port:
+            self._port = 0
+            self.announce_port(0)
+            await self.listener.close()
+
+    async def _answer(self, step: str, request: bytes) -> bytes:
+        if step == "greet":
+            return encode(self._greet(decode(Greeting, request)))
+        if step == "apply":
+            welcome = encode(self._admit(decode(Application, request)))
+            self.tasks.create_task(self._close_soon())
+            return welcome
+        raise MeshgpuError("bad-request", f"cannot pair: there is no step {step!r}")
+
+    async def _close_soon(self) -> None:
+        await asyncio.sleep(1.0)  # the welcome is still on its way
+        await self._close_if_done()
+
+    def _greet(self, greeting: Greeting) -> Introduction:
+        if greeting.protocol != PROTOCOL:
+            message = f"cannot pair: this mesh speaks protocol {PROTOCOL}, the newcomer {greeting.protocol}"
+            raise MeshgpuError("version", message, "install the same version of meshgpu on both machines")
+        nonce = self.rng.randbytes(32)
+        binding = PairingBinding(self.listener.fingerprint(), greeting.nonce, nonce)
+        signed = self.notary.sign(key_id(self.keys.node_key()), binding)
+        introduction = Introduction(self.node.log.all_entries(), self.node.node, nonce, signed)
+        while len(self._open) >= GREETINGS_LIMIT:
+            del self._open[next(iter(self._open))]
+        self._open[nonce] = (greeting, introduction)
+        return introduction
+
+    def _admit(self, application: Application) -> Welcome:
+        """Whoever proves an invite's secret over one of the open conversations is in."""
+        _check_names(machine=application.name)
+        if node_of_ca(application.device_ca) != node_id(application.public_key):
+            raise TrustError("bad-invite", "cannot admit a machine: its certificate belongs to another key")
+        certificate = self.listener.fingerprint()
+        transcripts = {
+            nonce: joining.transcript(introduction, greeting, certificate, application)
+            for nonce, (greeting, introduction) in self._open.items()
+        }
+        nonce, invite = self._invites.redeem(self.clock.now(), application, transcripts)
+        del self._open[nonce]
+        entries = joining.admit(self.node.log, invite, application)
+        self.post(ev.LogWritten(entries))
+        return Welcome((*self.node.log.all_entries(), *entries), invite.user, tuple(self.addresses()))
+
+    # -- joining ------------------------------------------------------------------------------------------------------
+
+    async def join(
+        self,
+        uid: int,
+        text: str,
+        name: str,
+        more: Sequence[Address],
+        dial: Callable[[Address], Awaitable[ports.PairingDialog]],
+    ) -> Joined:
+        """Use an invite. `more` are further addresses to try. Raises MeshgpuError; then nothing was changed here."""
+        self._check_outside()
+        _check_names(machine=name)
+        invite = joining.read_invite(text)
+        failures: list[str] = []
+        for address in dict.fromkeys((*invite.addresses, *more)):
+            try:
+                dialog = await dial(address)
+            except MeshgpuError as error:
+                failures.append(error.message)
+                continue
+            try:
+                return await self._converse(uid, invite, name, dialog, address)
+            finally:
+                await dialog.close()
+        raise MeshgpuError(
+            "no-answer",
+            f"cannot join: the machine that made the invite does not answer ({'; '.join(failures) or 'no address'})",
+            "check that both are on one network; invites last ten minutes: meshgpu invite",
+        )
+
+    async def _converse(
+        self, uid: int, invite: InviteString, name: str, dialog: ports.PairingDialog, address: Address
+    ) -> Joined:
+        greeting = Greeting(PROTOCOL, self.rng.randbytes(32))
+        introduction = decode(Introduction, await dialog.call("greet", encode(greeting)))
+        log = joining.check_introduction(self.notary, invite, introduction, greeting, dialog.fingerprint)
+        if any(member.name == name for member in log.members.values()):
+            taken = f"cannot join as {name}: the mesh {log.mesh_name} has a machine of that name"
+            raise MeshgpuError("name-taken", taken, "meshgpu join … --name ANOTHER")
+        public_key = self.keys.node_key()
+        user_key = self.keys.user_key(uid)
+        unproven = Application(public_key, self.keys.device_ca(), user_key, uid, name, b"")
+        about = joining.transcript(introduction, greeting, dialog.fingerprint, unproven)
+        proof = joining.prove(invite.secret, about)
+        application = Application(public_key, unproven.device_ca, user_key, uid, name, proof)
+        welcome = decode(Welcome, await dialog.call("apply", encode(application)))
+        log.add(welcome.log)
+        me = log.members.get(node_id(public_key))
+        if me is None:
+            raise MeshgpuError("wrong-mesh", "cannot join: the inviter did not add this machine to the mesh")
+        met = ((invite.inviter, _reachable(welcome.addresses, address)),)
+        self.post(ev.MeshEntered(invite.genesis, log.all_entries(), met))
+        return Joined(log.mesh_name, welcome.user, log.members[invite.inviter].name)
+
+
+def _reachable(addresses: Sequence[Address], answered: Address) -> tuple[Address, ...]:
+    """The inviter's own addresses, and its Link port at the host that just answered: names and NAT may differ."""
+    host = answered.rpartition(":")[0]
+    ports_told = dict.fromkeys(address.rpartition(":")[2] for address in addresses)
+    return tuple(dict.fromkeys((*addresses, *(Address(f"{host}:{port}") for port in ports_told))))
+
+
+def _check_names(**names: str) -> None:
+    for what, name in names.items():
+        if not is_name(name):
+            raise MeshgpuError(
+                "bad-name", f"cannot use {name!r} as the name of a {what}: use a-z, 0-9 and hyphens, 40 at most"
+            )

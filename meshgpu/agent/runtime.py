@@ -1,0 +1,279 @@
+"""Drives one node for real: events in, effects out, nothing decided here.
+
+Effects leave in the order of their steps. Those of a step that persists something wait until that is on disk; all
+that has gathered meanwhile goes into the next transaction (group commit).
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Final, assert_never
+
+from meshgpu import ports
+from meshgpu.agent.trees import Trees
+from meshgpu.core import effects as fx
+from meshgpu.core import events as ev
+from meshgpu.core.node import Node
+from meshgpu.errors import MeshgpuError
+from meshgpu.model.ids import Address, JobId, NodeId
+from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Register, Result
+from meshgpu.wire.codec import decode_frame, encode, encode_frame
+
+logger = logging.getLogger(__name__)
+
+QUERY_DEADLINE_S: Final = 3600.0
+"""A submission may ship gigabytes; the core ends every query long before this."""
+
+
+@dataclass(slots=True)
+class Query:
+    """A local question on its way through the core."""
+
+    answer: asyncio.Future[fx.Answered]
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass(slots=True)
+class Outside:
+    """The adapters that this runtime moves."""
+
+    clock: ports.Clock
+    transport: ports.Transport
+    store: ports.Store
+    executor: ports.Executor
+    announce: Callable[[], Awaitable[None]]
+    discard: Callable[[JobId, int], None]
+
+
+@dataclass(slots=True)
+class Runtime:
+    """Owns the node. `run` ends only by cancellation; everything it starts lives in `tasks`."""
+
+    node: Node
+    outside: Outside
+    trees: Trees
+    tasks: asyncio.TaskGroup
+    _inbox: asyncio.Queue[ev.Event] = field(default_factory=asyncio.Queue)
+    _outbox: asyncio.Queue[list[fx.Effect]] = field(default_factory=asyncio.Queue)
+    _queries: dict[str, Query] = field(default_factory=dict)
+    _query_count: int = 0
+    _watchers: dict[JobId, list[asyncio.Queue[Register]]] = field(default_factory=dict)
+    _staging: dict[tuple[JobId, int], asyncio.Task[None]] = field(default_factory=dict)
+    rejected: int = 0
+
+    # -- events in ----------------------------------------------------------------------------------------------------
+
+    def post(self, event: ev.Event) -> None:
+        """Tell the node that something happened. Must be called on the event loop."""
+        self._inbox.put_nowait(event)
+
+    def link_event(self, event: ports.LinkEvent) -> None:
+        match event:
+            case ports.LinkOpened(peer=peer):
+                logger.info("link opened: %s", peer[:12])
+                self.post(ev.LinkOpened(peer))
+            case ports.LinkClosed(peer=peer, reason=reason):
+                logger.info("link closed: %s: %s", peer[:12], reason)
+                self.post(ev.LinkClosed(peer, reason))
+            case ports.DialFailed(peer=peer, address=address, reason=reason):
+                logger.debug("dial failed: %s at %s: %s", peer[:12], address, reason)
+                self.post(ev.DialFailed(peer, address, reason))
+            case ports.FrameReceived(peer=peer, frame=frame):
+                self._frame(peer, frame)
+            case _:
+                assert_never(event)
+
+    def _frame(self, peer: NodeId, frame: bytes) -> None:
+        try:
+            mesh, message = decode_frame(frame)
+        except MeshgpuError as error:
+            self._rejected(peer, error.message)
+            return
+        if mesh != self.node.log.mesh:
+            self._rejected(peer, "a frame of another mesh")
+            return
+        self.post(ev.MessageArrived(peer, message))
+
+    def executor_event(self, event: ports.ExecutorEvent) -> None:
+        match event:
+            case ports.AttemptStarted():
+                self.post(ev.AttemptBegan(event.job, event.epoch, event.started_wall_s))
+            case ports.AttemptEnded():
+                self.post(ev.AttemptFinished(event.job, event.epoch, event.ended_wall_s, event.result))
+            case ports.AttemptProgress():
+                self.post(ev.AttemptProgressed(event.job, event.epoch, event.phase, event.detail))
+            case _:
+                assert_never(event)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        self.tasks.create_task(self._carry_out(), name="effects")
+        self._emit(self.node.start(self.outside.clock.now()))
+        while True:
+            event = await self._next_event()
+            self._emit(self.node.step(self.outside.clock.now(), event))
+
+    async def _next_event(self) -> ev.Event:
+        deadline = self.node.deadline()
+        if not self._inbox.empty() or deadline is None:
+            return await self._inbox.get()
+        wait_s = deadline - self.outside.clock.now().boot_s
+        try:
+            async with asyncio.timeout(max(wait_s, 0.0)):
+                return await self._inbox.get()
+        except TimeoutError:
+            return ev.Ticked()
+
+    def _emit(self, effects: list[fx.Effect]) -> None:
+        if effects:
+            self._outbox.put_nowait(effects)
+
+    async def _carry_out(self) -> None:
+        while True:
+            batch = await self._outbox.get()
+            while not self._outbox.empty():
+                batch = batch + self._outbox.get_nowait()
+            records = [
+                (effect.kind, effect.key, encode(effect.record) if effect.record is not None else None)
+                for effect in batch
+                if isinstance(effect, fx.Persist)
+            ]
+            if records:
+                await asyncio.to_thread(self.outside.store.write, records)
+            for effect in batch:
+                self._perform(effect)
+
+    def _perform(self, effect: fx.Effect) -> None:
+        match effect:
+            case fx.Persist():
+                pass
+            case fx.Send(peer=peer, message=message):
+                if self.node.log.mesh is not None:
+                    self.outside.transport.send(peer, encode_frame(self.node.log.mesh, message))
+            case fx.Dial(peer=peer, address=address):
+                self.outside.transport.dial(peer, address)
+            case fx.Identify(address=address):
+                self._start(self._identify(address))
+            case fx.TrustMembers(members=members):
+                self.outside.transport.trust([ports.Anchor(m.node, m.device_ca) for m in members])
+            case fx.Announce():
+                self._start(self._announce())
+            case fx.FetchTree():
+                self._start(self._fetch_tree(effect))
+            case fx.StartAttempt(plan=plan):
+                key = (plan.spec.job, plan.epoch)
+                self._staging[key] = self._start(self._stage(effect))
+            case fx.AdoptAttempt(plan=plan):
+                self.outside.executor.adopt(plan)
+            case fx.EndAttempt(job=job, epoch=epoch, mode=mode):
+                if (staging := self._staging.get((job, epoch))) is not None:
+                    staging.cancel()
+                self.outside.executor.stop(job, epoch, mode)
+            case fx.DiscardAttempt(job=job, epoch=epoch):
+                self._start(asyncio.to_thread(self.outside.discard, job, epoch))
+            case fx.Answered(query=query):
+                if (found := self._queries.get(query)) is not None and not found.answer.done():
+                    found.answer.set_result(effect)
+            case fx.QueryProgressed(query=query):
+                if (found := self._queries.get(query)) is not None and found.progress is not None:
+                    found.progress(effect.done_bytes, effect.total_bytes)
+            case fx.TellWatchers(register=register):
+                for queue in self._watchers.get(register.job, ()):
+                    queue.put_nowait(register)
+            case fx.Reject(peer=peer, reason=reason):
+                self._rejected(peer, reason)
+            case _:
+                assert_never(effect)
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        return self.tasks.create_task(work)
+
+    def _rejected(self, peer: NodeId, reason: str) -> None:
+        self.rejected += 1
+        logger.debug("rejected from %s: %s", peer[:12], reason)
+
+    # -- effects that take time ---------------------------------------------------------------------------------------
+
+    async def _identify(self, address: Address) -> None:
+        try:
+            node = await self.outside.transport.identify(address)
+        except MeshgpuError as error:
+            logger.debug("no answer at seed %s: %s", address, error.message)
+            self.post(ev.IdentifyFailed(address, error.message))
+        else:
+            self.post(ev.AddressIdentified(address, node))
+
+    async def _announce(self) -> None:
+        try:
+            await self.outside.announce()
+        except MeshgpuError as error:
+            logger.warning("cannot announce this machine: %s", error.message)
+
+    async def _fetch_tree(self, order: fx.FetchTree) -> None:
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            self.post(ev.TreeProgressed(order.job, done_bytes, total_bytes))
+
+        try:
+            await self.trees.fetch(order.job, order.tree, order.sources, progress)
+        except MeshgpuError as error:
+            self.post(ev.TreeFailed(order.job, error.code, error.message))
+        else:
+            self.post(ev.TreeArrived(order.job))
+
+    async def _stage(self, order: fx.StartAttempt) -> None:
+        """Tree and working directory, then the executor. Every way this ends becomes an event."""
+        plan = order.plan
+        key = (plan.spec.job, plan.epoch)
+        try:
+            work = await self.trees.stage(plan, order.sources, lambda text: self._staging_progress(plan, text))
+        except asyncio.CancelledError:
+            self._never_started(plan, AttemptState.ABANDONED, "stopped before it started")
+        except MeshgpuError as error:
+            self._never_started(plan, AttemptState.CRASHED, error.message)
+        else:
+            self.outside.executor.run(plan, work)
+        finally:
+            del self._staging[key]
+
+    def _staging_progress(self, plan: AttemptPlan, text: str) -> None:
+        self.post(ev.AttemptProgressed(plan.spec.job, plan.epoch, Phase.STAGING, text))
+
+    def _never_started(self, plan: AttemptPlan, outcome: AttemptState, reason: str) -> None:
+        now = self.outside.clock.now()
+        self.post(ev.AttemptFinished(plan.spec.job, plan.epoch, now.wall_s, Result(outcome, None, reason)))
+
+    # -- local questions ----------------------------------------------------------------------------------------------
+
+    async def ask(
+        self, event: Callable[[str], ev.Event], progress: Callable[[int, int], None] | None = None
+    ) -> fx.Answered:
+        """Put a question to the node; raises MeshgpuError where the answer is a refusal."""
+        self._query_count += 1
+        name = f"q{self._query_count}"
+        query = Query(asyncio.get_running_loop().create_future(), progress)
+        self._queries[name] = query
+        try:
+            self.post(event(name))
+            async with asyncio.timeout(QUERY_DEADLINE_S):
+                answer = await query.answer
+        finally:
+            del self._queries[name]
+        if answer.code:
+            raise MeshgpuError(answer.code, answer.reason, answer.hint)
+        return answer
+
+    def watch(self, start: ev.WatchStarted) -> asyncio.Queue[Register]:
+        """Follow a job's register; each watch is ended by `unwatch`."""
+        queue: asyncio.Queue[Register] = asyncio.Queue()
+        self._watchers.setdefault(start.job, []).append(queue)
+        self.post(start)
+        return queue
+
+    def unwatch(self, job: JobId, queue: asyncio.Queue[Register]) -> None:
+        queues = self._watchers[job]
+        queues.remove(queue)
+        if not queues:
+            del self._watchers[job]
+            self.post(ev.WatchStopped(job))

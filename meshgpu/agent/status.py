@@ -1,0 +1,174 @@
+"""What the agent knows of itself and its surroundings, for the people at its socket."""
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from meshgpu import __version__
+from meshgpu.agent.home import Home
+from meshgpu.agent.views import Document
+from meshgpu.core.node import MESH_TAG_CHARACTERS, Node
+from meshgpu.errors import MeshgpuError, TrustError
+from meshgpu.model.gossip import MemberState, Sighting
+from meshgpu.model.ids import Address, NodeId
+from meshgpu.model.inventory import Inventory, gpu_summary, short_gpu_name
+from meshgpu.model.trust import UserKey
+from meshgpu.ports import Clock
+
+LOW_DISK_BYTES = 10 * 10**9
+"""Below this a job's files may not fit any more: `doctor` says so."""
+
+
+@dataclass(slots=True)
+class Status:
+    """Reads the node and what the adapters reported at start."""
+
+    node: Node
+    home: Home
+    clock: Clock
+    host_name: str
+    link_port: int
+    fence: str
+    addresses: Callable[[], list[Address]]
+    python: str
+    inventory: Inventory = field(default_factory=lambda: Inventory(0, 0))
+    sightings: dict[NodeId, Sighting] = field(default_factory=dict)
+    discovery_fault: str = ""
+    started_wall_s: float = field(default_factory=time.time)
+
+    def account(self, uid: int) -> UserKey:
+        """The mesh's key for an OS account of this machine. Raises `not-in-mesh` or `not-allowed`."""
+        log = self.node.log
+        if log.mesh is None:
+            raise MeshgpuError(
+                "not-in-mesh", "cannot do this: this machine is in no mesh", "meshgpu init, or meshgpu join INVITE"
+            )
+        account = log.account(self.node.node, uid)
+        if account is None:
+            raise TrustError("not-allowed", f"cannot do this: account {uid} of this machine is no user of the mesh")
+        return account
+
+    async def entered(self) -> None:
+        """Wait until the node has taken up the mesh that was just made or joined: one step, milliseconds."""
+        for _ in range(1_000):
+            if self.node.log.mesh is not None:
+                return
+            await asyncio.sleep(0.005)
+        raise MeshgpuError("no-answer", "the mesh was made, but the agent does not take it up: it may be overloaded")
+
+    def agent(self, uid: int) -> Document:
+        log = self.node.log
+        account = log.account(self.node.node, uid)
+        me = log.members.get(self.node.node)
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "home": str(self.home.directory),
+            "node": self.node.node,
+            "name": me.name if me else self.host_name,
+            "mesh": {"id": log.mesh, "name": log.mesh_name} if log.mesh else None,
+            "user": account.user if account else None,
+            "link_port": self.link_port,
+            "addresses": self.addresses(),
+            "fence": self.fence,
+            "gpu_note": self.inventory.gpu_note,
+            "started_at": self.started_wall_s,
+        }
+
+    def gpu_names(self) -> list[str]:
+        return [short_gpu_name(gpu.name) for gpu in self.inventory.gpus]
+
+    async def discover(self, seconds: float) -> list[Document]:
+        """Machines that announce themselves, after listening for up to `seconds`; this one comes first."""
+        await asyncio.sleep(seconds)
+        log = self.node.log
+        me = Sighting(
+            self.node.node,
+            (log.mesh or "")[:MESH_TAG_CHARACTERS],
+            log.mesh_name,
+            1,
+            tuple(self.addresses()),
+            gpus=gpu_summary(self.inventory.gpus),
+        )
+        sightings = [me, *sorted(self.sightings.values(), key=lambda sighting: sighting.node)]
+        return [self._sighting(sighting) for sighting in sightings]
+
+    def _sighting(self, sighting: Sighting) -> Document:
+        log = self.node.log
+        member = log.members.get(sighting.node)
+        is_ours = log.mesh is not None and sighting.mesh_tag == log.mesh[:MESH_TAG_CHARACTERS]
+        is_self = sighting.node == self.node.node
+        return {
+            "node": sighting.node,
+            "name": member.name if member else (self.host_name if is_self else None),
+            "mesh_name": sighting.mesh_name or None,
+            "mesh_tag": sighting.mesh_tag or None,
+            "ours": is_ours,
+            "self": is_self,
+            "pairing": sighting.pairing_port > 0,
+            "addresses": list(sighting.addresses),
+            "gpus": sighting.gpus or None,
+        }
+
+    # -- doctor -------------------------------------------------------------------------------------------------------
+
+    async def doctor(self) -> list[Document]:
+        """Everything that this agent can check about itself."""
+        return [
+            _check("agent", True, f"meshgpu {__version__}, home {self.home.directory}"),
+            self._mesh_check(),
+            self._links_check(),
+            self._discovery_check(),
+            self._gpu_check(),
+            self._fence_check(),
+            _check("python for jobs", True, self.python),
+            await asyncio.to_thread(self._disk_check),
+        ]
+
+    def _mesh_check(self) -> Document:
+        log = self.node.log
+        if log.mesh is None:
+            return _check("mesh", None, "in no mesh yet", "meshgpu init, or meshgpu join INVITE")
+        if log.frozen:
+            return _check("mesh", False, f"an admin of {log.mesh_name} signed two different entries: it is frozen")
+        return _check("mesh", True, f"{log.mesh_name} ({log.mesh[:MESH_TAG_CHARACTERS]}), {len(log.members)} machines")
+
+    def _links_check(self) -> Document:
+        machines = [view for view in self.node.machines(self.clock.now()) if not view.is_self]
+        away = [view.member.name for view in machines if view.state is MemberState.DOWN]
+        where = f"port {self.link_port} at {', '.join(self.addresses()) or 'no address'}"
+        if not away:
+            return _check("links", True, f"{where}; {len(machines)} of {len(machines)} machines answer")
+        hint = f"is it on, and may it reach port {self.link_port} here?"
+        return _check("links", False, f"{where}; no answer from {', '.join(away)}", hint)
+
+    def _discovery_check(self) -> Document:
+        if self.discovery_fault:
+            return _check("discovery", False, self.discovery_fault, 'list machines as seeds = ["host"] in config.toml')
+        count = len(self.sightings)
+        return _check("discovery", True if count else None, f"mDNS works here; {count} other machines seen")
+
+    def _gpu_check(self) -> Document:
+        inventory = self.inventory
+        if inventory.gpus:
+            return _check("gpus", True, f"{gpu_summary(inventory.gpus)}, driver {inventory.driver_version or '?'}")
+        return _check("gpus", None, inventory.gpu_note or "no GPU")
+
+    def _fence_check(self) -> Document:
+        if self.fence:
+            return _check("fence", True, f"{self.fence} shuts in other users' jobs")
+        return _check("fence", False, "nothing here can shut in another user's job", "apt install bubblewrap")
+
+    def _disk_check(self) -> Document:
+        usage = shutil.disk_usage(self.home.directory)
+        found = f"{usage.free / 1e9:.0f} of {usage.total / 1e9:.0f} GB free below {self.home.directory}"
+        return _check(
+            "disk", usage.free >= LOW_DISK_BYTES, found, None if usage.free >= LOW_DISK_BYTES else "free some"
+        )
+
+
+def _check(name: str, ok: bool | None, found: str, hint: str | None = None) -> Document:  # noqa: FBT001  # a verdict
+    return {"name": name, "ok": ok, "found": found, "hint": hint}

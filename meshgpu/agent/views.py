@@ -1,0 +1,139 @@
+"""What the control API says of machines and jobs, as JSON documents."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from meshgpu.core.node import MachineView, Node
+from meshgpu.model.clock import Now
+from meshgpu.model.gossip import Allocation
+from meshgpu.model.ids import GpuId, JobId, NodeId, display_name
+from meshgpu.model.inventory import Gpu, GpuReading
+from meshgpu.model.job import JobSpec, JobState, JobView, Register
+from meshgpu.model.trust import Member
+
+Document = dict[str, Any]
+
+
+def machine_document(view: MachineView, displays: Mapping[JobId, str]) -> Document:
+    member, record, capacity = view.member, view.record, view.capacity
+    inventory = record.inventory if record else None
+    readings = {reading.uuid: reading for reading in capacity.readings} if capacity else {}
+    allocations = capacity.allocations if capacity else ()
+    return {
+        "name": member.name,
+        "id": member.node,
+        "state": view.state.value,
+        "self": view.is_self,
+        "roles": [member.role.value],
+        "owner": member.owner,
+        "cpus": inventory.cpus if inventory else None,
+        "memory_bytes": inventory.memory_bytes if inventory else None,
+        "fence": record.fence if record else "",
+        "gpu_note": inventory.gpu_note if inventory else "",
+        "down_s": view.down_s,
+        "version": record.agent_version if record else "",
+        "gpus": [
+            _gpu_document(gpu, readings.get(gpu.uuid), allocations, displays)
+            for gpu in (inventory.gpus if inventory else ())
+        ],
+    }
+
+
+def _gpu_document(
+    gpu: Gpu, reading: GpuReading | None, allocations: tuple[Allocation, ...], displays: Mapping[JobId, str]
+) -> Document:
+    jobs = [
+        {"id": a.job, "display": displays.get(a.job, display_name(a.name, a.job)), "user": a.user}
+        for a in allocations
+        if any(share.uuid == gpu.uuid for share in a.gpus)
+    ]
+    return {
+        "index": gpu.index,
+        "uuid": gpu.uuid,
+        "name": gpu.name,
+        "memory_total_bytes": gpu.memory_total_bytes,
+        "memory_free_bytes": reading.memory_free_bytes if reading else None,
+        "utilization_percent": reading.utilization_percent if reading else None,
+        "temperature_c": reading.temperature_c if reading else None,
+        "power_w": reading.power_w if reading else None,
+        "compute_capability": gpu.compute_capability,
+        "fault": reading.fault if reading else "",
+        "jobs": jobs,
+    }
+
+
+class JobDocuments:
+    """Turns jobs into documents with the names that this node knows for machines and GPUs."""
+
+    def __init__(self, node: Node, now: Now) -> None:
+        self._now = now
+        self._members: Mapping[NodeId, Member] = node.log.members
+        self._gpus: dict[GpuId, Gpu] = {
+            gpu.uuid: gpu
+            for view in node.machines(now)
+            if view.record is not None
+            for gpu in view.record.inventory.gpus
+        }
+
+    def document(self, view: JobView, display: str | None = None) -> Document:
+        spec, register = view.spec, view.register
+        result = register.result
+        return {
+            "id": spec.job,
+            "display": display or display_name(spec.name, spec.job),
+            "name": spec.name,
+            "user": spec.user,
+            "state": register.state.value,
+            "phase": register.phase.value if register.phase else None,
+            "detail": register.detail,
+            "machine": self._name(register.node),
+            "epoch": register.epoch,
+            "exit_code": result.exit_code if result else None,
+            "reason": register.reason,
+            "submitted_at": register.submitted_wall_s,
+            "started_at": register.started_wall_s,
+            "ended_at": register.ended_wall_s,
+            "command": command_text(spec),
+            "gpus": [self._gpu(share.uuid, share.memory_bytes) for share in register.gpus],
+            "gpu_request": str(spec.resources.gpus),
+            "out_of_touch_s": self._out_of_touch(register),
+            "held_by": [self._name(node) for node in spec.stewards],
+            "output_files": result.output_files if result else 0,
+            "output_bytes": result.output_bytes if result else 0,
+            "tree_files": spec.tree_files,
+            "tree_bytes": spec.tree_bytes,
+            "requested_machine": self._name(spec.machine),
+        }
+
+    def _name(self, node: NodeId | None) -> str | None:
+        member = self._members.get(node) if node else None
+        return member.name if member else None
+
+    def _gpu(self, uuid: GpuId, memory_bytes: int) -> Document:
+        gpu = self._gpus.get(uuid)
+        total = gpu.memory_total_bytes if gpu else 0
+        return {"uuid": uuid, "name": gpu.name if gpu else "GPU", "memory_bytes": memory_bytes or total}
+
+    def _out_of_touch(self, register: Register) -> float | None:
+        if register.state is not JobState.UNKNOWN or register.heard_wall_s is None:
+            return None
+        return max(self._now.wall_s - register.heard_wall_s, 0.0)
+
+
+def command_text(spec: JobSpec) -> str:
+    """The command as its user typed it."""
+    return spec.command[0] if spec.shell else shlex.join(spec.command)
+
+
+def display_names(views: list[JobView]) -> dict[JobId, str]:
+    """{job: shortest `name-abc` that no other of these jobs shares}, three characters at least."""
+    names: dict[JobId, str] = {}
+    for view in views:
+        spec = view.spec
+        others = [other.spec.job for other in views if other.spec.name == spec.name and other.spec.job != spec.job]
+        length = 3
+        while any(other.startswith(spec.job[:length]) for other in others) and length < len(spec.job):
+            length += 1
+        names[spec.job] = display_name(spec.name, spec.job, length)
+    return names

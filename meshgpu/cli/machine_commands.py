@@ -1,0 +1,182 @@
+"""Commands about machines and this machine's agent: up, down, machines, doctor, version."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import typer
+
+from meshgpu import __version__
+from meshgpu.cli.launch import ensure_agent, running_agent
+from meshgpu.cli.render import ago, count, note, plain, print_table
+from meshgpu.cli.watch import Json, Watch, repeat
+from meshgpu.cli.words import EXIT_FAILED_CHECK, short_gpu, sold_gigabytes
+from meshgpu.client.agent import AgentClient
+from meshgpu.client.home import find_home
+from meshgpu.client.views import AgentView, CheckView, GpuView, MachineView, SightingView
+from meshgpu.errors import AgentUnreachable, MeshgpuError
+
+UP_DISCOVER_S: Final = 1.5
+DOWN_LIMIT_S: Final = 10.0
+COLUMNS: Final = ("MACHINE", "GPU", "TEMP", "UTIL", "MEMORY", "STATE")
+NUMBERS: Final = frozenset({"TEMP", "UTIL", "MEMORY"})
+
+
+def up() -> None:
+    """Start this machine's agent if none answers, and show what is around."""
+    client, agent = ensure_agent()
+    nearby = client.discover(UP_DISCOVER_S)
+    for line in around(agent, nearby):
+        print(plain(line))
+
+
+def down() -> None:
+    """Stop this machine's agent; jobs that run go on."""
+    home = find_home()
+    client = AgentClient(home)
+    try:
+        client.down()
+    except AgentUnreachable as error:
+        if error.code != "no-agent":  # it may go before its answer does
+            note("the agent broke off its answer")
+        elif running_agent(home) is None:
+            note("no agent runs here")
+            return
+    deadline = time.monotonic() + DOWN_LIMIT_S
+    while running_agent(home) is not None:
+        if time.monotonic() > deadline:
+            raise MeshgpuError(
+                "agent-stays", f"the agent in {home} still answers after {DOWN_LIMIT_S:.0f} s", f"less {home}/agent.log"
+            )
+        time.sleep(0.05)
+    note("the agent is stopped; jobs run on (meshgpu up brings it back)")
+
+
+def machines(as_json: Json = False, watch: Watch = False) -> None:
+    """Show the machines of the mesh, one line for each GPU."""
+    client = AgentClient.found()
+
+    def show() -> None:
+        found = client.machines()["machines"]
+        if as_json:
+            print(json.dumps({"machines": found}), flush=True)
+        else:
+            print_table(COLUMNS, [row for machine in found for row in machine_rows(machine)], NUMBERS)
+
+    repeat(show, watch=watch)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check what meshgpu needs on this machine; exit code 1 where something is wrong."""
+    checks = _checks()
+    if as_json:
+        print(json.dumps({"checks": checks}))
+    else:
+        print_table(("", "CHECK", "FOUND"), [_check_row(check) for check in checks])
+        for check in checks:
+            if check["ok"] is False and check["hint"]:
+                note(plain(f"hint: {check['name']}: {check['hint']}"))
+    if any(check["ok"] is False for check in checks):
+        raise typer.Exit(EXIT_FAILED_CHECK)
+
+
+def version(as_json: Json = False) -> None:
+    """Show the version of this program and of the agent."""
+    agent = running_agent(find_home())
+    if as_json:
+        print(json.dumps({"version": __version__, "agent": agent["version"] if agent else None}))
+        return
+    print(f"meshgpu {__version__}")
+    if agent and agent["version"] != __version__:
+        note(f"the agent is {agent['version']}: meshgpu down && meshgpu up")
+
+
+def around(agent: AgentView, nearby: list[SightingView]) -> Iterator[str]:
+    """What `up` says: this machine, its mesh, who else is there, what to type next."""
+    mesh = agent["mesh"]
+    yield f"agent {agent['version']} runs as {agent['name'] or 'a machine without a mesh'} in {agent['home']}"
+    if agent["gpu_note"]:
+        yield f"no GPU to lend: {agent['gpu_note']}"
+    meshes: dict[str, list[SightingView]] = {}
+    for machine in nearby:
+        if not machine["self"] and not machine["ours"]:
+            meshes.setdefault(machine["mesh_name"] or machine["mesh_tag"] or "a mesh without a name", []).append(
+                machine
+            )
+    for name, members in meshes.items():
+        gpus = ", ".join(filter(None, (machine["gpus"] for machine in members))) or "no GPU"
+        yield f"on this network: {name} · {count(len(members), 'machine')} · {gpus}"
+    if mesh is not None:
+        others = sum(1 for machine in nearby if machine["ours"] and not machine["self"])
+        yield f"mesh {mesh['name']} · you are {agent['user']} · {count(others, 'other member')} seen"
+        yield "next: meshgpu machines, meshgpu run -- python train.py, meshgpu invite"
+    elif meshes:
+        yield "next: meshgpu join STRING (a member prints it with: meshgpu invite), or meshgpu init (your own mesh)"
+    else:
+        yield "next: meshgpu init (start a mesh), or meshgpu join STRING (a member prints it with: meshgpu invite)"
+
+
+def machine_rows(machine: MachineView) -> Iterator[tuple[str, ...]]:
+    """One row for each GPU, one for a machine without any."""
+    name = f"{machine['name']} (this)" if machine["self"] else machine["name"]
+    gone = _absence(machine)
+    if not machine["gpus"]:
+        yield name, "no GPU", "-", "-", "-", gone or machine["gpu_note"] or "ready"
+        return
+    for row, gpu in enumerate(sorted(machine["gpus"], key=lambda gpu: gpu["index"])):
+        label = name if row == 0 else ""
+        if len(machine["gpus"]) > 1:
+            label = f"{label} [{gpu['index']}]".strip() if row == 0 else f"{'':{len(name)}} [{gpu['index']}]"
+        yield (
+            label,
+            f"{short_gpu(gpu['name'])} {sold_gigabytes(gpu['memory_total_bytes'])} GB",
+            "-" if gone else _measure(gpu["temperature_c"], "°C"),
+            "-" if gone else _measure(gpu["utilization_percent"], "%"),
+            "-" if gone else _memory(gpu),
+            gone or _gpu_state(machine, gpu),
+        )
+
+
+def _absence(machine: MachineView) -> str:
+    """Why a machine takes no work now; empty for one that is there."""
+    seconds = machine["down_s"]
+    if machine["state"] == "down":
+        return "out of touch" if seconds is None else f"out of touch {ago(seconds)}"
+    return {"suspect": "does not answer", "left": "has left", "revoked": "was put out"}.get(machine["state"], "")
+
+
+def _gpu_state(machine: MachineView, gpu: GpuView) -> str:
+    if gpu["fault"]:
+        return gpu["fault"]
+    if gpu["jobs"]:
+        return ", ".join(f"{job['display']} ({job['user']})" for job in gpu["jobs"])
+    if not machine["fence"]:
+        return f"free for {machine['owner'] or 'its owner'} only"
+    return "free"
+
+
+def _measure(value: int | None, unit: str) -> str:
+    return "-" if value is None else f"{value} {unit}"
+
+
+def _memory(gpu: GpuView) -> str:
+    total, free = gpu["memory_total_bytes"], gpu["memory_free_bytes"]
+    if free is None:
+        return "-"
+    return f"{sold_gigabytes(max(0, total - free))} / {sold_gigabytes(total)} GB"
+
+
+def _checks() -> list[CheckView]:
+    home = find_home()
+    try:
+        checks = AgentClient(home).doctor()["checks"]
+    except AgentUnreachable as error:
+        return [{"name": "agent", "ok": False, "found": error.message, "hint": error.hint}]
+    answers: CheckView = {"name": "agent", "ok": True, "found": f"answers in {home}", "hint": None}
+    return [answers, *checks]
+
+
+def _check_row(check: CheckView) -> tuple[str, ...]:
+    mark = {True: "ok", False: "BAD", None: "?"}[check["ok"]]
+    return mark, check["name"], check["found"]

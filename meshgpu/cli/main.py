@@ -1,0 +1,143 @@
+"""The command line: finds a command, loads only its module, turns errors into words and exit codes.
+
+Exit codes: the job's own (128+n for signal n); 125 the mesh failed, 124 time limit, 130 Ctrl-C, 2 usage (flags and
+names that are wrong in themselves, code `bad-request`), 1 `doctor` found something or the person said no.
+"""
+
+import difflib
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from meshgpu import __version__
+from meshgpu.cli.render import show_error
+from meshgpu.errors import MeshgpuError
+
+if TYPE_CHECKING:
+    from typer.core import TyperOption
+
+PROGRAM: Final = "meshgpu"
+COMPLETION_VARIABLE: Final = "_MESHGPU_COMPLETE"
+EXIT_USAGE: Final = 2
+EXIT_MESH_FAILED: Final = 125
+
+COMMANDS: Final = {
+    "init": "mesh_commands",
+    "join": "mesh_commands",
+    "discover": "mesh_commands",
+    "invite": "mesh_commands",
+    "up": "machine_commands",
+    "down": "machine_commands",
+    "agent": "agent_command",
+    "machines": "machine_commands",
+    "run": "run_command",
+    "ps": "ps_command",
+    "logs": "job_commands",
+    "stop": "job_commands",
+    "kill": "job_commands",
+    "info": "job_commands",
+    "wait": "job_commands",
+    "ls": "file_commands",
+    "cp": "file_commands",
+    "doctor": "machine_commands",
+    "version": "machine_commands",
+    "completion": "completion_command",
+}
+"""{command: module in meshgpu.cli whose function of the same name it is}."""
+
+SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
+OPTIONS_END_AT_COMMAND: Final = {"run": {"allow_interspersed_args": False}}
+"""What follows the program's name belongs to the program: `run python train.py -g 3` passes -g on."""
+
+
+class Command(TyperCommand):
+    """A command whose flags cost nothing to read."""
+
+    def get_help_option(self, ctx: Any) -> "TyperOption | None":  # Any: typer gives its context class no public name
+        """The help option, off by default: where it is None, typer ≥ 0.29 loads pydantic (170 ms) to read it."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
+
+class Commands(TyperGroup):
+    """All commands, each loaded when it is called for."""
+
+    def get_help_option(self, ctx: Any) -> "TyperOption | None":
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False  # as above
+        return option
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - typer's signature
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 - typer's signature
+        return load(cmd_name) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As typer does, but an unknown command is an error of ours, with the nearest one."""
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"{PROGRAM} {near[0]}" if near else f"{PROGRAM} --help"
+            raise MeshgpuError("bad-request", f"there is no command {args[0]!r}", hint)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; its errors become words on stderr and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except MeshgpuError as error:
+            show_error(error)
+            raise typer.Exit(EXIT_USAGE if error.code == "bad-request" else EXIT_MESH_FAILED) from error
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+def load(name: str) -> Any:
+    """The command `name` as typer makes it from its function."""
+    app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+    function = getattr(import_module(f"meshgpu.cli.{COMMANDS[name]}"), name)
+    app.command(name, cls=Command, context_settings=SETTINGS | OPTIONS_END_AT_COMMAND.get(name, {}))(function)
+    return typer.main.get_command(app)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name=PROGRAM,
+    cls=Commands,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings=SETTINGS,
+    no_args_is_help=True,
+)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
+) -> None:
+    """The GPUs of an office as one mesh, without a central server."""
+    _ = version
+
+
+def main() -> None:
+    """Run the command line of this process and leave it."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may not know every character
+    if COMPLETION_VARIABLE in os.environ:
+        typer.completion.get_completion_inspect_parameters()  # makes the shells known, which add_completion would do
+    app(prog_name=PROGRAM)

@@ -1,0 +1,171 @@
+"""Commands that make, enlarge and look for a mesh: init, join, invite, discover."""
+
+import json
+import os
+import pwd
+import socket
+import time
+from typing import Annotated, Final
+
+import typer
+
+from meshgpu.cli.launch import confirmed, ensure_agent
+from meshgpu.cli.render import ago, note, plain, print_table
+from meshgpu.cli.watch import Json
+from meshgpu.cli.words import EXIT_FAILED_CHECK
+from meshgpu.client.agent import AgentClient
+from meshgpu.client.views import AgentView, JoinedView, SightingView
+from meshgpu.errors import MeshgpuError
+from meshgpu.model.ids import as_name, is_name
+
+DEFAULT_MESH: Final = "lab"
+DISCOVER_S: Final = 1.5
+"""Two mDNS announcements are a second apart (RFC 6762, section 8.3)."""
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+MachineName = Annotated[str, typer.Option("--name", metavar="MACHINE", help="This machine's name (its host name).")]
+
+
+def init(
+    mesh: Annotated[str, typer.Option("--mesh", metavar="NAME", help="The mesh's name.")] = DEFAULT_MESH,
+    name: MachineName = "",
+    user: Annotated[str, typer.Option("--user", metavar="NAME", help="Your name (your account's).")] = "",
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Start a mesh with this machine as its first."""
+    machine, person = checked_name(name or host_name(), "--name"), checked_name(user or account_name(), "--user")
+    mesh = checked_name(mesh, "--mesh")
+    client, _ = ensure_agent()
+    if not confirmed(f"Start the mesh {mesh} with this machine as {machine} and you as {person}?", yes=yes or as_json):
+        raise typer.Exit(EXIT_FAILED_CHECK)
+    founded = client.init(mesh, machine, person)
+    if as_json:
+        print(json.dumps(founded))
+        return
+    print(f"{founded['name']} is the first machine of {founded['mesh']}; you are {founded['user']}.")
+    print(f"Recovery key, shown once, to keep away from this machine: {founded['recovery_key']}")
+    note("next: meshgpu invite (on each other machine: meshgpu join STRING), meshgpu machines")
+
+
+def join(
+    invite: Annotated[str, typer.Argument(metavar="STRING", help="What `meshgpu invite` printed.")],
+    name: MachineName = "",
+    seed: Annotated[
+        list[str] | None,
+        typer.Option("--seed", metavar="HOST[:PORT]", help="Where a member answers, if it is not found by itself."),
+    ] = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Make this machine a member of a mesh and lend it."""
+    machine = checked_name(name or host_name(), "--name")
+    client, agent = ensure_agent()
+    for line in consent(machine, agent, own_gpus(client)):
+        note(line)
+    if not confirmed("Join?", yes=yes or as_json):
+        raise typer.Exit(EXIT_FAILED_CHECK)
+    joined = client.join(invite.strip(), machine, seed or [])
+    if as_json:
+        print(json.dumps(joined))
+        return
+    for line in welcome(joined):
+        print(plain(line))
+
+
+def invite(
+    user: Annotated[
+        str | None, typer.Option("--user", metavar="NAME", help="Whom the new machine belongs to (whoever joins).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a string with which one machine may join; it is a secret."""
+    view = AgentClient.found().invite(None if user is None else checked_name(user, "--user"))
+    if as_json:
+        print(json.dumps(view))
+        return
+    whom = f" for {view['user']}" if view["user"] else ""
+    note(f"Good for one machine{whom}, for {ago(view['expires_at'] - time.time())}. On that machine: meshgpu join …")
+    print(view["invite"])
+
+
+def discover(as_json: Json = False) -> None:
+    """Show the machines that announce themselves on this network."""
+    machines = AgentClient.found().discover(DISCOVER_S)
+    if as_json:
+        print(json.dumps({"machines": machines}))
+    elif machines:
+        print_table(("MESH", "MACHINE", "GPUS", "ADDRESS", "STATE"), [_sighting_row(machine) for machine in machines])
+    else:
+        note("no machine announces itself on this network")
+
+
+def host_name() -> str:
+    """The short host name as a machine's name."""
+    return as_name(socket.gethostname().split(".")[0], "machine")
+
+
+def account_name() -> str:
+    """The OS account's name as a user's name."""
+    try:
+        return as_name(pwd.getpwuid(os.getuid()).pw_name, "user")
+    except KeyError:  # a container may run under a number that no account has
+        return "user"
+
+
+def checked_name(text: str, flag: str) -> str:
+    if not is_name(text):
+        raise MeshgpuError(
+            "bad-request",
+            f"cannot use {text!r} as a name: expected 1 to 40 of a-z, 0-9 and inner hyphens",
+            f"{flag} {as_name(text, 'lab')}",
+        )
+    return text
+
+
+def own_gpus(client: AgentClient) -> list[str]:
+    """The GPUs of this machine; none where the agent does not tell before it is in a mesh."""
+    try:
+        machines = client.machines()["machines"]
+    except MeshgpuError:
+        return []
+    return [gpu["name"] for machine in machines if machine["self"] for gpu in machine["gpus"]]
+
+
+def consent(machine: str, agent: AgentView, gpus: list[str]) -> list[str]:
+    """What joining means: what is lent, to whom, how jobs are shut in, how to stop."""
+    what = ", ".join(gpus) or agent["gpu_note"] or "its processors"
+    if agent["fence"]:
+        fence = f"Jobs of others are shut in by {agent['fence']}: they see the system read-only and their own files."
+        whom = "every user of the mesh"
+    else:
+        fence = "Nothing here can shut in jobs of others (meshgpu doctor says what would)."
+        whom = "its owner only, for that reason"
+    return [
+        plain(f"{machine} will lend: {what}"),
+        f"To: {whom}",
+        plain(fence),
+        "To stop lending: meshgpu down (jobs that run go on; meshgpu kill ends yours)",
+    ]
+
+
+def welcome(joined: JoinedView) -> list[str]:
+    lent = ", ".join(joined["gpus"]) or "no GPU"
+    fenced = f"fence: {joined['fence']}" if joined["fence"] else "for its owner's jobs only: no fence works here"
+    return [
+        f"{joined['name']} is in {joined['mesh']}, let in by {joined['inviter']}; you are {joined['user']}.",
+        f"It lends {lent} ({fenced}).",
+        "next: meshgpu machines, meshgpu run -- python train.py",
+    ]
+
+
+def _sighting_row(machine: SightingView) -> tuple[str, ...]:
+    if machine["self"]:
+        state = "this machine"
+    elif machine["ours"]:
+        state = "member"
+    else:
+        state = "takes in machines now" if machine["pairing"] else "another mesh"
+    mesh = machine["mesh_name"] or machine["mesh_tag"] or "-"
+    name = machine["name"] or machine["node"][:8]
+    return mesh, name, machine["gpus"] or "-", ", ".join(machine["addresses"][:1]) or "-", state

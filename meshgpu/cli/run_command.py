@@ -1,0 +1,208 @@
+"""The command `run`: ships the working directory, submits the job, follows it."""
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from meshgpu.cli.attach import Attachment, conclude, detached, events
+from meshgpu.cli.complete import machine_names
+from meshgpu.cli.files import fetch, inside, keep_both
+from meshgpu.cli.launch import confirmed, running_agent, start_agent
+from meshgpu.cli.render import count, note, plain, size
+from meshgpu.cli.ship import ship, submit
+from meshgpu.cli.watch import Json
+from meshgpu.cli.words import EXIT_INTERRUPTED, exit_code
+from meshgpu.client.agent import AgentClient
+from meshgpu.client.home import find_home
+from meshgpu.client.tree import capture
+from meshgpu.client.views import JobRequest, JobView
+from meshgpu.errors import MeshgpuError
+from meshgpu.model.ids import as_name
+from meshgpu.model.resources import GB, parse_gpus
+
+_MEMORY: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([mgt])b?", re.IGNORECASE)
+_MEMORY_UNITS: Final = {"m": GB // 1000, "g": GB, "t": GB * 1000}
+_SCRIPT: Final = re.compile(r"(?:.*/)?([^/]+)\.(?:py|sh|ipynb|jl|R)")
+
+
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="CMD…", help="What to run; a quoted string runs in a shell.")],
+    machine: Annotated[
+        str, typer.Option("-m", "--machine", metavar="NAME", help="Only there.", autocompletion=machine_names)
+    ] = "",
+    gpus: Annotated[
+        str | None,
+        typer.Option("-g", "--gpus", metavar="GPUS", help="2, 8GB, 2x24GB, 4090:2 or 0 (one if there is one)."),
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option("-e", "--env", metavar="K[=V]", help="A variable; K alone: as here.")
+    ] = None,
+    pip: Annotated[list[str] | None, typer.Option("--pip", metavar="SPEC", help="A package to install.")] = None,
+    pip_req: Annotated[Path | None, typer.Option("--pip-req", metavar="FILE", help="A requirements file.")] = None,
+    no_env: Annotated[
+        bool, typer.Option("--no-env", help="Not the environment that the project's files ask for.")
+    ] = False,
+    cpus: Annotated[int, typer.Option("--cpus", min=0, metavar="N", help="Processors to reserve.")] = 0,
+    memory: Annotated[str, typer.Option("--memory", metavar="8GB", help="Main memory to reserve.")] = "",
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="The job's name (the script's).")] = "",
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Print the id and return.")] = False,
+    fetch_here: Annotated[bool, typer.Option("--fetch", help="Bring back what the job left.")] = False,
+    fetch_to: Annotated[Path | None, typer.Option("--fetch-to", metavar="DIR", help="--fetch, into DIR.")] = None,
+    as_json: Json = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Start the agent without asking.")] = False,
+) -> None:
+    """Run a command on a machine of the mesh, in a copy of this directory, and follow it.
+
+    Options end at CMD or at --. The exit code is the job's; 125: the mesh failed, 124: out of time, 130: Ctrl-C, after
+    which the job goes on.
+    """
+    request = JobRequest(
+        name=as_name(name or job_name(command), "job"),
+        command=command,
+        shell=is_shell(command),
+        env=parse_env(env or []),
+        pip=pip or [],
+        requirements=_read(pip_req) if pip_req else "",
+        from_project=not no_env,
+        tree="",
+        machine=machine,
+        gpus=None if gpus is None else str(parse_gpus(gpus)),
+        cpus=cpus,
+        memory_bytes=parse_memory(memory) if memory else 0,
+    )
+    client = _agent(yes=yes)
+    job = _submit(client, request)
+    if detach:
+        _hand_over(job, as_json=as_json)
+        return
+    job = _follow(client, job, as_json=as_json)
+    target = fetch_to or (Path() if fetch_here else None)
+    if target is not None and job["output_files"]:
+        _bring_back(client, job, target)
+    raise typer.Exit(exit_code(job))
+
+
+def job_name(command: list[str]) -> str:
+    """The script's name, else the module's of `python -m`, else the program's."""
+    try:
+        words = shlex.split(command[0]) if is_shell(command) else command
+    except ValueError:  # an unclosed quotation mark: the shell will say so
+        words = command[0].split()
+    for index, word in enumerate(words):
+        if match := _SCRIPT.fullmatch(word):
+            return match[1]
+        if word == "-m" and index and index + 1 < len(words):
+            return words[index + 1].rpartition(".")[2]
+    return Path(words[0]).name if words else "job"
+
+
+def is_shell(command: list[str]) -> bool:
+    """A single argument with white space in it was quoted on purpose: it is for a shell."""
+    return len(command) == 1 and len(command[0].split()) > 1
+
+
+def parse_env(pairs: list[str]) -> dict[str, str]:
+    """`K=V` as it says, `K` as it is here; raises MeshgpuError `bad-request` for a name that is none or is not set."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, is_set, value = pair.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise MeshgpuError(
+                "bad-request", f"cannot set the variable {name!r}: expected K=V", "meshgpu run -e SEED=1 …"
+            )
+        if not is_set and name not in os.environ:
+            raise MeshgpuError(
+                "bad-request", f"cannot pass on {name}: it is not set here", f"meshgpu run -e {name}=… …"
+            )
+        found[name] = value if is_set else os.environ[name]
+    return found
+
+
+def parse_memory(text: str) -> int:
+    """`8GB`, `500MB` in bytes, decimal; raises MeshgpuError `bad-request` otherwise."""
+    match = _MEMORY.fullmatch(text.strip())
+    if match is None:
+        raise MeshgpuError("bad-request", f"cannot read the memory {text!r}: expected 8GB or 500MB", "--memory 8GB")
+    return int(float(match[1]) * _MEMORY_UNITS[match[2].lower()])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MeshgpuError(
+            "bad-request", f"cannot read the requirements in {path}: {error}", f"ls -l {path}"
+        ) from error
+
+
+def _agent(*, yes: bool) -> AgentClient:
+    """This machine's agent; where none answers, one is started if the person agrees."""
+    home = find_home()
+    client = AgentClient(home)
+    if (
+        running_agent(home) is None
+        and (yes or sys.stdin.isatty())
+        and confirmed("No agent answers. Start it?", yes=yes)
+    ):
+        start_agent(home)
+    return client
+
+
+def _submit(client: AgentClient, request: JobRequest) -> JobView:
+    try:
+        tree = capture(Path.cwd(), _cache())
+        for warning in tree.warnings:
+            note(plain(f"note: {warning}"))
+        request["tree"] = ship(client, tree)
+        return submit(client, request)
+    except KeyboardInterrupt:
+        note("interrupted before the job was taken; nothing runs unless `meshgpu ps` shows it")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _cache() -> Path:
+    """Where what is known about files is kept between runs, to read only those that changed."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if root.startswith("/") else Path.home() / ".cache") / "meshgpu"
+
+
+def _hand_over(job: JobView, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"id": job["id"], "display": job["display"]}))
+        return
+    print(job["display"], flush=True)
+    if len(job["held_by"]) == 1:
+        note(plain(f"{job['display']} is held by {job['held_by'][0]} only"))
+    detached(job)
+
+
+def _follow(client: AgentClient, job: JobView, *, as_json: bool) -> JobView:
+    """Until it ends; Ctrl-C lets it go on."""
+    try:
+        if as_json:
+            for event in events(client, job["id"]):
+                print(json.dumps(event), flush=True)
+                if event["type"] == "end":
+                    job = event["job"]
+            return job
+        attachment = Attachment(job)
+        job = attachment.follow(client)
+    except KeyboardInterrupt:
+        detached(job)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    conclude(client, job, attachment.missing_module())
+    return job
+
+
+def _bring_back(client: AgentClient, job: JobView, target: Path) -> None:
+    files = client.files(job["id"])
+    told: Callable[[str], None] = lambda line: note(plain(line))  # noqa: E731
+    fetch(client, job["id"], [(file, inside(target, file["path"])) for file in files], keep_both(job["display"], told))
+    note(plain(f"{count(len(files), 'file')}, {size(sum(file['size_bytes'] for file in files))} fetched to {target}"))

@@ -1,0 +1,174 @@
+"""The control API's client: one method for each call of the agent."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, Self, cast
+from urllib.parse import quote, urlencode
+
+from meshgpu.client.home import find_home, socket_path
+from meshgpu.client.http import Answer, error_in, request
+from meshgpu.client.views import (
+    AgentView,
+    ChecksView,
+    FileView,
+    FollowEvent,
+    FoundedView,
+    InviteView,
+    JobRequest,
+    JobsView,
+    JobView,
+    JoinedView,
+    MachinesView,
+    SightingView,
+    SubmitEvent,
+    TreeView,
+)
+from meshgpu.errors import MeshgpuError
+
+CALL_TIMEOUT_S: Final = 30.0
+"""Longest silence within one call. The slowest, joining by invite, gives each of its exchanges 5 s."""
+
+STREAM_TIMEOUT_S: Final = 60.0
+"""Longest silence of a job that is followed; who follows it then asks again from the last position."""
+
+SHIPPING_TIMEOUT_S: Final = 120.0
+"""Longest silence while the agent ships a tree: one chunk of 4 MiB over a poor line."""
+
+
+class AgentClient:
+    """Speaks to the agent whose home is `home`. Every call may raise AgentUnreachable or the agent's MeshgpuError."""
+
+    def __init__(self, home: Path, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Nothing is opened before the first call; raises MeshgpuError `socket-path` for a home that is too long."""
+        self.home = home
+        self._socket = socket_path(home)
+        self._timeout_s = timeout_s
+
+    @classmethod
+    def found(cls, timeout_s: float = CALL_TIMEOUT_S) -> Self:
+        """The client of this user's agent on this machine."""
+        return cls(find_home(), timeout_s)
+
+    def agent(self) -> AgentView:
+        return cast(AgentView, self._get("/v1/agent"))
+
+    def down(self) -> None:
+        """Stop the agent; jobs run on."""
+        self._post("/v1/down", {})
+
+    def init(self, mesh: str, name: str, user: str) -> FoundedView:
+        return cast(FoundedView, self._post("/v1/init", {"mesh": mesh, "name": name, "user": user}))
+
+    def invite(self, user: str | None) -> InviteView:
+        return cast(InviteView, self._post("/v1/invites", {"user": user}))
+
+    def join(self, invite: str, name: str, seeds: list[str]) -> JoinedView:
+        return cast(JoinedView, self._post("/v1/join", {"invite": invite, "name": name, "seeds": seeds}))
+
+    def discover(self, seconds: float) -> list[SightingView]:
+        """Machines that announce themselves nearby, after listening for `seconds`."""
+        return cast(list[SightingView], self._get("/v1/discover", seconds=f"{seconds:g}")["machines"])
+
+    def machines(self) -> MachinesView:
+        return cast(MachinesView, self._get("/v1/machines"))
+
+    def put_tree(self, manifest: bytes) -> TreeView:
+        """Offer a tree; `manifest` is Manifest.encode()."""
+        with self._ask("POST", "/v1/trees", manifest) as answer:
+            return cast(TreeView, _document(answer))
+
+    def put_chunk(self, chunk: bytes) -> None:
+        with self._ask("PUT", "/v1/chunks", chunk) as answer:
+            answer.read()
+
+    def submit(self, job: JobRequest) -> Iterator[SubmitEvent]:
+        """Submit a job whose chunks are all with the agent; the last event is the job, queued."""
+        for event in self._events("POST", "/v1/jobs", _encode(job), SHIPPING_TIMEOUT_S):
+            yield cast(SubmitEvent, event)
+
+    def jobs(self, *, finished: bool = False) -> JobsView:
+        """The user's jobs that are not final, or with `finished` all of them."""
+        return cast(JobsView, self._get("/v1/jobs", all=str(int(finished))))
+
+    def job(self, job: str) -> JobView:
+        """`job`: an id, a display name or any unique part of one."""
+        return cast(JobView, self._get(f"/v1/jobs/{_part(job)}")["job"])
+
+    def follow(
+        self, job: str, position: int = 0, *, logs: bool = True, timeout_s: float = STREAM_TIMEOUT_S
+    ) -> Iterator[FollowEvent]:
+        """Changes and log of a job from `position` on; EndEvent comes last, when the job is final.
+
+        Raises AgentUnreachable where the stream breaks before that or is silent for `timeout_s`.
+        """
+        query = f"position={position}&logs={int(logs)}&follow=1"
+        return self._job_events(job, query, timeout_s)
+
+    def history(self, job: str, position: int = 0) -> Iterator[FollowEvent]:
+        """The log so far from `position` on, then EndEvent, whatever state the job is in."""
+        return self._job_events(job, f"position={position}&logs=1&follow=0", self._timeout_s)
+
+    def stop(self, job: str, mode: str) -> JobView:
+        """`mode`: `stop` (SIGTERM, 30 s, SIGKILL) or `kill`."""
+        return cast(JobView, self._post(f"/v1/jobs/{_part(job)}/stop", {"mode": mode})["job"])
+
+    def files(self, job: str) -> list[FileView]:
+        """What the job left: new or changed files under its working directory."""
+        return cast(list[FileView], self._get(f"/v1/jobs/{_part(job)}/files")["files"])
+
+    def file(self, job: str, path: str) -> Iterator[bytes]:
+        """The bytes of one of its files, in pieces."""
+        with self._ask("GET", f"/v1/jobs/{_part(job)}/files/{quote(path, errors='surrogateescape')}") as answer:
+            yield from answer.blocks()
+
+    def doctor(self) -> ChecksView:
+        return cast(ChecksView, self._get("/v1/doctor"))
+
+    def _ask(self, method: str, target: str, body: bytes | None = None, timeout_s: float = 0.0) -> Answer:
+        return request(self._socket, method, target, body, timeout_s=timeout_s or self._timeout_s)
+
+    def _get(self, path: str, **query: str) -> dict[str, Any]:
+        with self._ask("GET", f"{path}?{urlencode(query)}" if query else path) as answer:
+            return _document(answer)
+
+    def _post(self, path: str, document: object) -> dict[str, Any]:
+        with self._ask("POST", path, _encode(document)) as answer:
+            return _document(answer)
+
+    def _job_events(self, job: str, query: str, timeout_s: float) -> Iterator[FollowEvent]:
+        for event in self._events("GET", f"/v1/jobs/{_part(job)}/events?{query}", None, timeout_s):
+            yield cast(FollowEvent, event)
+            if event.get("type") == "end":
+                return
+
+    def _events(self, method: str, target: str, body: bytes | None, timeout_s: float) -> Iterator[dict[str, Any]]:
+        with self._ask(method, target, body, timeout_s) as answer:
+            for line in answer.lines():
+                event = _parse(line)
+                if event.get("type") == "error":
+                    raise error_in(line, "the agent gave up without saying why")
+                yield event
+
+
+def _part(text: str) -> str:
+    """`text` as one part of a URL's path: an id with a slash must not reach another call."""
+    return quote(text, safe="", errors="surrogateescape")
+
+
+def _encode(document: object) -> bytes:
+    return json.dumps(document).encode()
+
+
+def _document(answer: Answer) -> dict[str, Any]:
+    return _parse(answer.read() or b"{}")
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        document: Any = json.loads(text)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise MeshgpuError("bad-answer", "the agent answered something else than a JSON object", "meshgpu doctor")
+    return document

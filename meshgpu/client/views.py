@@ -1,0 +1,226 @@
+"""What the control API answers, as types. Times are Unix seconds, sizes bytes; None where not known or not yet."""
+
+from typing import Literal, TypedDict
+
+
+class MeshView(TypedDict):
+    id: str
+    name: str
+
+
+class AgentView(TypedDict):
+    """The agent itself. mesh and user are None before `init` or `join`; fence is empty where nothing shuts jobs in."""
+
+    version: str
+    pid: int
+    home: str
+    node: str
+    name: str
+    mesh: MeshView | None
+    user: str | None
+    link_port: int
+    addresses: list[str]
+    fence: str
+    gpu_note: str
+    started_at: float
+
+
+class FoundedView(TypedDict):
+    mesh: str
+    name: str
+    node: str
+    user: str
+    recovery_key: str
+
+
+class InviteView(TypedDict):
+    invite: str
+    expires_at: float
+    user: str | None
+
+
+class JoinedView(TypedDict):
+    mesh: str
+    name: str
+    node: str
+    user: str
+    inviter: str
+    fence: str
+    gpus: list[str]
+
+
+class SightingView(TypedDict):
+    """A machine that announces itself nearby. ours: it is a member of our mesh; gpus: `2x RTX 4090 24GB`."""
+
+    node: str
+    name: str | None
+    mesh_name: str | None
+    mesh_tag: str | None
+    ours: bool
+    self: bool
+    pairing: bool
+    addresses: list[str]
+    gpus: str | None
+
+
+class GpuJobView(TypedDict):
+    id: str
+    display: str
+    user: str
+
+
+class GpuView(TypedDict):
+    """A GPU with its last reading; fault is empty, or why it cannot be used."""
+
+    index: int
+    uuid: str
+    name: str
+    memory_total_bytes: int
+    memory_free_bytes: int | None
+    utilization_percent: int | None
+    temperature_c: int | None
+    power_w: float | None
+    fault: str
+    jobs: list[GpuJobView]
+
+
+class MachineView(TypedDict):
+    """A member and its GPUs. state: `alive suspect down left revoked`; down_s: seconds since it was last heard."""
+
+    name: str
+    id: str
+    state: str
+    self: bool
+    roles: list[str]
+    owner: str | None
+    cpus: int
+    memory_bytes: int
+    fence: str
+    gpu_note: str
+    down_s: float | None
+    gpus: list[GpuView]
+
+
+class MachinesView(TypedDict):
+    machines: list[MachineView]
+
+
+class TreeView(TypedDict):
+    """A tree that the agent took in; missing: digests of the chunks it does not have yet."""
+
+    tree: str
+    missing: list[str]
+
+
+class JobGpuView(TypedDict):
+    uuid: str
+    name: str
+    memory_bytes: int
+
+
+class JobView(TypedDict):
+    """A job as its user sees it. phase is None unless the job is active; exit_code None where no process ended."""
+
+    id: str
+    display: str
+    name: str
+    user: str
+    state: str
+    phase: str | None
+    detail: str
+    machine: str | None
+    epoch: int
+    exit_code: int | None
+    reason: str
+    submitted_at: float
+    started_at: float | None
+    ended_at: float | None
+    command: str
+    gpus: list[JobGpuView]
+    gpu_request: str
+    out_of_touch_s: float | None
+    held_by: list[str]
+    output_files: int
+    output_bytes: int
+    tree_files: int
+    tree_bytes: int
+    requested_machine: str | None
+
+
+class JobsView(TypedDict):
+    """silent: names of the machines that did not answer in time."""
+
+    jobs: list[JobView]
+    silent: list[str]
+
+
+class JobRequest(TypedDict):
+    """What `run` asks for. machine: empty without `-m`; gpus: the text of `-g`, None without; 0 where not said."""
+
+    name: str
+    command: list[str]
+    shell: bool
+    env: dict[str, str]
+    pip: list[str]
+    requirements: str
+    from_project: bool
+    tree: str
+    machine: str
+    gpus: str | None
+    cpus: int
+    memory_bytes: int
+
+
+class ShippingEvent(TypedDict):
+    """How much of the tree has reached the machines that keep it."""
+
+    type: Literal["shipping"]
+    done_bytes: int
+    total_bytes: int
+
+
+class JobEvent(TypedDict):
+    type: Literal["job"]
+    job: JobView
+
+
+class LogEvent(TypedDict):
+    """A piece of the log; undecodable bytes are lone surrogates (PEP 383). position: where to resume after it."""
+
+    type: Literal["log"]
+    stream: Literal["stdout", "stderr"]
+    data: str
+    position: int
+
+
+class OutOfTouchEvent(TypedDict):
+    type: Literal["out-of-touch"]
+    machine: str
+    seconds: float
+
+
+class EndEvent(TypedDict):
+    type: Literal["end"]
+    job: JobView
+
+
+SubmitEvent = ShippingEvent | JobEvent
+FollowEvent = JobEvent | LogEvent | OutOfTouchEvent | EndEvent
+
+
+class FileView(TypedDict):
+    path: str
+    size_bytes: int
+
+
+class CheckView(TypedDict):
+    """One check of `doctor`; ok is None where it could not be tried."""
+
+    name: str
+    ok: bool | None
+    found: str
+    hint: str | None
+
+
+class ChecksView(TypedDict):
+    checks: list[CheckView]
