@@ -55,8 +55,13 @@ class Demo:
 
     def show(self, machine: str, *arguments: str, directory: Path | None = None) -> None:
         """Print a command as its user types it, run it, let its output through. Raises on failure."""
-        shown = " ".join(arguments) if len(arguments[-1]) < 80 else " ".join((*arguments[:-1], arguments[-1][:24] + "…"))
-        print(f"\033[1m{machine} $\033[0m meshgpu {shown}" if sys.stdout.isatty() else f"{machine} $ meshgpu {shown}", flush=True)
+        shown = (
+            " ".join(arguments) if len(arguments[-1]) < 80 else " ".join((*arguments[:-1], arguments[-1][:24] + "…"))
+        )
+        print(
+            f"\033[1m{machine} $\033[0m meshgpu {shown}" if sys.stdout.isatty() else f"{machine} $ meshgpu {shown}",
+            flush=True,
+        )
         subprocess.run([str(MESHGPU), *arguments], env=self.environment(machine), cwd=directory, check=True)
         print(flush=True)
 

@@ -127,6 +127,8 @@ class Agent:
         self._notary = WireNotary(self._keys.sign, self._keys.verify)
         chunks = ChunkFiles(self._home.chunks, keep_free_bytes=self._keep_free_bytes())
         self._executor = ProcessExecutor(self._home.jobs, UvEnvironments(self._home.environments))
+        await self._executor.start(lambda event: self._runtime.executor_event(event))
+        self._closing.push_async_callback(self._executor.close)
         self._node = Node(
             node_id(self._keys.node_key()), self._clock.now(), self._notary, self._rng, self._node_config(), records
         )
@@ -135,8 +137,6 @@ class Agent:
         outside = Outside(self._clock, transport, store, self._executor, self._announce, self._discard)
         self._runtime = Runtime(self._node, outside, trees, self._tasks)
         streams = Streams(self._node, self._home, chunks, self._clock)
-        await self._executor.start(self._runtime.executor_event)
-        self._closing.push_async_callback(self._executor.close)
         self._port = await transport.start(self._runtime.link_event, streams.serve)
         self._closing.push_async_callback(transport.stop)
         self._status = self._make_status()

@@ -74,6 +74,7 @@ class Status:
             "link_port": self.link_port,
             "addresses": self.addresses(),
             "fence": self.fence,
+            "gpus": self.gpu_names(),
             "gpu_note": self.inventory.gpu_note,
             "started_at": self.started_wall_s,
         }

@@ -233,6 +233,14 @@ def test_the_record_holds_these_facts_and_no_host_name() -> None:
     assert socket.gethostname() not in str(info)
 
 
+def test_only_addresses_on_the_first_ones_port_are_announced() -> None:
+    info = announcement(
+        sighting(addresses=tuple(map(Address, ("rig7:1", "10.0.0.1:7443", "10.0.0.2:1", "10.0.0.3:7443"))))
+    )
+    assert info is not None
+    assert (info.parsed_addresses(), info.port) == (["10.0.0.1", "10.0.0.3"], 7443)
+
+
 def test_a_closed_pairing_port_is_absent() -> None:
     info = announcement(sighting())
     assert info is not None

@@ -1,0 +1,590 @@
+"""UvEnvironments: what a job asks for is installed once, found again without a process, and fails in plain words."""
+
+import asyncio
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import pytest
+import uv
+
+from meshgpu.adapters import uv_environments
+from meshgpu.adapters.uv_environments import COMPLETE, UvEnvironments
+from meshgpu.errors import MeshgpuError
+from meshgpu.model.ids import JobId, MeshId, NodeId, UserName, digest
+from meshgpu.model.job import AttemptPlan, EnvironmentRequest, JobSpec
+from meshgpu.model.resources import Resources
+from meshgpu.ports import Environment
+
+DEADLINE_S = 60
+LOCAL = "--no-index\n--find-links wheels\n"
+"""Requirements that come from wheels in the tree: no index is asked."""
+
+FAKE_UV = """#!/bin/sh
+echo "$@" >> {log}
+env > {log}.env
+case "$1 $2" in
+venv*) for path; do :; done; mkdir -p "$path/bin"; ln -s {python} "$path/bin/python";;
+"pip compile") {compile};;
+esac
+"""
+
+
+def plan_for(
+    *pip: str,
+    requirements: str = "",
+    from_project: bool = True,
+    command: tuple[str, ...] = ("python", "train.py"),
+    shell: bool = False,
+    user: str = "ada",
+    fenced: bool = False,
+    tree: bytes = b"tree",
+) -> AttemptPlan:
+    spec = JobSpec(
+        mesh=MeshId("0" * 64),
+        job=JobId("a" * 26),
+        name="train",
+        user=UserName(user),
+        submitter=NodeId("b" * 52),
+        command=command,
+        shell=shell,
+        env=(),
+        environment=EnvironmentRequest(pip, requirements, from_project),
+        tree=digest(tree),
+        tree_bytes=0,
+        tree_files=0,
+        resources=Resources(),
+        machine=None,
+        stewards=(),
+        issued_wall_s=0.0,
+    )
+    return AttemptPlan(spec, 1, (), fenced, "rig1")
+
+
+class Bench:
+    """A tree, a directory of environments, and what was said about them."""
+
+    def __init__(self, top: Path) -> None:
+        self.tree = top / "tree"
+        self.tree.mkdir()
+        self.home = top / "environments"
+        self.log = top / "calls"
+        self.said: list[str] = []
+
+    async def build(self, environments: UvEnvironments, plan: AttemptPlan) -> Environment:
+        async with asyncio.timeout(DEADLINE_S):
+            return await environments.build(plan, self.tree, self.said.append)
+
+    async def refusal(self, environments: UvEnvironments, plan: AttemptPlan) -> MeshgpuError:
+        """Why a build fails; checks that it leaves nothing."""
+        before = self.built()
+        with pytest.raises(MeshgpuError) as refused:
+            await self.build(environments, plan)
+        assert self.built() == before
+        assert refused.value.code == "environment"
+        return refused.value
+
+    def built(self) -> list[str]:
+        return sorted(path.name for path in (self.home / "built").iterdir())
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def wheel(self, name: str, version: str = "1.0", value: str = "1") -> None:
+        """A wheel with one module and a console script of that name."""
+        path = self.tree / f"wheels/{name}-{version}-py3-none-any.whl"
+        path.parent.mkdir(exist_ok=True)
+        about = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"{name}.py", f"VALUE = {value}\ndef main(): print('{name} runs')\n")
+            archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            archive.writestr(f"{about}/entry_points.txt", f"[console_scripts]\n{name}={name}:main\n")
+            archive.writestr(f"{about}/RECORD", "")
+
+    def fake(self, compile_step: str = "echo demo==1.0", **options: object) -> UvEnvironments:
+        """Environments whose uv only writes down how it was called."""
+        script = self.log.with_name("fake-uv")
+        script.write_text(FAKE_UV.format(log=self.log, python=sys.executable, compile=compile_step))
+        script.chmod(0o755)
+        return UvEnvironments(self.home, script, **options)  # type: ignore[arg-type]  # passed on as they are
+
+    def calls(self, first: str) -> list[str]:
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [line for line in lines if line.startswith(first)]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+@pytest.fixture
+def environments(bench: Bench) -> UvEnvironments:
+    return UvEnvironments(bench.home)
+
+
+def run(environment: Environment, program: str, *arguments: str) -> str:
+    command = [str(environment.bin_path / program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def imports(environment: Environment, module: str) -> bool:
+    command = [str(environment.bin_path / "python"), "-c", f"import {module}"]
+    return subprocess.run(command, capture_output=True, timeout=30, check=False, cwd="/").returncode == 0
+
+
+# -- what is installed -----------------------------------------------------------------------------------------------
+
+
+async def test_nothing_asked_for_gives_a_bare_python(bench: Bench, environments: UvEnvironments) -> None:
+    environment = await bench.build(environments, plan_for())
+    assert environment.source == "empty"
+    assert not environment.cached
+    for program in ("python", "python3"):
+        assert run(environment, program, "-c", "import sys; print(sys.prefix)") == str(environment.bin_path.parent)
+    assert not imports(environment, "pip")
+    assert environment.tag == environment.bin_path.parent.name[:4]
+
+
+async def test_requirements_are_installed_with_scripts_that_run(bench: Bench, environments: UvEnvironments) -> None:
+    bench.wheel("alpha")
+    bench.write("requirements.txt", f"{LOCAL}alpha\n")
+    environment = await bench.build(environments, plan_for())
+    assert environment.source == "requirements.txt"
+    assert run(environment, "alpha") == "alpha runs"
+    assert bench.said == ["environment: resolving requirements.txt", "environment: installing 1 packages"] or (
+        bench.said[0] == "environment: resolving requirements.txt"
+        and "environment: installing 1 packages" in bench.said
+    )
+
+
+async def test_included_requirements_and_constraints_count(bench: Bench, environments: UvEnvironments) -> None:
+    for version in ("1.0", "2.0"):
+        bench.wheel("alpha", version, value=version)
+    bench.write("requirements.txt", f"{LOCAL}-r more/inner.txt\n")
+    bench.write("more/inner.txt", "alpha\n-c limits.txt\n")
+    bench.write("more/limits.txt", "alpha<2\n")
+    first = await bench.build(environments, plan_for())
+    assert run(first, "python", "-c", "import alpha; print(alpha.VALUE)") == "1.0"
+    bench.write("more/limits.txt", "alpha>1\n")
+    second = await bench.build(environments, plan_for())
+    assert run(second, "python", "-c", "import alpha; print(alpha.VALUE)") == "2.0"
+    assert first.bin_path != second.bin_path
+
+
+async def test_pip_and_pip_req_go_before_the_project(bench: Bench, environments: UvEnvironments) -> None:
+    bench.wheel("alpha")
+    bench.wheel("beta")
+    bench.write("requirements.txt", "this is not read")
+    by_pip = await bench.build(environments, plan_for("./wheels/alpha-1.0-py3-none-any.whl"))
+    assert (by_pip.source, imports(by_pip, "alpha")) == ("--pip", True)
+    by_text = await bench.build(environments, plan_for(requirements=f"{LOCAL}beta"))
+    assert (by_text.source, imports(by_text, "beta"), imports(by_text, "alpha")) == ("--pip-req", True, False)
+    both = await bench.build(environments, plan_for("alpha", requirements=f"{LOCAL}beta"))
+    assert (both.source, imports(both, "alpha"), imports(both, "beta")) == ("--pip-req and --pip", True, True)
+
+
+async def test_a_uv_lock_is_installed_without_the_project(bench: Bench, environments: UvEnvironments) -> None:
+    bench.wheel("alpha")
+    settings = '[tool.uv]\nno-index = true\nfind-links = ["wheels"]\n'
+    project = '[project]\nname = "proj"\nversion = "1"\nrequires-python = ">=3.11"\ndependencies = ["alpha"]\n'
+    build = '[build-system]\nrequires = []\nbuild-backend = "none"\nbackend-path = ["."]\n'
+    bench.write("pyproject.toml", project + build + settings)
+    bench.write("requirements.txt", "not read")
+    command = [uv.find_uv_bin(), "lock", "--python", sys.executable]
+    subprocess.run(command, cwd=bench.tree, check=True, capture_output=True, timeout=30)
+    before = sorted(bench.tree.rglob("*"))
+    environment = await bench.build(environments, plan_for())
+    assert environment.source == "uv.lock"
+    assert run(environment, "alpha") == "alpha runs"
+    assert not imports(environment, "proj")
+    assert sorted(bench.tree.rglob("*")) == before
+
+
+async def test_a_pylock_is_installed(bench: Bench, environments: UvEnvironments) -> None:
+    bench.wheel("alpha")
+    requirements = bench.write("alpha.in", f"{LOCAL}alpha\n")
+    command = [uv.find_uv_bin(), "pip", "compile", "--format", "pylock.toml", "-o", "pylock.toml", str(requirements)]
+    subprocess.run(command, cwd=bench.tree, check=True, capture_output=True, timeout=30)
+    environment = await bench.build(environments, plan_for())
+    assert (environment.source, run(environment, "alpha")) == ("pylock.toml", "alpha runs")
+
+
+@pytest.mark.parametrize("shell", [False, True])
+async def test_inline_metadata_of_the_script_is_used(bench: Bench, environments: UvEnvironments, shell: bool) -> None:
+    bench.wheel("alpha")
+    block = (
+        '# /// script\n# requires-python = ">=3.11"\n# dependencies = ["./wheels/alpha-1.0-py3-none-any.whl"]\n# ///\n'
+    )
+    bench.write("src/train.py", f"#!/usr/bin/env python\n{block}import alpha\n")
+    command = ("python src/train.py --rate '1e-3'",) if shell else ("python", "src/train.py", "other.py")
+    environment = await bench.build(environments, plan_for(command=command, shell=shell))
+    assert (environment.source, imports(environment, "alpha")) == ("src/train.py", True)
+
+
+async def test_a_local_project_lends_its_requirements_but_is_not_installed(
+    bench: Bench, environments: UvEnvironments
+) -> None:
+    bench.wheel("alpha")
+    bench.write("pyproject.toml", '[project]\nname = "proj"\nversion = "1"\ndependencies = ["alpha"]\n')
+    bench.write("requirements.txt", f"{LOCAL}-e .\n")
+    environment = await bench.build(environments, plan_for())
+    assert imports(environment, "alpha")
+    assert not imports(environment, "proj")
+
+
+async def test_the_project_is_left_alone_where_the_user_says_so(bench: Bench, environments: UvEnvironments) -> None:
+    bench.write("requirements.txt", "not read")
+    bench.write(".python-version", "3.99")
+    assert (await bench.build(environments, plan_for(from_project=False))).source == "empty"
+
+
+async def test_a_lock_without_its_project_is_passed_over(bench: Bench, environments: UvEnvironments) -> None:
+    bench.wheel("alpha")
+    bench.write("uv.lock", "version = 1")
+    bench.write("requirements.txt", f"{LOCAL}alpha\n")
+    assert (await bench.build(environments, plan_for())).source == "requirements.txt"
+
+
+async def test_a_package_of_an_index_is_installed(bench: Bench, environments: UvEnvironments) -> None:
+    try:
+        environment = await bench.build(environments, plan_for("six"))
+    except MeshgpuError as error:
+        if "error sending request" in error.message or "dns error" in error.message:
+            pytest.skip(f"no index can be reached: {error.message}")
+        raise
+    assert imports(environment, "six")
+
+
+# -- which interpreter -----------------------------------------------------------------------------------------------
+
+
+async def test_an_interpreter_that_is_not_here_is_named(bench: Bench, environments: UvEnvironments) -> None:
+    bench.write(".python-version", "3.99\n")
+    error = await bench.refusal(environments, plan_for())
+    assert ".python-version asks for Python 3.99, and this machine has none" in error.message
+    assert error.hint is not None
+    assert "uv python install '3.99'" in error.hint
+
+
+async def test_a_range_of_versions_takes_the_base_interpreter_where_it_fits(
+    bench: Bench, environments: UvEnvironments
+) -> None:
+    bench.write("requirements.txt", "")
+    bench.write("pyproject.toml", '[project]\nname = "proj"\nversion = "1"\nrequires-python = ">=3.11"\n')
+    environment = await bench.build(environments, plan_for())
+    base = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    assert os.path.realpath(environment.bin_path / "python") == base
+    bench.write("pyproject.toml", '[project]\nname = "proj"\nversion = "1"\nrequires-python = ">=3.99"\n')
+    error = await bench.refusal(environments, plan_for())
+    assert "pyproject.toml asks for Python >=3.99" in error.message
+
+
+async def test_a_name_of_another_tool_is_no_version(bench: Bench, environments: UvEnvironments) -> None:
+    bench.write(".python-version", "my-virtualenv\n")
+    assert (await bench.build(environments, plan_for())).source == "empty"
+
+
+# -- once, and found again -------------------------------------------------------------------------------------------
+
+
+async def test_a_known_environment_is_found_without_a_process(bench: Bench) -> None:
+    bench.write("requirements.txt", "demo\n")
+    first = await bench.build(bench.fake(), plan_for())
+    again = await bench.build(UvEnvironments(bench.home, Path("/nonexistent/uv")), plan_for())
+    assert not first.cached
+    assert again == Environment(first.bin_path, first.tag, True, "requirements.txt")
+
+
+async def test_other_words_for_the_same_packages_share_an_environment(bench: Bench) -> None:
+    environments = bench.fake()
+    first = await bench.build(environments, plan_for("demo"))
+    second = await bench.build(environments, plan_for("demo>=1"))
+    assert (second.bin_path, second.cached) == (first.bin_path, True)
+    assert len(bench.calls("venv")) == 1
+
+
+async def test_users_do_not_share_environments(bench: Bench) -> None:
+    environments = bench.fake()
+    ada = await bench.build(environments, plan_for("demo", user="ada"))
+    bob = await bench.build(environments, plan_for("demo", user="bob"))
+    assert ada.bin_path != bob.bin_path
+
+
+async def test_concurrent_builds_of_one_environment_happen_once(bench: Bench) -> None:
+    environments = bench.fake()
+    plans = [plan_for("demo"), plan_for("demo"), plan_for("demo>=1"), plan_for("demo>=1")]
+    built = await asyncio.gather(*(bench.build(environments, plan) for plan in plans))
+    assert len({environment.bin_path for environment in built}) == 1
+    assert len(bench.calls("venv")) == 1
+    assert len(bench.calls("pip compile")) == 2
+    assert sorted(environment.cached for environment in built) == [False, True, True, True]
+
+
+async def test_local_wheels_belong_to_their_tree(bench: Bench, environments: UvEnvironments) -> None:
+    bench.write("requirements.txt", "./wheels/alpha-1.0-py3-none-any.whl\n")
+    values = []
+    for value in ("1", "2"):
+        bench.wheel("alpha", value=value)
+        environment = await bench.build(environments, plan_for(tree=value.encode()))
+        values.append(run(environment, "python", "-c", "import alpha; print(alpha.VALUE)"))
+    assert values == ["1", "2"]
+
+
+async def test_another_interpreter_means_another_environment(bench: Bench, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n")
+    first = await bench.build(bench.fake(python=python), plan_for())
+    python.write_text("#!/bin/sh\n# upgraded in place\n")
+    second = await bench.build(bench.fake(python=python), plan_for())
+    assert first.bin_path != second.bin_path
+
+
+async def test_an_environment_without_its_interpreter_is_built_again(bench: Bench) -> None:
+    first = await bench.build(bench.fake(), plan_for())
+    (first.bin_path / "python").unlink()
+    again = await bench.build(bench.fake(), plan_for())
+    assert (again.bin_path, again.cached) == (first.bin_path, False)
+    assert (first.bin_path / "python").exists()
+
+
+async def test_what_a_crash_left_is_never_used(bench: Bench) -> None:
+    first = await bench.build(bench.fake(), plan_for())
+    (first.bin_path.parent / COMPLETE).unlink()
+    left = first.bin_path / "half"
+    left.write_text("installed")
+    running = bench.fake()
+    assert bench.built() == []
+    again = await bench.build(running, plan_for())
+    assert (again.bin_path, again.cached, left.exists()) == (first.bin_path, False, False)
+
+
+async def test_leftovers_under_a_running_agent_are_cleaned_by_the_next_build(bench: Bench) -> None:
+    environments = bench.fake()
+    first = await bench.build(environments, plan_for())
+    (first.bin_path.parent / COMPLETE).unlink()
+    (first.bin_path / "half").write_text("installed")
+    again = await bench.build(environments, plan_for())
+    assert (again.bin_path, (again.bin_path / "half").exists()) == (first.bin_path, False)
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_failure_says_what_uv_said_and_leaves_nothing(bench: Bench, environments: UvEnvironments) -> None:
+    bench.write("requirements.txt", f"{LOCAL}no-such-thing\n")
+    error = await bench.refusal(environments, plan_for())
+    assert error.message.startswith("cannot build the environment from requirements.txt: No solution found")
+    assert "no-such-thing was not found" in error.message
+    assert error.hint is not None
+    assert "uv pip compile requirements.txt" in error.hint
+
+
+async def test_a_failed_installation_leaves_nothing_and_may_be_tried_again(bench: Bench) -> None:
+    broken = bench.fake('[ -e {0} ] || {{ echo "error: disk on fire" >&2; exit 3; }}; echo demo==1'.format("mended"))
+    error = await bench.refusal(broken, plan_for("demo"))
+    assert error.message == "cannot build the environment from --pip: disk on fire"
+    bench.write("mended", "")
+    assert not (await bench.build(broken, plan_for("demo"))).cached
+
+
+async def test_a_failure_after_the_environment_was_begun_leaves_nothing(bench: Bench) -> None:
+    environments = bench.fake()
+    script = bench.log.with_name("fake-uv")
+    script.write_text(script.read_text().replace("esac", '"pip sync") exit 1;;\nesac'))
+    error = await bench.refusal(environments, plan_for("demo"))
+    assert error.message.endswith("uv ended with 1")
+    assert len(bench.calls("venv")) == 1
+
+
+async def test_a_missing_uv_is_a_failure_in_words(bench: Bench) -> None:
+    error = await bench.refusal(UvEnvironments(bench.home, Path("/nonexistent/uv")), plan_for())
+    assert error.message == "cannot build the environment from empty: No such file or directory: /nonexistent/uv"
+
+
+def hanging(bench: Bench) -> tuple[UvEnvironments, Callable[[], Awaitable[list[int]]]]:
+    """Environments whose installation hangs with a child, and a wait for the ids of both processes."""
+    pipe = bench.log.with_name("pipe")
+    os.mkfifo(pipe)
+    environments = bench.fake()
+    script = bench.log.with_name("fake-uv")
+    step = f'"pip sync") sleep 600 & echo $$ $! > {pipe}; wait;;'
+    script.write_text(script.read_text().replace("esac", f"{step}\nesac"))
+
+    async def processes() -> list[int]:
+        async with asyncio.timeout(DEADLINE_S):
+            return [int(word) for word in (await asyncio.to_thread(pipe.read_text)).split()]
+
+    return environments, processes
+
+
+def is_running(process: int) -> bool:
+    """A child that nobody has waited for yet is not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def until_gone(processes: list[int]) -> None:
+    async with asyncio.timeout(10):
+        while any(is_running(process) for process in processes):
+            await asyncio.sleep(0.01)
+
+
+async def test_cancelling_ends_uv_with_its_children_and_leaves_nothing(bench: Bench) -> None:
+    environments, processes = hanging(bench)
+    building = asyncio.get_running_loop().create_task(bench.build(environments, plan_for("demo")))
+    started = await processes()
+    assert len(bench.built()) == 1
+    building.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await building
+    await until_gone(started)
+    assert bench.built() == []
+
+
+async def test_a_cancelled_build_lets_the_next_one_in_line_build(bench: Bench) -> None:
+    environments, processes = hanging(bench)
+    loop = asyncio.get_running_loop()
+    building = [loop.create_task(bench.build(environments, plan_for("demo"))) for _ in range(2)]
+    await processes()
+    building[0].cancel()
+    started = await processes()
+    assert len(bench.calls("venv")) == 2
+    building[1].cancel()
+    await asyncio.gather(*building, return_exceptions=True)
+    await until_gone(started)
+
+
+async def test_a_build_that_hangs_ends_at_its_deadline(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uv_environments, "BUILD_DEADLINE_S", 0.5)
+    environments, processes = hanging(bench)
+    waiting = asyncio.get_running_loop().create_task(processes_of(processes))
+    error = await bench.refusal(environments, plan_for("demo"))
+    assert "was not ready after" in error.message
+    await until_gone(await waiting)
+
+
+async def processes_of(wait: Callable[[], Awaitable[list[int]]]) -> list[int]:
+    return await wait()
+
+
+# -- other people's jobs, and the outside ----------------------------------------------------------------------------
+
+
+def hostile_sdist(bench: Bench, marker: Path) -> None:
+    """A source distribution whose build leaves `marker`."""
+    files = {
+        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "evil"\nbackend-path = ["."]\n',
+        "evil.py": f"open({str(marker)!r}, 'w').close()\n",
+        "PKG-INFO": "Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n",
+    }
+    (bench.tree / "wheels").mkdir(exist_ok=True)
+    with tarfile.open(bench.tree / "wheels/evil-1.0.tar.gz", "w:gz") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"evil-1.0/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+
+
+@pytest.mark.parametrize("settings", ["", "[tool.uv]\nno-build = false\nno-binary = true\n"])
+async def test_no_code_of_another_user_runs_while_it_is_installed(
+    bench: Bench, environments: UvEnvironments, tmp_path: Path, settings: str
+) -> None:
+    marker = tmp_path / "ran"
+    hostile_sdist(bench, marker)
+    bench.write("pyproject.toml", settings)
+    bench.write("requirements.txt", f"{LOCAL}evil\n")
+    await bench.refusal(environments, plan_for(fenced=True))
+    assert not marker.exists()
+    await bench.refusal(environments, plan_for(fenced=False))
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("line", ["--no-binary evil", "--extra-index-url https://example.invalid/${SECRET}"])
+async def test_requirements_that_run_code_or_send_variables_are_refused_to_others(bench: Bench, line: str) -> None:
+    bench.write("requirements.txt", f"-r inner.txt\n{LOCAL}")
+    bench.write("inner.txt", f"{line}\nevil\n")
+    error = await bench.refusal(bench.fake(), plan_for(fenced=True))
+    assert "refused on another user's machine" in error.message
+    assert bench.calls("") == []
+    assert (await bench.build(bench.fake(), plan_for())).source == "requirements.txt"
+
+
+async def test_builds_for_others_run_shut_in(bench: Bench) -> None:
+    seen: list[tuple[str, Path]] = []
+
+    def wrap(argv: Sequence[str], tree: Path) -> Sequence[str]:
+        seen.append((argv[1], tree))
+        return ["env", "SHUT_IN=1", *argv]
+
+    environments = bench.fake(wrap=wrap)
+    await bench.build(environments, plan_for("demo"))
+    assert seen == []
+    await bench.build(environments, plan_for("demo", fenced=True))
+    assert seen == [("pip", bench.tree), ("venv", bench.tree), ("pip", bench.tree)]
+    assert "SHUT_IN=1" in bench.log.with_name("calls.env").read_text()
+
+
+async def test_variables_of_the_agent_do_not_lead_uv_astray(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIRTUAL_ENV", "/somewhere")
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    monkeypatch.setenv("SECRET", "hunter2")
+    monkeypatch.setenv("UV_INDEX_URL", "https://index.example.invalid/simple")
+    monkeypatch.delenv("UV_CACHE_DIR", raising=False)
+    variables = bench.log.with_name("calls.env")
+    await bench.build(bench.fake(), plan_for("demo"))
+    mine = dict(line.partition("=")[::2] for line in variables.read_text().splitlines())
+    assert {"VIRTUAL_ENV", "PYTHONPATH"}.isdisjoint(mine)
+    assert mine["SECRET"] == "hunter2"
+    assert mine["UV_INDEX_URL"] == "https://index.example.invalid/simple"
+    assert mine["UV_CACHE_DIR"] == str(bench.home / "cache")
+    await bench.build(bench.fake(), plan_for("demo", fenced=True))
+    theirs = dict(line.partition("=")[::2] for line in variables.read_text().splitlines())
+    assert "SECRET" not in theirs
+    assert theirs["UV_INDEX_URL"] == mine["UV_INDEX_URL"]
+    monkeypatch.setenv("UV_CACHE_DIR", "/elsewhere")
+    await bench.build(bench.fake(), plan_for("demo", user="bob"))
+    assert "UV_CACHE_DIR=/elsewhere\n" in variables.read_text()
+
+
+async def test_files_outside_the_tree_are_not_read(bench: Bench, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("demo\n")
+    for name in ("requirements.txt", "pylock.toml", "train.py", ".python-version"):
+        (bench.tree / name).symlink_to(secret)
+    assert (await bench.build(bench.fake(), plan_for())).source == "empty"
+    (bench.tree / "inner.txt").symlink_to(secret)
+    for name in (str(secret), "../secret.txt", "inner.txt", "missing.txt"):
+        error = await bench.refusal(bench.fake(), plan_for(requirements=f"-r {name}\n"))
+        assert f"it includes {name}, which is not in the directory that was shipped" in error.message
+    assert bench.calls("pip") == []
+
+
+async def test_requirements_that_include_each_other_end(bench: Bench) -> None:
+    bench.write("requirements.txt", "-r inner/more.txt\n")
+    bench.write("inner/more.txt", "-r ../requirements.txt\n--requirement=../inner/more.txt\n")
+    assert (await bench.build(bench.fake(), plan_for())).source == "requirements.txt"
+
+
+@pytest.mark.parametrize("block", ["# dependencies = [", "# dependencies = 5", '# dependencies = ["a"'])
+async def test_broken_inline_metadata_is_named(bench: Bench, block: str) -> None:
+    bench.write("train.py", f"# /// script\n{block}\n# ///\n")
+    error = await bench.refusal(bench.fake(), plan_for())
+    assert error.message.startswith("cannot build the environment from train.py: ")
+
+
+async def test_a_file_that_is_no_text_is_named(bench: Bench) -> None:
+    (bench.tree / "requirements.txt").write_bytes(b"\xff\xfe\x00")
+    error = await bench.refusal(bench.fake(), plan_for())
+    assert "requirements.txt: it cannot be read" in error.message
