@@ -168,13 +168,10 @@ def _memory(gpu: GpuView) -> str:
 
 
 def _checks() -> list[CheckView]:
-    home = find_home()
     try:
-        checks = AgentClient(home).doctor()["checks"]
+        return AgentClient.found().doctor()["checks"]
     except AgentUnreachable as error:
         return [{"name": "agent", "ok": False, "found": error.message, "hint": error.hint}]
-    answers: CheckView = {"name": "agent", "ok": True, "found": f"answers in {home}", "hint": None}
-    return [answers, *checks]
 
 
 def _check_row(check: CheckView) -> tuple[str, ...]:

@@ -1,0 +1,296 @@
+"""Commands about machines and meshes: machines, discover, init, invite, join, up, down, doctor, version; and errors."""
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from typer.testing import Result
+
+from meshgpu import __version__
+from meshgpu.cli import mesh_commands
+from meshgpu.cli.main import COMMANDS
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import StubAgent
+
+Cli = Callable[..., Result]
+
+
+def gpu(index: int, **changes: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "index": index,
+        "uuid": f"GPU-{index}",
+        "name": "NVIDIA GeForce RTX 4090",
+        "memory_total_bytes": 24_564 * 2**20,
+        "memory_free_bytes": 24_564 * 2**20,
+        "utilization_percent": 0,
+        "temperature_c": 38,
+        "power_w": 20.0,
+        "fault": "",
+        "jobs": [],
+    }
+    assert not changes.keys() - facts.keys()
+    return facts | changes
+
+
+def machine(name: str, *gpus: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "name": name,
+        "id": name * 4,
+        "state": "alive",
+        "self": False,
+        "roles": ["rig"],
+        "owner": "bob",
+        "cpus": 16,
+        "memory_bytes": 64 * 10**9,
+        "fence": "bubblewrap",
+        "gpu_note": "",
+        "down_s": None,
+        "gpus": list(gpus),
+    }
+    assert not changes.keys() - facts.keys()
+    return facts | changes
+
+
+AGENT: dict[str, Any] = {
+    "version": __version__,
+    "pid": 7,
+    "home": "/home/ada/.local/share/meshgpu/1234",
+    "node": "n" * 52,
+    "name": "xps13",
+    "mesh": None,
+    "user": None,
+    "link_port": 7443,
+    "addresses": [],
+    "fence": "bubblewrap",
+    "gpu_note": "no NVIDIA driver is loaded",
+    "started_at": 1.0,
+}
+
+
+def sighting(node: str, **changes: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "node": node * 8,
+        "name": node,
+        "mesh_name": "lab",
+        "mesh_tag": "a3f9",
+        "ours": False,
+        "self": False,
+        "pairing": False,
+        "addresses": ["10.0.0.7:7443"],
+        "gpus": "1x RTX 4090 24GB",
+    }
+    assert not changes.keys() - facts.keys()
+    return facts | changes
+
+
+def test_machines_show_one_line_per_gpu(cli: Cli, stub: "StubAgent") -> None:
+    busy = gpu(0, utilization_percent=97, temperature_c=64, memory_free_bytes=13 * 2**30)
+    busy["jobs"] = [{"id": "k", "display": "train-k7q", "user": "alice"}]
+    small = gpu(1, name="NVIDIA GeForce RTX 3060", memory_total_bytes=12 * 2**30, memory_free_bytes=None)
+    small |= {"utilization_percent": None, "temperature_c": None, "fault": "lost: reset the machine"}
+    stub.on(
+        "GET /v1/machines",
+        {
+            "machines": [
+                machine("ada", self=True, gpu_note="no NVIDIA driver is loaded"),
+                machine("cyd", small, busy),
+                machine("bob", gpu(0), fence=""),
+                machine("dan", gpu(0), state="down", down_s=185.0),
+                machine("eve", gpu(0), state="suspect"),
+                machine("fay", gpu(0)),
+            ]
+        },
+    )
+    assert cli("machines").stdout.splitlines() == [
+        "MACHINE     GPU              TEMP  UTIL      MEMORY  STATE",
+        "ada (this)  no GPU              -     -           -  no NVIDIA driver is loaded",
+        "cyd [0]     RTX 4090 24 GB  64 °C  97 %  11 / 24 GB  train-k7q (alice)",
+        "    [1]     RTX 3060 12 GB      -     -           -  lost: reset the machine",
+        "bob         RTX 4090 24 GB  38 °C   0 %   0 / 24 GB  free for bob only",
+        "dan         RTX 4090 24 GB      -     -           -  out of touch 3 m",
+        "eve         RTX 4090 24 GB      -     -           -  does not answer",
+        "fay         RTX 4090 24 GB  38 °C   0 %   0 / 24 GB  free",
+    ]
+
+
+def test_machines_json_is_the_contract(cli: Cli, stub: "StubAgent") -> None:
+    view = {"machines": [machine("ada", gpu(0))]}
+    stub.on("GET /v1/machines", view | {"more": 1})
+    assert json.loads(cli("machines", "--json").stdout) == view
+
+
+def test_init_names_machine_mesh_and_user_and_shows_the_recovery_key_once(
+    cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mesh_commands, "host_name", lambda: "xps13")
+    monkeypatch.setattr(mesh_commands, "account_name", lambda: "ada")
+    stub.on("GET /v1/agent", AGENT)
+    founded = {"mesh": "lab", "name": "xps13", "node": "n", "user": "ada", "recovery_key": "secret words"}
+    stub.on("POST /v1/init", founded)
+    result = cli("init")
+    assert result.stdout.splitlines()[0] == "xps13 is the first machine of lab; you are ada."
+    assert result.stdout.count("secret words") == 1
+    assert stub.body("POST /v1/init") == {"mesh": "lab", "name": "xps13", "user": "ada"}
+    assert json.loads(cli("init", "--mesh", "office", "--name", "rig-1", "--user", "bob", "--json").stdout) == founded
+    assert stub.body("POST /v1/init") == {"mesh": "office", "name": "rig-1", "user": "bob"}
+
+
+def test_init_refuses_invalid_names_before_anything_happens(cli: Cli, stub: "StubAgent") -> None:
+    result = cli("init", "--name", "Ada's PC")
+    assert (result.exit_code, stub.seen) == (2, [])
+    assert result.stderr.endswith("hint: --name ada-s-pc\n")
+
+
+def test_names_default_to_host_and_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "Adas_PC.office.example")
+    assert mesh_commands.host_name() == "adas-pc"
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000)
+    assert mesh_commands.account_name() == "user"
+
+
+def test_invite_prints_the_string_alone_on_stdout(cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    stub.on("POST /v1/invites", {"invite": "mgpu1-abc", "expires_at": 1600.0, "user": "bob"})
+    result = cli("invite", "--user", "bob")
+    assert result.stdout == "mgpu1-abc\n"
+    assert result.stderr == "Good for one machine for bob, for 10 m. On that machine: meshgpu join …\n"
+    assert stub.body("POST /v1/invites") == {"user": "bob"}
+
+
+def test_join_says_what_is_lent_before_it_joins(cli: Cli, stub: "StubAgent") -> None:
+    stub.on("GET /v1/agent", AGENT)
+    stub.on("GET /v1/machines", {"machines": [machine("bob", gpu(0), self=True)]})
+    joined = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "fence": "bubblewrap"}
+    stub.on("POST /v1/join", joined | {"gpus": ["RTX 4090 24 GB"]})
+    result = cli("join", " mgpu1-abc\n", "--name", "rig-b", "--seed", "10.0.0.1", "--seed", "ada:7443")
+    assert result.stderr.splitlines() == [
+        "rig-b will lend: NVIDIA GeForce RTX 4090",
+        "To: every user of the mesh",
+        "Jobs of others are shut in by bubblewrap: they see the system read-only and their own files.",
+        "To stop lending: meshgpu down (jobs that run go on; meshgpu kill ends yours)",
+    ]
+    assert "rig-b is in lab, let in by ada; you are bob." in result.stdout
+    assert stub.body("POST /v1/join") == {"invite": "mgpu1-abc", "name": "rig-b", "seeds": ["10.0.0.1", "ada:7443"]}
+
+
+def test_join_declined_joins_nothing(cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh_commands, "confirmed", lambda question, *, yes: False)
+    stub.on("GET /v1/agent", AGENT)
+    stub.on_failure("GET /v1/machines", 409, "not-in-mesh")
+    result = cli("join", "mgpu1-abc", "--name", "rig-b")
+    assert result.exit_code == 1
+    assert "rig-b will lend: no NVIDIA driver is loaded" in result.stderr
+    assert "POST /v1/join" not in stub.targets()
+
+
+def test_machine_without_a_fence_consents_to_its_owner_only() -> None:
+    agent: Any = AGENT | {"fence": ""}
+    assert mesh_commands.consent("rig-b", agent, ["RTX 4090"])[1] == "To: its owner only, for that reason"
+
+
+def test_discover_names_meshes_and_members(cli: Cli, stub: "StubAgent") -> None:
+    stranger = sighting("cyd", mesh_name=None, name=None, gpus=None, pairing=True, addresses=[])
+    stub.on("GET /v1/discover", {"machines": [sighting("ada", ours=True), stranger]})
+    assert cli("discover").stdout.splitlines() == [
+        "MESH  MACHINE   GPUS              ADDRESS        STATE",
+        "lab   ada       1x RTX 4090 24GB  10.0.0.7:7443  member",
+        "a3f9  cydcydcy  -                 -              takes in machines now",
+    ]
+    assert len(json.loads(cli("discover", "--json").stdout)["machines"]) == 2
+    assert stub.targets()[0] == "GET /v1/discover?seconds=1.5"
+
+
+def test_up_shows_who_is_there_and_what_to_type_next(cli: Cli, stub: "StubAgent") -> None:
+    stub.on("GET /v1/agent", AGENT)
+    stub.on("GET /v1/discover", {"machines": [sighting("ada"), sighting("bob"), sighting("xps13", self=True)]})
+    lines = cli("up").stdout.splitlines()
+    assert lines[1:] == [
+        "no GPU to lend: no NVIDIA driver is loaded",
+        "on this network: lab · 2 machines · 1x RTX 4090 24GB, 1x RTX 4090 24GB",
+        "next: meshgpu join STRING (a member prints it with: meshgpu invite), or meshgpu init (your own mesh)",
+    ]
+    stub.replies["GET /v1/agent"] = [AGENT | {"mesh": {"id": "m", "name": "lab"}, "user": "ada", "gpu_note": ""}]
+    stub.replies["GET /v1/discover"] = [{"machines": [sighting("bob", ours=True)]}]
+    lines = cli("up").stdout.splitlines()
+    assert lines[1:] == [
+        "mesh lab · you are ada · 1 other member seen",
+        "next: meshgpu machines, meshgpu run -- python train.py, meshgpu invite",
+    ]
+
+
+def test_down_without_an_agent_is_no_error(cli: Cli) -> None:
+    result = cli("down")
+    assert (result.exit_code, result.stderr) == (0, "no agent runs here\n")
+
+
+def test_doctor_fails_only_for_what_is_wrong(cli: Cli, stub: "StubAgent") -> None:
+    good = {"name": "fence", "ok": True, "found": "bubblewrap", "hint": None}
+    unknown = {"name": "docker", "ok": None, "found": "not installed", "hint": None}
+    stub.on("GET /v1/doctor", {"checks": [good, unknown]})
+    result = cli("doctor")
+    assert result.exit_code == 0
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines == [
+        "CHECK FOUND",
+        "ok fence bubblewrap",
+        "? docker not installed",
+    ]
+    bad = {"name": "port", "ok": False, "found": "7443 is taken", "hint": "ss -ltnp"}
+    stub.replies["GET /v1/doctor"] = [{"checks": [bad]}]
+    result = cli("doctor")
+    assert (result.exit_code, result.stderr) == (1, "hint: port: ss -ltnp\n")
+    assert json.loads(cli("doctor", "--json").stdout)["checks"] == [bad]
+
+
+def test_doctor_without_an_agent_says_so(cli: Cli) -> None:
+    result = cli("doctor")
+    assert result.exit_code == 1
+    assert "no agent answers" in result.stdout
+    assert result.stderr == "hint: agent: meshgpu up\n"
+
+
+def test_version_names_an_agent_of_another_version(cli: Cli, stub: "StubAgent") -> None:
+    stub.on("GET /v1/agent", AGENT | {"version": "0.0.9"})
+    result = cli("version")
+    assert result.stdout == f"meshgpu {__version__}\n"
+    assert result.stderr == "the agent is 0.0.9: meshgpu down && meshgpu up\n"
+    assert json.loads(cli("version", "--json").stdout) == {"version": __version__, "agent": "0.0.9"}
+    assert cli("--version").stdout == f"meshgpu {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(cli: Cli, command: str) -> None:
+    result = cli(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage: meshgpu " + command in result.stdout
+    assert not any(word in result.stdout.lower() for word in ("steward", "epoch", "pydantic"))
+
+
+def test_unknown_command_names_the_nearest(cli: Cli) -> None:
+    result = cli("machnies")
+    assert (result.exit_code, result.stderr) == (2, "error: there is no command 'machnies'\nhint: meshgpu machines\n")
+
+
+def test_too_long_a_home_is_told_before_the_kernel_does(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESHGPU_HOME", "/tmp/" + "x" * 120)
+    result = cli("ps")
+    assert result.exit_code == 125
+    assert "136 bytes, 107 at most" in result.stderr
+    assert "hint: export MESHGPU_HOME=" in result.stderr
+
+
+def test_bad_request_of_the_agent_is_usage(cli: Cli, stub: "StubAgent") -> None:
+    stub.on_failure("GET /v1/machines", 400, "bad-request", "what?")
+    result = cli("machines")
+    assert (result.exit_code, result.stderr) == (2, "error: what?\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_call_back(cli: Cli, shell: str) -> None:
+    assert "_MESHGPU_COMPLETE" in cli("completion", shell).stdout
+
+
+def test_completion_of_another_shell_is_refused(cli: Cli) -> None:
+    assert cli("completion", "tcsh").exit_code == 2
