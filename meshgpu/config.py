@@ -22,6 +22,7 @@ class Config:
     loopback: True shows this agent on the loopback interface only: for demonstrations and tests on one computer.
     link_port, pairing_port: 0 takes a free one. lend: False keeps every job away.
     trust: users whose jobs run here although nothing can shut them in.
+    fence: `auto` takes the best that works to shut in other users' jobs, `none` lets no other user's job run here.
     keep_free_gb: chunks and results are refused below this much free disk; None: the larger of 10 GB and 5 %.
     """
 
@@ -32,6 +33,7 @@ class Config:
     pairing_port: int = DEFAULT_PAIRING_PORT
     lend: bool = True
     trust: tuple[str, ...] = ()
+    fence: str = "auto"
     keep_free_gb: float | None = None
 
     @property
@@ -62,8 +64,13 @@ def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Conf
             settings[name] = _from_text(name, text)
     checked = {name: _checked(name, value, path) for name, value in settings.items()}
     config = Config(**checked)  # type: ignore[arg-type]  # _checked made the types true
-    if config.advertise not in ("gpus", "presence", "off"):
-        raise MeshgpuError("bad-config", f"cannot use advertise = {config.advertise!r}: expected gpus, presence or off")
+    for name in ("link_port", "pairing_port"):
+        if not 0 <= getattr(config, name) <= 65_535:
+            raise MeshgpuError("bad-config", f"cannot use {name} = {getattr(config, name)}: expected 0 to 65535")
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            found = f"{name} = {getattr(config, name)!r}"
+            raise MeshgpuError("bad-config", f"cannot use {found}: expected {', '.join(choices)}")
     return config
 
 
@@ -74,7 +81,13 @@ def with_port(address: str, port: int) -> Address:
     return Address(address if has_port else f"{address}:{port}")
 
 
+def host_of(address: str) -> str:
+    """`host` or `host:port`, as `host`."""
+    return with_port(address, DEFAULT_LINK_PORT).rpartition(":")[0]
+
+
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_CHOICES = {"advertise": ("gpus", "presence", "off"), "fence": ("auto", "none")}
 _KINDS: dict[str, type] = {
     "seeds": tuple,
     "advertise": str,
@@ -83,6 +96,7 @@ _KINDS: dict[str, type] = {
     "pairing_port": int,
     "lend": bool,
     "trust": tuple,
+    "fence": str,
     "keep_free_gb": float,
 }
 

@@ -19,18 +19,15 @@ from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.status import Status
 from meshgpu.agent.views import Document, JobDocuments, machine_document
-from meshgpu.config import DEFAULT_PAIRING_PORT, with_port
+from meshgpu.config import DEFAULT_PAIRING_PORT, host_of, with_port
 from meshgpu.errors import HTTP_STATUS, MeshgpuError, TrustError
 from meshgpu.model.ids import Digest, KeyId, as_name
 from meshgpu.model.job import Draft, EnvironmentRequest, Register, StopMode
 from meshgpu.model.resources import Resources, parse_gpus
-from meshgpu.model.tree import CHUNK_BYTES, Manifest
+from meshgpu.model.tree import CHUNK_BYTES, MANIFEST_LIMIT_BYTES, Manifest
 from meshgpu.ports import ChunkStore, PairingDialog
 
 logger = logging.getLogger(__name__)
-
-MANIFEST_LIMIT_BYTES: Final = 64 * 2**20
-"""A manifest of some 400,000 files; a tree above 2 GB is refused before."""
 
 KEEPALIVE_S: Final = 15.0
 """A followed job says something at least this often, so that a client can tell silence from a dead agent."""
@@ -119,8 +116,7 @@ class Control:
         uid = self._check_own(request, "make a mesh")
         body = await _body(request)
         mesh, name, user = (_text(body, key) for key in ("mesh", "name", "user"))
-        founded = self.pairing.found(uid, mesh, name, as_name(user, "owner"))
-        await self.status.entered()
+        founded = await self.pairing.found(uid, mesh, name, as_name(user, "owner"))
         document = self.status.agent(uid)
         return web.json_response(
             {
@@ -143,11 +139,10 @@ class Control:
         uid = self._check_own(request, "join a mesh")
         body = await _body(request)
         seeds = _texts(body, "seeds")
-        pairing_hosts = [with_port(seed.partition(":")[0], DEFAULT_PAIRING_PORT) for seed in seeds]
+        pairing_hosts = [with_port(host_of(seed), DEFAULT_PAIRING_PORT) for seed in seeds]
         joined = await self.pairing.join(
             uid, _text(body, "invite"), _text(body, "name"), pairing_hosts, self.dial_pairing
         )
-        await self.status.entered()
         me = self.status.agent(uid)
         return web.json_response(
             {

@@ -17,6 +17,7 @@ from aiohttp import web
 from meshgpu import __version__, ports
 from meshgpu.adapters.boot_clock import BootClock
 from meshgpu.adapters.chunk_files import ChunkFiles
+from meshgpu.adapters.fences import Fence
 from meshgpu.adapters.gpu_locks import GpuLocks
 from meshgpu.adapters.grpc_link import GrpcLink
 from meshgpu.adapters.grpc_pairing import GrpcPairing, dial_pairing
@@ -126,7 +127,8 @@ class Agent:
         self._keys = KeyFiles(self._home.keys)
         self._notary = WireNotary(self._keys.sign, self._keys.verify)
         chunks = ChunkFiles(self._home.chunks, keep_free_bytes=self._keep_free_bytes())
-        self._executor = ProcessExecutor(self._home.jobs, UvEnvironments(self._home.environments))
+        fence = Fence("", "config.toml says so") if self._config.fence == "none" else None
+        self._executor = ProcessExecutor(self._home.jobs, UvEnvironments(self._home.environments), fence=fence)
         await self._executor.start(lambda event: self._runtime.executor_event(event))
         self._closing.push_async_callback(self._executor.close)
         self._node = Node(
@@ -170,6 +172,7 @@ class Agent:
         return NodeConfig(
             __version__,
             fence=self._executor.fence(),
+            may_steward=not has_battery(),
             seeds=self._config.seed_addresses,
             policy=OwnerPolicy(self._config.lend, self._config.trusted_users),
         )
@@ -203,7 +206,7 @@ class Agent:
 
     async def _start_discovery(self) -> None:
         def sighted(sighting: Sighting) -> None:
-            self._status.sightings[sighting.node] = sighting
+            self._status.sighted(sighting)
             self._runtime.post(ev.MachineSighted(sighting))
 
         discovery = Mdns(["127.0.0.1"] if self._config.loopback else None)
@@ -245,7 +248,7 @@ class Agent:
             self._clock,
             self._rng,
             listener,
-            self._runtime.post,
+            self._runtime.settle,
             lambda: self._addresses,
             self._pairing_opened,
             self._tasks,
@@ -273,6 +276,19 @@ _KINDS = {
     "attempt": "AttemptRecord",
 }
 """The type of a stored record, by the kind under which it is kept."""
+
+
+def has_battery(supplies: Path = Path("/sys/class/power_supply")) -> bool:
+    """Whether this machine runs on one: a laptop, which is not meant to stay on. A mouse's battery does not count."""
+    for supply in supplies.glob("*"):
+        try:
+            is_battery = (supply / "type").read_text().strip() == "Battery"
+            scope = (supply / "scope").read_text().strip() if (supply / "scope").exists() else "System"
+        except OSError:
+            continue
+        if is_battery and scope == "System":
+            return True
+    return False
 
 
 def _raise_file_limit() -> None:

@@ -13,7 +13,7 @@ from meshgpu.core.trust import joining
 from meshgpu.core.trust.meshlog import MeshLog, found
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import Address, UserName, base32, digest, is_name, key_id, node_id
-from meshgpu.model.pairing import Application, Greeting, Introduction, InviteString, PairingBinding, Welcome
+from meshgpu.model.pairing import Application, Greeting, Introduction, InviteString, Newcomer, PairingBinding, Welcome
 from meshgpu.model.trust import AddNode, Genesis, Invite, LinkUser, Notary, Role
 from meshgpu.wire.certificates import node_of_ca
 from meshgpu.wire.codec import PROTOCOL, decode, encode
@@ -47,17 +47,18 @@ class Pairing:
     clock: ports.Clock
     rng: random.Random
     listener: ports.PairingTransport
-    post: Callable[[ev.Event], None]
+    settle: Callable[[ev.Event], Awaitable[None]]
     addresses: Callable[[], Sequence[Address]]
     announce_port: Callable[[int], None]
     tasks: asyncio.TaskGroup
     _invites: joining.Invites = field(default_factory=joining.Invites)
     _open: dict[bytes, tuple[Greeting, Introduction]] = field(default_factory=dict)
     _port: int = 0
+    _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     # -- founding -----------------------------------------------------------------------------------------------------
 
-    def found(self, uid: int, mesh_name: str, name: str, user: str) -> Founded:
+    async def found(self, uid: int, mesh_name: str, name: str, user: str) -> Founded:
         """Make a mesh of one machine. Raises MeshgpuError `already-in-mesh` or `bad-name`."""
         self._check_outside()
         _check_names(mesh=mesh_name, machine=name, user=user)
@@ -71,7 +72,7 @@ class Pairing:
         me = node_id(public_key)
         member = AddNode(me, public_key, self.keys.device_ca(), name, Role.RIG, UserName(user))
         entries = log.write(key_id(admin), (member, LinkUser(UserName(user), admin, me, uid)))
-        self.post(ev.MeshEntered(mesh, (first, *entries)))
+        await self.settle(ev.MeshEntered(mesh, (first, *entries)))
         return Founded(mesh_name, recovery_key)
 
     def _check_outside(self) -> None:
@@ -122,7 +123,7 @@ class Pairing:
         if step == "greet":
             return encode(self._greet(decode(Greeting, request)))
         if step == "apply":
-            welcome = encode(self._admit(decode(Application, request)))
+            welcome = encode(await self._admit(decode(Application, request)))
             self.tasks.create_task(self._close_soon())
             return welcome
         raise MeshgpuError("bad-request", f"cannot pair: there is no step {step!r}")
@@ -144,21 +145,26 @@ class Pairing:
         self._open[nonce] = (greeting, introduction)
         return introduction
 
-    def _admit(self, application: Application) -> Welcome:
-        """Whoever proves an invite's secret over one of the open conversations is in."""
-        _check_names(machine=application.name)
-        if node_of_ca(application.device_ca) != node_id(application.public_key):
+    async def _admit(self, application: Application) -> Welcome:
+        """Whoever proves an invite's secret over one of the open conversations is in.
+
+        One at a time, and not before the entries are on disk: an admin who signs one number twice is frozen.
+        """
+        newcomer = application.newcomer
+        _check_names(machine=newcomer.name)
+        if node_of_ca(newcomer.device_ca) != node_id(newcomer.public_key):
             raise TrustError("bad-invite", "cannot admit a machine: its certificate belongs to another key")
         certificate = self.listener.fingerprint()
         transcripts = {
-            nonce: joining.transcript(introduction, greeting, certificate, application)
+            nonce: joining.transcript(introduction, greeting, certificate, newcomer)
             for nonce, (greeting, introduction) in self._open.items()
         }
-        nonce, invite = self._invites.redeem(self.clock.now(), application, transcripts)
-        del self._open[nonce]
-        entries = joining.admit(self.node.log, invite, application)
-        self.post(ev.LogWritten(entries))
-        return Welcome((*self.node.log.all_entries(), *entries), invite.user, tuple(self.addresses()))
+        async with self._writing:
+            nonce, invite = self._invites.redeem(self.clock.now(), application.proof, transcripts)
+            del self._open[nonce]
+            joining.check_possession(self.notary, self.node.log, application, transcripts[nonce])
+            await self.settle(ev.LogWritten(joining.admit(self.node.log, invite, newcomer)))
+        return Welcome(self.node.log.all_entries(), invite.user, tuple(self.addresses()))
 
     # -- joining ------------------------------------------------------------------------------------------------------
 
@@ -201,18 +207,15 @@ class Pairing:
             taken = f"cannot join as {name}: the mesh {log.mesh_name} has a machine of that name"
             raise MeshgpuError("name-taken", taken, "meshgpu join … --name ANOTHER")
         public_key = self.keys.node_key()
-        user_key = self.keys.user_key(uid)
-        unproven = Application(public_key, self.keys.device_ca(), user_key, uid, name, b"")
-        about = joining.transcript(introduction, greeting, dialog.fingerprint, unproven)
-        proof = joining.prove(invite.secret, about)
-        application = Application(public_key, unproven.device_ca, user_key, uid, name, proof)
+        newcomer = Newcomer(public_key, self.keys.device_ca(), self.keys.user_key(uid), uid, name)
+        application = joining.apply(self.notary, invite, introduction, greeting, dialog.fingerprint, newcomer)
         welcome = decode(Welcome, await dialog.call("apply", encode(application)))
         log.add(welcome.log)
         me = log.members.get(node_id(public_key))
         if me is None:
             raise MeshgpuError("wrong-mesh", "cannot join: the inviter did not add this machine to the mesh")
         met = ((invite.inviter, _reachable(welcome.addresses, address)),)
-        self.post(ev.MeshEntered(invite.genesis, log.all_entries(), met))
+        await self.settle(ev.MeshEntered(invite.genesis, log.all_entries(), met))
         return Joined(log.mesh_name, welcome.user, log.members[invite.inviter].name)
 
 

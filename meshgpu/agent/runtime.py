@@ -7,7 +7,7 @@ that has gathered meanwhile goes into the next transaction (group commit).
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, assert_never
 
 from meshgpu import ports
@@ -18,6 +18,7 @@ from meshgpu.core.node import Node
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.ids import Address, JobId, NodeId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Register, Result
+from meshgpu.model.messages import Message
 from meshgpu.wire.codec import decode_frame, encode, encode_frame
 
 logger = logging.getLogger(__name__)
@@ -26,12 +27,30 @@ QUERY_DEADLINE_S: Final = 3600.0
 """A submission may ship gigabytes; the core ends every query long before this."""
 
 
+REASON_CHARACTERS: Final = 4_000
+"""Of a reason or detail that people read: the last lines of a failed build fit."""
+
+SETTLE_S: Final = 30.0
+"""One step and one fsync: milliseconds, seconds on a disk that is busy."""
+
+
 @dataclass(slots=True)
 class Query:
     """A local question on its way through the core."""
 
     answer: asyncio.Future[fx.Answered]
     progress: Callable[[int, int], None] | None = None
+
+
+@dataclass(slots=True)
+class _Mark:
+    """Goes through both queues behind an event, to tell when its effects have been carried out."""
+
+    passed: asyncio.Future[None]
+
+    def pass_by(self) -> None:
+        if not self.passed.done():
+            self.passed.set_result(None)
 
 
 @dataclass(slots=True)
@@ -54,8 +73,8 @@ class Runtime:
     outside: Outside
     trees: Trees
     tasks: asyncio.TaskGroup
-    _inbox: asyncio.Queue[ev.Event] = field(default_factory=asyncio.Queue)
-    _outbox: asyncio.Queue[list[fx.Effect]] = field(default_factory=asyncio.Queue)
+    _inbox: asyncio.Queue[ev.Event | _Mark] = field(default_factory=asyncio.Queue)
+    _outbox: asyncio.Queue[list[fx.Effect | _Mark]] = field(default_factory=asyncio.Queue)
     _queries: dict[str, Query] = field(default_factory=dict)
     _query_count: int = 0
     _watchers: dict[JobId, list[asyncio.Queue[Register]]] = field(default_factory=dict)
@@ -67,6 +86,14 @@ class Runtime:
     def post(self, event: ev.Event) -> None:
         """Tell the node that something happened. Must be called on the event loop."""
         self._inbox.put_nowait(event)
+
+    async def settle(self, event: ev.Event) -> None:
+        """Tell it, and return when what follows from it is on disk and on its way."""
+        mark = _Mark(asyncio.get_running_loop().create_future())
+        self._inbox.put_nowait(event)
+        self._inbox.put_nowait(mark)
+        async with asyncio.timeout(SETTLE_S):
+            await mark.passed
 
     def link_event(self, event: ports.LinkEvent) -> None:
         match event:
@@ -99,10 +126,11 @@ class Runtime:
         match event:
             case ports.AttemptStarted():
                 self.post(ev.AttemptBegan(event.job, event.epoch, event.started_wall_s))
-            case ports.AttemptEnded():
-                self.post(ev.AttemptFinished(event.job, event.epoch, event.ended_wall_s, event.result))
+            case ports.AttemptEnded(result=result):
+                told = replace(result, reason=sendable(result.reason))
+                self.post(ev.AttemptFinished(event.job, event.epoch, event.ended_wall_s, told))
             case ports.AttemptProgress():
-                self.post(ev.AttemptProgressed(event.job, event.epoch, event.phase, event.detail))
+                self.post(ev.AttemptProgressed(event.job, event.epoch, event.phase, sendable(event.detail)))
             case _:
                 assert_never(event)
 
@@ -113,9 +141,12 @@ class Runtime:
         self._emit(self.node.start(self.outside.clock.now()))
         while True:
             event = await self._next_event()
-            self._emit(self.node.step(self.outside.clock.now(), event))
+            if isinstance(event, _Mark):
+                self._outbox.put_nowait([event])
+            else:
+                self._emit(self.node.step(self.outside.clock.now(), event))
 
-    async def _next_event(self) -> ev.Event:
+    async def _next_event(self) -> ev.Event | _Mark:
         deadline = self.node.deadline()
         if not self._inbox.empty() or deadline is None:
             return await self._inbox.get()
@@ -128,7 +159,7 @@ class Runtime:
 
     def _emit(self, effects: list[fx.Effect]) -> None:
         if effects:
-            self._outbox.put_nowait(effects)
+            self._outbox.put_nowait(list(effects))
 
     async def _carry_out(self) -> None:
         while True:
@@ -143,15 +174,17 @@ class Runtime:
             if records:
                 await asyncio.to_thread(self.outside.store.write, records)
             for effect in batch:
-                self._perform(effect)
+                if isinstance(effect, _Mark):
+                    effect.pass_by()
+                else:
+                    self._perform(effect)
 
     def _perform(self, effect: fx.Effect) -> None:
         match effect:
             case fx.Persist():
                 pass
             case fx.Send(peer=peer, message=message):
-                if self.node.log.mesh is not None:
-                    self.outside.transport.send(peer, encode_frame(self.node.log.mesh, message))
+                self._send(peer, message)
             case fx.Dial(peer=peer, address=address):
                 self.outside.transport.dial(peer, address)
             case fx.Identify(address=address):
@@ -187,6 +220,14 @@ class Runtime:
             case _:
                 assert_never(effect)
 
+    def _send(self, peer: NodeId, message: Message) -> None:
+        """A message that does not fit the wire is our own bug, but no reason to end the jobs' agent."""
+        assert self.node.log.mesh is not None
+        try:
+            self.outside.transport.send(peer, encode_frame(self.node.log.mesh, message))
+        except MeshgpuError:
+            logger.exception("cannot send a %s to %s", type(message).__name__, peer[:12])
+
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         return self.tasks.create_task(work)
 
@@ -217,8 +258,9 @@ class Runtime:
 
         try:
             await self.trees.fetch(order.job, order.tree, order.sources, progress)
-        except MeshgpuError as error:
-            self.post(ev.TreeFailed(order.job, error.code, error.message))
+        except (MeshgpuError, OSError) as error:
+            code = error.code if isinstance(error, MeshgpuError) else "disk"
+            self.post(ev.TreeFailed(order.job, code, sendable(str(error))))
         else:
             self.post(ev.TreeArrived(order.job))
 
@@ -230,8 +272,8 @@ class Runtime:
             work = await self.trees.stage(plan, order.sources, lambda text: self._staging_progress(plan, text))
         except asyncio.CancelledError:
             self._never_started(plan, AttemptState.ABANDONED, "stopped before it started")
-        except MeshgpuError as error:
-            self._never_started(plan, AttemptState.CRASHED, error.message)
+        except (MeshgpuError, OSError) as error:
+            self._never_started(plan, AttemptState.CRASHED, str(error))
         else:
             self.outside.executor.run(plan, work)
         finally:
@@ -242,7 +284,7 @@ class Runtime:
 
     def _never_started(self, plan: AttemptPlan, outcome: AttemptState, reason: str) -> None:
         now = self.outside.clock.now()
-        self.post(ev.AttemptFinished(plan.spec.job, plan.epoch, now.wall_s, Result(outcome, None, reason)))
+        self.post(ev.AttemptFinished(plan.spec.job, plan.epoch, now.wall_s, Result(outcome, None, sendable(reason))))
 
     # -- local questions ----------------------------------------------------------------------------------------------
 
@@ -277,3 +319,8 @@ class Runtime:
         if not queues:
             del self._watchers[job]
             self.post(ev.WatchStopped(job))
+
+
+def sendable(text: str) -> str:
+    """`text` with what UTF-8 cannot hold (undecodable bytes of file names) spelt out, and not endless."""
+    return text.encode("utf-8", "backslashreplace").decode()[:REASON_CHARACTERS]

@@ -21,6 +21,9 @@ from meshgpu.ports import Clock
 LOW_DISK_BYTES = 10 * 10**9
 """Below this a job's files may not fit any more: `doctor` says so."""
 
+SIGHTINGS_KEPT = 512
+"""Announcements remembered for `discover`."""
+
 
 @dataclass(slots=True)
 class Status:
@@ -39,6 +42,13 @@ class Status:
     discovery_fault: str = ""
     started_wall_s: float = field(default_factory=time.time)
 
+    def sighted(self, sighting: Sighting) -> None:
+        """Remember an announcement; the oldest is forgotten when a flood comes."""
+        self.sightings.pop(sighting.node, None)
+        self.sightings[sighting.node] = sighting
+        if len(self.sightings) > SIGHTINGS_KEPT:
+            del self.sightings[next(iter(self.sightings))]
+
     def account(self, uid: int) -> UserKey:
         """The mesh's key for an OS account of this machine. Raises `not-in-mesh` or `not-allowed`."""
         log = self.node.log
@@ -50,14 +60,6 @@ class Status:
         if account is None:
             raise TrustError("not-allowed", f"cannot do this: account {uid} of this machine is no user of the mesh")
         return account
-
-    async def entered(self) -> None:
-        """Wait until the node has taken up the mesh that was just made or joined: one step, milliseconds."""
-        for _ in range(1_000):
-            if self.node.log.mesh is not None:
-                return
-            await asyncio.sleep(0.005)
-        raise MeshgpuError("no-answer", "the mesh was made, but the agent does not take it up: it may be overloaded")
 
     def agent(self, uid: int) -> Document:
         log = self.node.log

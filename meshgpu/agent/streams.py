@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import os
 import struct
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from meshgpu.adapters.log_ledger import follow, read_records
+from meshgpu.agent.files import open_beneath
 from meshgpu.agent.home import Home
 from meshgpu.agent.trees import serve_chunks
 from meshgpu.core.jobs.attempt import Attempt
@@ -102,12 +104,8 @@ class Streams:
             yield rows[start : start + MESSAGE_BYTES]
 
     async def _file(self, attempt: Attempt, path: str) -> AsyncIterator[bytes]:
-        work = (self._directory(attempt) / "work").resolve()
-        target = (work / path).resolve()
-        if not target.is_relative_to(work) or not target.is_file():
-            raise MeshgpuError("unknown-file", f"cannot fetch {path}: the job left no such file", "meshgpu ls runs/ID")
-        with target.open("rb") as file:
-            size = target.stat().st_size
+        with await asyncio.to_thread(open_beneath, self._directory(attempt) / "work", path) as file:
+            size = os.fstat(file.fileno()).st_size
             yield str(size).encode()
             sent = 0
             while sent < size:

@@ -11,6 +11,7 @@ from meshgpu.errors import MeshgpuError
 from meshgpu.model.bulk import ChunksWanted
 from meshgpu.model.ids import Address, Digest, JobId, NodeId, digest
 from meshgpu.model.job import AttemptPlan
+from meshgpu.model.tree import MANIFEST_LIMIT_BYTES
 from meshgpu.ports import ChunkStore, Transport
 from meshgpu.wire.bulk import encode_bulk
 
@@ -88,7 +89,11 @@ class Trees:
         request = encode_bulk(ChunksWanted(job, tuple(missing)))
         wanted = iter(missing)
         parts: list[bytes] = []
+        held_bytes = 0
         async for message in self._transport.fetch(source, self._addresses(source), request):
+            held_bytes = held_bytes + len(message) if parts else len(message)
+            if held_bytes > MANIFEST_LIMIT_BYTES:
+                raise MeshgpuError("missing-chunks", f"cannot use what {source[:12]} sends: a chunk has no end")
             parts.append(message[1:])
             count(len(message) - 1)
             if message[:1] == b"\x01":
@@ -111,6 +116,7 @@ class Trees:
         work = self._home.attempt(spec.job, plan.epoch) / "work"
         work.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         await asyncio.to_thread(self._chunks.materialise, spec.tree, work)
+        work.chmod(0o755)  # its parents are private; the account that runs a fenced job must get in
         return work
 
 

@@ -159,7 +159,7 @@ def detached(job: JobView) -> None:
     note(f"{name} goes on. To see its log: meshgpu logs -f {name}   to stop it: meshgpu stop {name}")
 
 
-def conclude(client: AgentClient, job: JobView, missing_module: str) -> None:
+def conclude(client: AgentClient, job: JobView, missing_module: str, *, tell_outputs: bool = True) -> None:
     """Say how it ended, what it left and what might help."""
     if line := ending(job):
         note(line)
@@ -167,7 +167,7 @@ def conclude(client: AgentClient, job: JobView, missing_module: str) -> None:
         note(
             f"hint: this environment has no {missing_module}: add --pip {missing_module}, or --pip-req requirements.txt"
         )
-    if job["output_files"]:
+    if job["output_files"] and tell_outputs:
         note(outputs(client, job))
 
 

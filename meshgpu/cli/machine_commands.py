@@ -95,18 +95,14 @@ def version(as_json: Json = False) -> None:
 def around(agent: AgentView, nearby: list[SightingView]) -> Iterator[str]:
     """What `up` says: this machine, its mesh, who else is there, what to type next."""
     mesh = agent["mesh"]
-    yield f"agent {agent['version']} runs as {agent['name'] or 'a machine without a mesh'} in {agent['home']}"
-    if agent["gpu_note"]:
-        yield f"no GPU to lend: {agent['gpu_note']}"
+    gpus = ", ".join(agent["gpus"]) or agent["gpu_note"] or "no GPU"
+    yield f"this machine: {agent['name']} · {gpus} · agent {agent['version']} in {agent['home']}"
     meshes: dict[str, list[SightingView]] = {}
     for machine in nearby:
         if not machine["self"] and not machine["ours"]:
-            meshes.setdefault(machine["mesh_name"] or machine["mesh_tag"] or "a mesh without a name", []).append(
-                machine
-            )
+            meshes.setdefault(machine["mesh_name"] or machine["mesh_tag"] or "in no mesh yet", []).append(machine)
     for name, members in meshes.items():
-        gpus = ", ".join(filter(None, (machine["gpus"] for machine in members))) or "no GPU"
-        yield f"on this network: {name} · {count(len(members), 'machine')} · {gpus}"
+        yield f"on this network: {name} · {count(len(members), 'machine')} · {all_gpus(members)}"
     if mesh is not None:
         others = sum(1 for machine in nearby if machine["ours"] and not machine["self"])
         yield f"mesh {mesh['name']} · you are {agent['user']} · {count(others, 'other member')} seen"
@@ -115,6 +111,16 @@ def around(agent: AgentView, nearby: list[SightingView]) -> Iterator[str]:
         yield "next: meshgpu join STRING (a member prints it with: meshgpu invite), or meshgpu init (your own mesh)"
     else:
         yield "next: meshgpu init (start a mesh), or meshgpu join STRING (a member prints it with: meshgpu invite)"
+
+
+def all_gpus(machines: list[SightingView]) -> str:
+    """The GPUs that some machines announce, added up: `3 × RTX 4090 24GB, 1 × RTX 3060 12GB`."""
+    numbers: dict[str, int] = {}
+    for part in ", ".join(machine["gpus"] or "" for machine in machines).split(", "):
+        number, is_counted, name = part.partition("x ")
+        if is_counted and number.isdigit():
+            numbers[name] = numbers.get(name, 0) + int(number)
+    return ", ".join(f"{number} × {name}" for name, number in numbers.items()) or "no GPU"
 
 
 def machine_rows(machine: MachineView) -> Iterator[tuple[str, ...]]:

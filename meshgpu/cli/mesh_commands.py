@@ -61,7 +61,7 @@ def join(
     """Make this machine a member of a mesh and lend it."""
     machine = checked_name(name or host_name(), "--name")
     client, agent = ensure_agent()
-    for line in consent(machine, agent, own_gpus(client)):
+    for line in consent(machine, agent):
         note(line)
     if not confirmed("Join?", yes=yes or as_json):
         raise typer.Exit(EXIT_FAILED_CHECK)
@@ -123,18 +123,9 @@ def checked_name(text: str, flag: str) -> str:
     return text
 
 
-def own_gpus(client: AgentClient) -> list[str]:
-    """The GPUs of this machine; none where the agent does not tell before it is in a mesh."""
-    try:
-        machines = client.machines()["machines"]
-    except MeshgpuError:
-        return []
-    return [gpu["name"] for machine in machines if machine["self"] for gpu in machine["gpus"]]
-
-
-def consent(machine: str, agent: AgentView, gpus: list[str]) -> list[str]:
+def consent(machine: str, agent: AgentView) -> list[str]:
     """What joining means: what is lent, to whom, how jobs are shut in, how to stop."""
-    what = ", ".join(gpus) or agent["gpu_note"] or "its processors"
+    what = ", ".join(agent["gpus"]) or "its processors (no GPU was found)"
     if agent["fence"]:
         fence = f"Jobs of others are shut in by {agent['fence']}: they see the system read-only and their own files."
         whom = "every user of the mesh"
@@ -164,6 +155,8 @@ def _sighting_row(machine: SightingView) -> tuple[str, ...]:
         state = "this machine"
     elif machine["ours"]:
         state = "member"
+    elif not machine["mesh_tag"]:
+        state = "in no mesh"
     else:
         state = "takes in machines now" if machine["pairing"] else "another mesh"
     mesh = machine["mesh_name"] or machine["mesh_tag"] or "-"

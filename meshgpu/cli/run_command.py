@@ -82,8 +82,8 @@ def run(
     if detach:
         _hand_over(job, as_json=as_json)
         return
-    job = _follow(client, job, as_json=as_json)
     target = fetch_to or (Path() if fetch_here else None)
+    job = _follow(client, job, as_json=as_json, will_fetch=target is not None)
     if target is not None and job["output_files"]:
         _bring_back(client, job, target)
     raise typer.Exit(exit_code(job))
@@ -183,7 +183,7 @@ def _hand_over(job: JobView, *, as_json: bool) -> None:
     detached(job)
 
 
-def _follow(client: AgentClient, job: JobView, *, as_json: bool) -> JobView:
+def _follow(client: AgentClient, job: JobView, *, as_json: bool, will_fetch: bool) -> JobView:
     """Until it ends; Ctrl-C lets it go on."""
     try:
         if as_json:
@@ -197,7 +197,7 @@ def _follow(client: AgentClient, job: JobView, *, as_json: bool) -> JobView:
     except KeyboardInterrupt:
         detached(job)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    conclude(client, job, attachment.missing_module())
+    conclude(client, job, attachment.missing_module(), tell_outputs=not will_fetch)
     return job
 
 

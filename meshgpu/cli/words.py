@@ -98,8 +98,7 @@ def waiting(job: JobView) -> str:
     """Why nothing runs yet: `train-k7q waits: rig-b is busy`; what is being made ready; empty where it runs or ran."""
     name = job["display"]
     if job["state"] in ("draft", "queued", "placing"):
-        wanted = f"{job['requested_machine']} to take it" if job["requested_machine"] else "a machine to take it"
-        return plain(f"{name} waits: {job['reason'] or wanted}")
+        return plain(f"{name} waits: {job['reason']}") if job["reason"] else ""
     if job["state"] == "cancelling":
         return plain(f"{name} is being stopped")
     if job["phase"] == "staging" and job["detail"]:

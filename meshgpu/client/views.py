@@ -21,6 +21,7 @@ class AgentView(TypedDict):
     link_port: int
     addresses: list[str]
     fence: str
+    gpus: list[str]
     gpu_note: str
     started_at: float
 

@@ -51,11 +51,10 @@ class PairingBinding:
 
 
 @dataclass(frozen=True, slots=True)
-class Application:
-    """Newcomer, step 2: who it is, and the proof that it holds the invite's secret.
+class Newcomer:
+    """Who wants to join. public_key, user_key: 32 raw bytes; device_ca: DER.
 
-    public_key, user_key: 32 raw bytes; device_ca: DER. uid: the OS account that will be the user's here.
-    proof: HMAC-SHA256 with the secret over the transcript (`core.trust.joining.transcript`).
+    uid: the OS account that will be the user's on the new machine. name: what the machine wants to be called.
     """
 
     public_key: bytes
@@ -63,7 +62,27 @@ class Application:
     user_key: bytes
     uid: int
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """Newcomer, step 2: who it is, and the proof that it holds the invite's secret.
+
+    proof: HMAC-SHA256 with the secret over the transcript (`core.trust.joining.transcript`).
+    by_node, by_user: a Possession of that transcript, signed by the newcomer's two keys.
+    """
+
+    newcomer: Newcomer
     proof: bytes
+    by_node: Signed
+    by_user: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class Possession:
+    """Signed by a newcomer's keys: they are its own, no copies of a member's public ones. about: the transcript."""
+
+    about: Digest
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,9 @@ from meshgpu.model.ids import Digest, digest
 CHUNK_BYTES: Final = 4 * 2**20
 """Files are cut at multiples of this: large enough for line rate, small enough to resume cheaply."""
 
+MANIFEST_LIMIT_BYTES: Final = 64 * 2**20
+"""A manifest of some 400,000 files."""
+
 TREE_LIMIT_BYTES: Final = 2 * 10**9
 """A working directory above this is refused: it is data, not code."""
 

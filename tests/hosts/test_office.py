@@ -52,7 +52,9 @@ def test_machines_discover_each_other_without_any_address(lab: Any) -> None:
 
 def test_job_runs_on_the_machine_that_was_named(lab: Any, project: Path) -> None:
     ada = lab[0]
-    done = ada.meshgpu("run", "-m", "bob", "--", "sh", "-c", "cat quick.py; echo on $MESHGPU_MACHINE", directory=project)
+    done = ada.meshgpu(
+        "run", "-m", "bob", "--", "sh", "-c", "cat quick.py; echo on $MESHGPU_MACHINE", directory=project
+    )
     assert (project / "quick.py").read_text() in done.stdout
     assert done.stdout.endswith("on bob\n")
 

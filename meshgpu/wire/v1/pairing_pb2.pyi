@@ -114,8 +114,8 @@ class PairingBinding(_message.Message):
 Global___PairingBinding: _TypeAlias = PairingBinding  # noqa: Y015
 
 @_typing.final
-class Application(_message.Message):
-    """Newcomer, step 2."""
+class Newcomer(_message.Message):
+    """Who wants to join."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -124,7 +124,6 @@ class Application(_message.Message):
     USER_KEY_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
-    PROOF_FIELD_NUMBER: _builtins.int
     public_key: _builtins.bytes
     """Ed25519 device key, 32 bytes."""
     device_ca: _builtins.bytes
@@ -135,8 +134,6 @@ class Application(_message.Message):
     """OS account that is the user's on the new machine."""
     name: _builtins.str
     """Name that the new machine wants."""
-    proof: _builtins.bytes
-    """HMAC-SHA256 with the invite's secret over the transcript, 32 bytes."""
     def __init__(
         self,
         *,
@@ -145,15 +142,76 @@ class Application(_message.Message):
         user_key: _builtins.bytes = ...,
         uid: _builtins.int = ...,
         name: _builtins.str = ...,
-        proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ca", b"device_ca", "name", b"name", "proof", b"proof", "public_key", b"public_key", "uid", b"uid", "user_key", b"user_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ca", b"device_ca", "name", b"name", "public_key", b"public_key", "uid", b"uid", "user_key", b"user_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Newcomer: _TypeAlias = Newcomer  # noqa: Y015
+
+@_typing.final
+class Application(_message.Message):
+    """Newcomer, step 2."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NEWCOMER_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    BY_NODE_FIELD_NUMBER: _builtins.int
+    BY_USER_FIELD_NUMBER: _builtins.int
+    proof: _builtins.bytes
+    """HMAC-SHA256 with the invite's secret over the transcript, 32 bytes."""
+    @_builtins.property
+    def newcomer(self) -> Global___Newcomer:
+        """Always present."""
+
+    @_builtins.property
+    def by_node(self) -> _trust_pb2.Signed:
+        """A Possession, by the newcomer's device key; always present."""
+
+    @_builtins.property
+    def by_user(self) -> _trust_pb2.Signed:
+        """A Possession, by the newcomer's user key; always present."""
+
+    def __init__(
+        self,
+        *,
+        newcomer: Global___Newcomer | None = ...,
+        proof: _builtins.bytes = ...,
+        by_node: _trust_pb2.Signed | None = ...,
+        by_user: _trust_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["by_node", b"by_node", "by_user", b"by_user", "newcomer", b"newcomer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_node", b"by_node", "by_user", b"by_user", "newcomer", b"newcomer", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Application: _TypeAlias = Application  # noqa: Y015
+
+@_typing.final
+class Possession(_message.Message):
+    """That a newcomer's keys are its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ABOUT_FIELD_NUMBER: _builtins.int
+    about: _builtins.str
+    """SHA-256 of the transcript, 64 hexadecimal characters."""
+    def __init__(
+        self,
+        *,
+        about: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["about", b"about"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Possession: _TypeAlias = Possession  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
