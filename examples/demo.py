@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MESHGPU = Path(sys.executable).parent / "meshgpu"
 GPUS = {
     "rig-a": "",
-    "rig-b": "[gpu]\nname Simulated RTX 4090\nuuid GPU-demo-b0\ntotal_mib 24564\nused_mib 512\ntemp 41\nutil 0\npower_mw 21000\n",
-    "rig-c": "[gpu]\nname Simulated RTX 3090\nuuid GPU-demo-c0\ntotal_mib 24576\nused_mib 310\ntemp 38\nutil 0\npower_mw 18000\n"
-    "[gpu]\nname Simulated RTX 3060\nuuid GPU-demo-c1\ntotal_mib 12288\nused_mib 200\ntemp 35\nutil 0\npower_mw 11000\n",
+    "rig-b": "[gpu]\nname Simulated RTX 4090\nuuid GPU-demo-b0\ntotal_mib 24564\nused_mib 512\ntemp 41\nutil 0\n",
+    "rig-c": "[gpu]\nname Simulated RTX 3090\nuuid GPU-demo-c0\ntotal_mib 24576\nused_mib 310\ntemp 38\nutil 0\n"
+    "[gpu]\nname Simulated RTX 3060\nuuid GPU-demo-c1\ntotal_mib 12288\nused_mib 200\ntemp 35\nutil 0\n",
 }
 
 
@@ -74,19 +74,22 @@ class Demo:
     def play(self) -> None:
         project = self.directory / "digits"
         shutil.copytree(ROOT / "examples" / "digits", project)
-        self.quietly("rig-b", "up")
-        self.quietly("rig-c", "up")
-        self.show("rig-a", "up")
-        self.show("rig-a", "init", "--mesh", "lab", "--name", "rig-a", "--yes")
         for machine in ("rig-b", "rig-c"):
-            invite = self.quietly("rig-a", "invite").split()[-1]
-            self.show(machine, "join", "--name", machine, "--yes", invite)
+            self.quietly(machine, "up")
+        self.show("rig-b", "init", "--mesh", "lab", "--name", "rig-b", "--user", "ada", "--yes")
+        self.join("rig-c")
+        self.show("rig-a", "up")
+        self.join("rig-a")
         self.show("rig-a", "discover")
         self.show("rig-a", "machines")
         self.show("rig-a", "run", "-m", "rig-b", "--fetch", "--", "python", "train.py", directory=project)
         self.show("rig-c", "ps", "-a")
         model = project / "model.joblib"
         print(f"The model that rig-b trained is here now: {model.name}, {model.stat().st_size / 1000:.0f} kB.")
+
+    def join(self, machine: str) -> None:
+        invite = self.quietly("rig-b", "invite").split()[-1]
+        self.show(machine, "join", "--name", machine, "--yes", invite)
 
     def end(self) -> None:
         for machine in GPUS:

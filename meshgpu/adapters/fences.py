@@ -282,7 +282,7 @@ _OF_FILES: Final = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14
 _SCOPES: Final = 1 << 0 | 1 << 1
 """From ABI 6: no abstract sockets and no signals out of the fence."""
 _SCOPES_ABI: Final = 6
-_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
+_PR_SET_NO_NEW_PRIVS: Final = 38
 _CAPABILITY_VERSION_3: Final = 0x20080522
 
 
@@ -326,10 +326,6 @@ def restrict(read: Iterable[str], write: Iterable[str]) -> None:
             call("syscall", _ADD_RULE, rules, _RULE_PATH_BENEATH, struct.pack("=Qi", allowed, handle), 0)
             os.close(handle)
     call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if _is_root():
-        for capability in range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1):
-            call("prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
-        call("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     call("capset", struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24))
     call("syscall", _RESTRICT_SELF, rules, 0)
     os.close(rules)

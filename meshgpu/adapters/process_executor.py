@@ -191,7 +191,10 @@ class ProcessExecutor:
             self._end(attempt, Result(AttemptState.ABANDONED, None, "stopped before it started"))
             return
         except (MeshgpuError, OSError) as error:
-            self._end(attempt, Result(AttemptState.CRASHED, None, str(error)))
+            # An environment that cannot be built here cannot be built elsewhere: the job itself has failed.
+            is_the_jobs_fault = isinstance(error, MeshgpuError) and error.code == "environment"
+            outcome = AttemptState.EXITED if is_the_jobs_fault else AttemptState.CRASHED
+            self._end(attempt, Result(outcome, None, str(error)))
             return
         attempt.is_staging = False
         for _ in range(GUARD_TRIES):
@@ -210,6 +213,7 @@ class ProcessExecutor:
         environment = await self._environments.build(
             plan, attempt.work, lambda detail: self._progress(attempt, Phase.STAGING, detail)
         )
+        self._progress(attempt, Phase.STAGING, _environment_words(environment))
         return await asyncio.to_thread(_prepare, attempt, environment, self._fence, self._grace_s)
 
     async def _take_up(self, attempt: _Attempt, if_none: str) -> None:
@@ -248,6 +252,11 @@ class ProcessExecutor:
         outcome = AttemptState.CRASHED if exited["exit_code"] is None else AttemptState.EXITED
         result = Result(outcome, exited["exit_code"], exited["reason"], count, size)
         self._end(attempt, result, exited["ended_wall_s"])
+
+
+def _environment_words(environment: Environment) -> str:
+    """`environment 3f2a (cached)`, or what it was built from."""
+    return f"environment {environment.tag} ({'cached' if environment.cached else environment.source})"
 
 
 # -- before the job --------------------------------------------------------------------------------------------------

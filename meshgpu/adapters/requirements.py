@@ -1,9 +1,10 @@
 """What a job wants installed: read from its spec and from the lock and requirements files of its tree."""
 
+import os
 import re
 import shlex
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -16,12 +17,15 @@ REQUIREMENTS_FILE: Final = "requirements.txt"
 _SETTINGS: Final = ("pyproject.toml", "uv.toml")
 """Files in a project that uv reads its index settings from."""
 
-_LOCAL_PROJECT: Final = ("setup.py", "setup.cfg")
-"""With pyproject.toml, what the requirements of a local project (`-e .`) follow from."""
+LOCAL_LINE: Final = re.compile(r"-e\s.*|(\.{1,2}(/.*)?|/.*|file:.*|\S+ @ file:.*)")
+"""A requirement that is a file or a directory of the machine."""
 
-_INDEX_OPTIONS: Final = frozenset({"-i", "--index-url", "--extra-index-url", "-f", "--find-links"})
+_INDEX_OPTIONS: Final = frozenset({"-i", "--index-url", "--extra-index-url", "-f", "--find-links", "--no-index"})
 _INCLUDE_OPTIONS: Final = frozenset({"-r", "--requirement", "-c", "--constraint"})
-_BUILD_OPTION: Final = "--no-binary"
+_UNSAFE: Final = ("--no-binary", "${")
+
+_FILE_LIMIT_BYTES: Final = 16 * 2**20
+"""The largest locks are a few megabytes; what is above is no text that somebody wrote."""
 
 _SCRIPT_BLOCK: Final = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
 """Inline metadata, the expression of PEP 723 for blocks of type `script`."""
@@ -42,25 +46,39 @@ class Origin(StrEnum):
 class Wanted:
     """What to install, and all that it follows from.
 
-    source: what people know it by. text: requirements, for TEXT. files: {path: content} of all that was read.
-    options: index options of requirements files. python: a version or range, empty for any. python_from: who says so.
+    source: what people know it by. text: requirements, for TEXT. files: (path, content) of all that was read. options:
+    (name, value or empty) of index options in requirements files. python: a version or range, empty for any, and
+    python_from says who asks for it.
     """
 
     source: str
     origin: Origin
     text: str = ""
     files: tuple[tuple[str, str], ...] = ()
-    options: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
     python: str = ""
     python_from: str = ""
 
     @property
-    def has_hashes(self) -> bool:
-        return "--hash" in self.text or any("--hash" in text for _, text in self.files)
+    def requirements(self) -> str:
+        """The text of all requirements, included files too."""
+        return "\n".join([self.text, *(text for name, text in self.files if name not in _SETTINGS)])
 
     @property
-    def wants_builds(self) -> bool:
-        return _BUILD_OPTION in self.text or any(_BUILD_OPTION in text for _, text in self.files)
+    def has_hashes(self) -> bool:
+        return "--hash" in self.requirements
+
+    @property
+    def unsafe_words(self) -> list[str]:
+        """What lets requirements run code while they are installed, or send off variables of the agent."""
+        return [word for word in _UNSAFE if word in self.requirements] if self.origin is not Origin.UV_LOCK else []
+
+    @property
+    def reads_local_files(self) -> bool:
+        """Whether packages come from files of the tree, which change under the same name and version."""
+        if any(option in ("-f", "--find-links") and "://" not in value for option, value in self.options):
+            return True
+        return any(LOCAL_LINE.fullmatch(line.strip()) for line in self.requirements.splitlines())
 
 
 def find_wanted(spec: JobSpec, tree: Path) -> Wanted:
@@ -133,9 +151,7 @@ def _requires_python(project: str | None) -> str:
 
 
 def _with_python(wanted: Wanted, python: str, python_from: str) -> Wanted:
-    if not python:
-        return wanted
-    return Wanted(wanted.source, wanted.origin, wanted.text, wanted.files, wanted.options, python, python_from)
+    return replace(wanted, python=python, python_from=python_from) if python else wanted
 
 
 # -- requirements files ----------------------------------------------------------------------------------------------
@@ -147,7 +163,7 @@ class _Reader:
     def __init__(self, tree: Path) -> None:
         self._tree = tree
         self._files: dict[str, str] = {}
-        self._options: list[str] = []
+        self._options: list[tuple[str, str]] = []
 
     def wanted(self, source: str, origin: Origin, text: str = "") -> Wanted:
         files = (*self._files.items(), *_settings(self._tree))
@@ -162,12 +178,12 @@ class _Reader:
                 continue
             option, value = _split_option(line)
             if option in _INDEX_OPTIONS:
-                self._options += [option, value]
+                self._options.append((option, value))
             elif option in _INCLUDE_OPTIONS and "://" not in value:
                 self._include(path, value)
 
     def _include(self, path: str, name: str) -> None:
-        inner = str(Path(path).parent / name)
+        inner = os.path.normpath(Path(path).parent / name)
         if inner in self._files:
             return
         text = _read(self._tree, inner)
@@ -191,18 +207,19 @@ def _split_option(line: str) -> tuple[str, str]:
 
 def _settings(tree: Path) -> tuple[tuple[str, str], ...]:
     """Files of the project that change what the same requirements resolve to."""
-    names = (*_SETTINGS, *_LOCAL_PROJECT)
-    return tuple((name, text) for name in names if (text := _read(tree, name)) is not None)
+    return tuple((name, text) for name in _SETTINGS if (text := _read(tree, name)) is not None)
 
 
 def _read(tree: Path, name: str) -> str | None:
     """The text of a file of the tree; None where there is none, or where it lies outside through a symlink."""
-    path = (tree / name).resolve()
-    if not path.is_relative_to(tree.resolve()) or not path.is_file():
-        return None
     try:
+        path = Path(os.path.realpath(tree / name))
+        if not path.is_relative_to(os.path.realpath(tree)) or not path.is_file():
+            return None
+        if path.stat().st_size > _FILE_LIMIT_BYTES:
+            raise _unusable(name, f"it is larger than {_FILE_LIMIT_BYTES} bytes")
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise _unusable(name, f"it cannot be read: {error}") from error
 
 

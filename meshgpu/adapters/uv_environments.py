@@ -12,13 +12,14 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from weakref import WeakValueDictionary
 
 import uv
 
-from meshgpu.adapters.requirements import REQUIREMENTS_FILE, Origin, Wanted, find_wanted
+from meshgpu.adapters.requirements import LOCAL_LINE, REQUIREMENTS_FILE, Origin, Wanted, find_wanted
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.job import AttemptPlan
 from meshgpu.ports import Environment
@@ -60,7 +61,6 @@ _WORTH_TELLING: Final = ("Downloading ", "Building ", "Prepared ")
 _ERROR_LINES: Final = 6
 _LINE_CHARACTERS: Final = 400
 
-_LOCAL_DIRECTORY: Final = re.compile(r"-e\s.*|(\.{1,2}(/.*)?|/.*|file:.*|\S+ @ file:.*)")
 _ARCHIVE: Final = re.compile(r".*\.(whl|tar\.gz|zip|tar\.bz2|tgz)(#\S*)?(\s*;.*)?")
 
 Wrap = Callable[[Sequence[str], Path], Sequence[str]]
@@ -68,7 +68,9 @@ Wrap = Callable[[Sequence[str], Path], Sequence[str]]
 
 
 class UvEnvironments:
-    """Keeps environments below `directory`; `python` is the interpreter they are made of where nothing asks for another.
+    """Keeps environments below `directory`, made of the interpreter `python` where nothing asks for another.
+
+    Requirements without a lock are resolved once: the same text gives the same environment from then on.
 
     wrap shuts in builds for fenced plans. Without it these install wheels only: no code of theirs runs before the job.
     Packages are hard links into uv's cache where the disk allows, so a job of another user must see them read-only.
@@ -107,12 +109,15 @@ class UvEnvironments:
     async def _find_or_build(
         self, plan: AttemptPlan, tree: Path, wanted: Wanted, progress: Callable[[str], None]
     ) -> Environment:
+        if plan.fenced and wanted.unsafe_words:
+            words = " and ".join(wanted.unsafe_words)
+            raise _failure(wanted, f"requirements with {words} are refused on another user's machine")
         fingerprint = self._fingerprint(plan, wanted)
         async with self._lock(fingerprint):
             key = self._key_of(fingerprint)
             if key is not None and self._is_complete(key):
                 return self._environment(key, wanted, cached=True)
-            build = _Build(self._uv, self._variables(plan), self._wrap if plan.fenced else None, tree, wanted, progress)
+            build = _Build(self._uv_for(plan), tree, wanted, progress)
             python = await build.interpreter(self._python)
             lock = await build.resolve(python)
             key = _key(plan, wanted, python, lock)
@@ -147,7 +152,7 @@ class UvEnvironments:
     def _fingerprint(self, plan: AttemptPlan, wanted: Wanted) -> str:
         """Names everything that decides what is installed, as far as it is known before it is resolved."""
         facts = [plan.fenced, wanted.origin, wanted.text, wanted.files, wanted.options, wanted.python]
-        local = plan.spec.tree if _reads_local_files(wanted.options, wanted.text) else ""
+        local = plan.spec.tree if wanted.reads_local_files else ""
         return _digest([_FORMAT, plan.spec.user, _identity(self._python), *facts, local])
 
     def _key_of(self, fingerprint: str) -> str | None:
@@ -169,24 +174,25 @@ class UvEnvironments:
             lock = self._locks[name] = asyncio.Lock()
         return lock
 
-    def _variables(self, plan: AttemptPlan) -> dict[str, str]:
+    def _uv_for(self, plan: AttemptPlan) -> "_Uv":
         variables = {name: value for name, value in os.environ.items() if name not in _DROPPED}
+        wheels_only = plan.fenced and self._wrap is None
         if plan.fenced:
             variables = {name: value for name, value in variables.items() if _FENCED_KEEP.fullmatch(name)}
-            if self._wrap is None:
-                # The tree's own settings could ask for builds again.
-                variables |= {"UV_NO_BUILD": "1", **_machine_settings()}
-        return {
+        if wheels_only:
+            variables |= _machine_settings()
+        variables = {
             "UV_CACHE_DIR": str(self._cache),
             **variables,
             "NO_COLOR": "1",
             "UV_NO_PROGRESS": "1",
             "UV_PYTHON_DOWNLOADS": "never",
         }
+        return _Uv(self._uv, variables, self._wrap if plan.fenced else None, wheels_only)
 
 
 def _machine_settings() -> dict[str, str]:
-    """Let uv read this machine's settings and no others."""
+    """Let uv read this machine's settings and not the tree's, which could ask for builds again."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     for path in (home / "uv/uv.toml", Path("/etc/uv/uv.toml")):
         if path.exists():
@@ -195,7 +201,7 @@ def _machine_settings() -> dict[str, str]:
 
 
 def _key(plan: AttemptPlan, wanted: Wanted, python: Path, lock: str) -> str:
-    local = plan.spec.tree if _reads_local_files(wanted.options, lock) else ""
+    local = plan.spec.tree if replace(wanted, text=lock, files=()).reads_local_files else ""
     is_project = wanted.origin is Origin.UV_LOCK
     return _digest([_FORMAT, plan.spec.user, _identity(python), is_project, lock, wanted.options, local])
 
@@ -210,43 +216,35 @@ def _identity(python: Path) -> list[str | int]:
     return [os.path.realpath(python), status.st_size, status.st_mtime_ns]
 
 
-def _reads_local_files(options: Sequence[str], text: str) -> bool:
-    """Whether packages come from files of the tree, which change under the same name and version."""
-    lines = (line.strip() for line in text.splitlines())
-    return any(_LOCAL_DIRECTORY.fullmatch(line) for line in lines) or any(
-        option in ("-f", "--find-links") and "://" not in value
-        for option, value in zip(options[::2], options[1::2], strict=True)
-    )
-
-
 # -- one build -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Uv:
+    """How uv is run for one plan. wheels_only: nothing is built, so no code of a package runs."""
+
+    path: Path
+    variables: Mapping[str, str]
+    wrap: Wrap | None
+    wheels_only: bool
 
 
 class _Build:
     """The steps of one build, each a run of uv."""
 
-    def __init__(
-        self,
-        uv_path: Path,
-        variables: Mapping[str, str],
-        wrap: Wrap | None,
-        tree: Path,
-        wanted: Wanted,
-        progress: Callable[[str], None],
-    ) -> None:
-        self._uv = uv_path
-        self._variables = variables
-        self._wrap = wrap
+    def __init__(self, uv_for: _Uv, tree: Path, wanted: Wanted, progress: Callable[[str], None]) -> None:
+        self._uv = uv_for
         self._tree = tree
         self._wanted = wanted
         self._progress = progress
+        self._build_options = ["--no-build"] if uv_for.wheels_only else []
 
     async def interpreter(self, base: Path) -> Path:
         """The interpreter that is asked for, `base` where it will do."""
         wanted = self._wanted
         if not wanted.python:
             return base
-        search = {"PATH": f"{base.parent}:{self._variables.get('PATH', '')}"}
+        search = {"PATH": f"{base.parent}:{self._uv.variables.get('PATH', '')}"}
         arguments = ["python", "find", "--no-project", "--system", "--python-preference", "system", wanted.python]
         try:
             found = await self._run(arguments, variables=search)
@@ -266,17 +264,13 @@ class _Build:
             return "\0".join(text for _, text in wanted.files)
         if wanted.origin is Origin.NOTHING or (wanted.origin is Origin.TEXT and not wanted.text):
             return ""
-        if "UV_NO_BUILD" in self._variables and wanted.wants_builds:
-            raise _failure(wanted, "it asks for packages to be built (--no-binary), which another user's job may not")
         self._progress(f"environment: resolving {wanted.source}")
         name = REQUIREMENTS_FILE if wanted.origin is Origin.FILE else "-"
         hashes = ["--generate-hashes"] if wanted.has_hashes else []
-        arguments = ["pip", "compile", "--no-header", "--no-annotate", *hashes, "--python", str(python), name]
-        pinned = await self._run(arguments, stdin=wanted.text)
+        options = ["--no-header", "--no-annotate", *self._build_options, *hashes, "--python", str(python)]
+        pinned = await self._run(["pip", "compile", *options, name], stdin=wanted.text)
         # The job's own code is where it runs; an environment that other jobs share cannot hold it.
-        lines = [
-            line for line in pinned.splitlines() if not _LOCAL_DIRECTORY.fullmatch(line) or _ARCHIVE.fullmatch(line)
-        ]
+        lines = [line for line in pinned.splitlines() if not LOCAL_LINE.fullmatch(line) or _ARCHIVE.fullmatch(line)]
         return "\n".join(lines)
 
     async def install(self, python: Path, lock: str, path: Path) -> None:
@@ -284,32 +278,35 @@ class _Build:
         await self._run(["venv", "--no-project", "--no-config", "--python", str(python), str(path)])
         if self._wanted.origin is Origin.UV_LOCK:
             self._progress("environment: installing from uv.lock")
-            arguments = ["sync", "--frozen", "--no-install-workspace", "--no-install-local", "--python", str(python)]
-            await self._run(arguments, variables={"UV_PROJECT_ENVIRONMENT": str(path)})
+            options = ["--frozen", "--no-install-workspace", "--no-install-local", *self._build_options]
+            await self._run(
+                ["sync", *options, "--python", str(python)], variables={"UV_PROJECT_ENVIRONMENT": str(path)}
+            )
             return
         packages = len(re.findall(r"^[^\s#-]", lock, re.MULTILINE))
+        pip_sync = ["pip", "sync", *self._build_options, "--python", str(path / "bin/python")]
         if self._wanted.origin is Origin.PYLOCK:
             self._progress("environment: installing from pylock.toml")
-            await self._run(["pip", "sync", "--python", str(path / "bin/python"), "pylock.toml"])
+            await self._run([*pip_sync, "pylock.toml"])
         elif packages:
             self._progress(f"environment: installing {packages} packages")
-            options = [_expand(option, self._variables) for option in self._wanted.options]
-            await self._run(["pip", "sync", "--python", str(path / "bin/python"), *options, "-"], stdin=lock)
+            options = [_expand(word, self._uv.variables) for pair in self._wanted.options for word in pair if word]
+            await self._run([*pip_sync, *options, "-"], stdin=lock)
 
     async def _run(
         self, arguments: Sequence[str], *, stdin: str = "", variables: Mapping[str, str] | None = None
     ) -> str:
         """Output of uv; raises MeshgpuError with the last lines of its complaint. It never outlives this call."""
-        argv: Sequence[str] = [str(self._uv), *arguments]
-        if self._wrap is not None:
-            argv = self._wrap(argv, self._tree)
+        argv: Sequence[str] = [str(self._uv.path), *arguments]
+        if self._uv.wrap is not None:
+            argv = self._uv.wrap(argv, self._tree)
         with tempfile.TemporaryFile() as given:
-            given.write(stdin.encode())
+            given.write(stdin.encode("utf-8", "replace"))
             given.seek(0)
             process = await asyncio.create_subprocess_exec(
                 *argv,
                 cwd=self._tree,
-                env={**self._variables, **(variables or {})},
+                env={**self._uv.variables, **(variables or {})},
                 stdin=given,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
@@ -321,10 +318,10 @@ class _Build:
             output, complaint = await asyncio.gather(process.stdout.read(), self._follow(process.stderr))
             code = await process.wait()
         finally:
-            # Children of uv too: a build backend may have outlived it.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # build backends too
+                await process.wait()
         if code != 0:
             raise _failure(self._wanted, _last_words(complaint) or f"uv ended with {code}")
         return output.decode("utf-8", "replace")
@@ -358,9 +355,9 @@ def _expand(option: str, variables: Mapping[str, str]) -> str:
 def _failure(wanted: Wanted, reason: str) -> MeshgpuError:
     hint = {
         Origin.NOTHING: None,
-        Origin.TEXT: "uv pip compile - resolves the same requirements where you are",
-        Origin.FILE: f"uv pip compile {wanted.source}",
-        Origin.PYLOCK: f"uv pip sync --dry-run {wanted.source}",
-        Origin.UV_LOCK: "uv lock --check",
+        Origin.TEXT: "try the same where you are: uv pip install --dry-run …",
+        Origin.FILE: f"try the same where you are: uv pip compile {wanted.source}",
+        Origin.PYLOCK: f"try the same where you are: uv pip sync --dry-run {wanted.source}",
+        Origin.UV_LOCK: "try the same where you are: uv sync --frozen --dry-run",
     }[wanted.origin]
     return MeshgpuError("environment", f"cannot build the environment from {wanted.source}: {reason}", hint)

@@ -101,7 +101,7 @@ def waiting(job: JobView) -> str:
         return plain(f"{name} waits: {job['reason']}") if job["reason"] else ""
     if job["state"] == "cancelling":
         return plain(f"{name} is being stopped")
-    if job["phase"] == "staging" and job["detail"]:
+    if job["phase"] == "staging" and ": " in job["detail"]:  # what came of it belongs into the headline
         return plain(f"{name} · {job['machine']} · {job['detail']}")
     if job["phase"] == "paused":
         return plain(f"{name} is paused{': ' + job['reason'] if job['reason'] else ''}")

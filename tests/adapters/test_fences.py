@@ -195,6 +195,20 @@ def test_environment_that_the_account_cannot_read_is_named(enclosure: Enclosure,
 # -- which fence works -----------------------------------------------------------------------------------------------
 
 
+def test_bubblewrap_works_where_its_needs_are_met() -> None:
+    """Or a fence that is broken would only be skipped above."""
+    unshared = ["unshare", "--mount", "--pid", "--fork", "true"]
+    if os.geteuid() != 0 or not shutil.which("bwrap") or subprocess.run(unshared, check=False).returncode:
+        pytest.skip("needs root, mounts and bubblewrap")
+    assert fences.find_fence() == Fence("bubblewrap")
+
+
+def test_landlock_works_where_the_kernel_has_it() -> None:
+    if ctypes.CDLL(None).syscall(fences._CREATE_RULESET, None, 0, 1) < fences.LANDLOCK_ABI:
+        pytest.skip("needs Linux 6.2 with Landlock")
+    assert fences._try_fence(Fence("landlock")) == ""
+
+
 def test_bubblewrap_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fences, "_try_fence", lambda fence: "")
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -198,7 +199,10 @@ def no_leaks(tmp_path: Path) -> Iterator[None]:
     descriptors = len([*Path("/proc/self/fd").iterdir()])
     children = set(guard._children(os.getpid()))
     yield
-    assert wait_until_none(tmp_path) == set()
+    left = wait_until_none(tmp_path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
     assert set(guard._children(os.getpid())) <= children
     assert len([*Path("/proc/self/fd").iterdir()]) <= descriptors
 
@@ -242,9 +246,12 @@ async def isolated_rig(
 
 async def test_job_is_staged_started_saved_and_ended(rig: Rig) -> None:
     done = await rig.run("sh", "-c", "echo out; echo err >&2; echo data > result.txt")
-    assert [type(event) for event in done.events] == [AttemptProgress, AttemptStarted, AttemptProgress, AttemptEnded]
-    staging, _, saving, _ = done.events
+    progress = [AttemptProgress, AttemptProgress, AttemptStarted, AttemptProgress, AttemptEnded]
+    assert [type(event) for event in done.events] == progress
+    staging, built, _, saving, _ = done.events
     assert staging == AttemptProgress(JobId("job"), 1, Phase.STAGING, "environment: 12 packages")
+    assert isinstance(built, AttemptProgress)
+    assert built.detail.startswith("environment ")
     assert saving == AttemptProgress(JobId("job"), 1, Phase.SAVING, "")
     assert done.result == Result(AttemptState.EXITED, 0, "", output_files=1, output_bytes=5)
     assert (done.stdout, done.stderr) == ("out\n", "err\n")
@@ -327,14 +334,13 @@ async def test_job_without_gpu_sees_none(rig: Rig) -> None:
 
 
 async def test_job_inherits_three_descriptors_and_plain_signals(isolated_rig: Rig) -> None:
-    script = (
-        "import os, signal; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1], os.read(0, 1), os.umask(0))\n"
-    )
-    status = "grep -E 'SigBlk|SigIgn' /proc/self/status"
-    done = await isolated_rig.run("sh", "-c", f'{status}; python -c "{script}"; pwd')
-    masks, rest = done.stdout.splitlines()[:2], done.stdout.splitlines()[2:]
-    assert [mask.split()[1] for mask in masks] == ["0" * 16, "0" * 16]
-    assert rest == [f"[0, 1, 2] b'' {0o022}", str(isolated_rig.attempt("job") / "work")]
+    done = await isolated_rig.run("grep", "-E", "SigBlk|SigIgn", "/proc/self/status", job="signals")
+    assert done.stdout == f"SigBlk:\t{0:016}\nSigIgn:\t{0:016}\n"
+    script = "import os; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1], os.read(0, 1), os.umask(0))"
+    done = await isolated_rig.run("python", "-c", script)
+    assert done.stdout == f"[0, 1, 2] b'' {0o022}\n"
+    done = await isolated_rig.run("pwd", job="directory")
+    assert done.stdout == f"{isolated_rig.attempt('directory') / 'work'}\n"
 
 
 async def test_job_is_never_pid_1(isolated_rig: Rig) -> None:
@@ -427,8 +433,8 @@ async def test_job_that_kills_its_init_is_cleaned_up(monkeypatch: pytest.MonkeyP
 
 async def test_guards_are_told_while_they_live(rig: Rig) -> None:
     assert rig.executor.guards() == frozenset()
-    rig.submit(plan("sh", "-c", "echo ready; exec sleep 600"))
-    await rig.says("ready")
+    rig.submit(plan("sleep", "600"))
+    await rig.until(AttemptStarted)
     (pid,) = rig.executor.guards()
     record = json.loads((rig.attempt("job") / "guard.json").read_bytes())
     assert record["pid"] == pid
@@ -544,7 +550,7 @@ async def test_stop_during_staging_abandons_the_attempt(rig: Rig) -> None:
 async def test_environment_that_cannot_be_built_ends_the_attempt(rig: Rig) -> None:
     rig.environments.error = MeshgpuError("environment", "cannot build the environment: no torch==99")
     done = await rig.run("true")
-    assert done.result == Result(AttemptState.CRASHED, None, "cannot build the environment: no torch==99")
+    assert done.result == Result(AttemptState.EXITED, None, "cannot build the environment: no torch==99")
     assert not any(isinstance(event, AttemptStarted) for event in done.events)
 
 
@@ -657,36 +663,32 @@ async def test_adopted_attempt_that_never_started_cannot_start_later(rig: Rig, h
     rig.executor.adopt(plan("sh", "-c", "touch ran"))
     done = await rig.ended()
     assert done.result == Result(AttemptState.CRASHED, None, "the agent stopped while the job was being prepared")
-    again = await rig.run("sh", "-c", "touch ran") if has_directory else None
-    if again:
-        assert again.result.outcome is AttemptState.CRASHED
+    if has_directory:
+        late = Rig(rig.jobs_dir)
+        await late.start()
+        await late.run("sh", "-c", "touch ran")
         assert not (rig.attempt("job") / "work" / "ran").exists()
+        await late.executor.close()
 
 
-async def test_guard_of_another_boot_is_not_looked_for(rig: Rig) -> None:
-    """Its number may belong to any process now: here to this one, which would be killed."""
-    attempt = rig.attempt("job")
-    (attempt / "work").mkdir(parents=True)
-    record = guard.new_record(os.getpid(), "pid")
-    (attempt / "guard.json").write_text(json.dumps({**record, "boot_id": "another", "job_pid": 1}))
-    rig.executor.adopt(plan("true"))
-    rig.executor.stop(JobId("job"), 1, StopMode.KILL)
-    done = await rig.ended()
-    assert done.result == Result(AttemptState.CRASHED, None, "the machine restarted")
-
-
-async def test_process_that_reuses_a_guards_number_is_left_alone(rig: Rig) -> None:
+@pytest.mark.parametrize("is_same_boot", [True, False])
+async def test_process_that_reuses_a_guards_number_is_left_alone(rig: Rig, is_same_boot: bool) -> None:
     attempt = rig.attempt("job")
     (attempt / "work").mkdir(parents=True)
     stranger = await asyncio.create_subprocess_exec("sleep", "600")
     record = guard.new_record(stranger.pid, "pid")
-    (attempt / "guard.json").write_text(json.dumps({**record, "start_ticks": record["start_ticks"] - 1}))
+    if is_same_boot:
+        record["start_ticks"] -= 1
+    else:
+        record["boot_id"] = "another"
+    (attempt / "guard.json").write_text(json.dumps(record))
     fresh = Rig(rig.jobs_dir)
     await fresh.start()
     assert fresh.executor.guards() == frozenset()
     fresh.executor.adopt(plan("true"))
     fresh.executor.stop(JobId("job"), 1, StopMode.KILL)
-    assert (await fresh.ended()).result.reason == "the job's guard was killed"
+    reason = "the job's guard was killed" if is_same_boot else "the machine restarted"
+    assert (await fresh.ended()).result == Result(AttemptState.CRASHED, None, reason)
     assert stranger.returncode is None
     stranger.kill()
     assert await stranger.wait() == -signal.SIGKILL
@@ -801,3 +803,66 @@ async def test_fence_is_found_at_start(tmp_path: Path) -> None:
     assert rig.executor.fence() in ("bubblewrap", "landlock", "")
     assert rig.executor.fence() == "bubblewrap" or rig.executor.fence_reason()
     await rig.executor.close()
+
+
+ORDINARY = """
+import asyncio, sys
+from pathlib import Path
+from types import SimpleNamespace
+from meshgpu.adapters.fences import Fence, find_fence
+from meshgpu.adapters.log_ledger import read_records
+from meshgpu.adapters.process_executor import ProcessExecutor
+from meshgpu.ports import AttemptEnded, Environment
+
+class Environments:
+    async def build(self, plan, tree, progress):
+        return Environment(Path("/usr/bin"), "k7qd", True, "")
+
+async def main(top, name, script):
+    executor = ProcessExecutor(top / "jobs", Environments(), fence=Fence(name) if name == "landlock" else find_fence())
+    assert executor.fence() == name, executor.fence_reason()
+    events = asyncio.Queue()
+    await executor.start(events.put_nowait)
+    spec = SimpleNamespace(job="job", user="ada", command=(script,), shell=True, env=())
+    work = top / "jobs" / "job" / "1" / "work"
+    work.mkdir(parents=True)
+    (top / "secret").write_text("the agent's key")
+    executor.run(SimpleNamespace(spec=spec, epoch=1, gpus=(), fenced=True, machine="rig7"), work)
+    while not isinstance(event := await asyncio.wait_for(events.get(), 30), AttemptEnded):
+        pass
+    await executor.close()
+    records = read_records(work.parent / "log", 0, 10**6)
+    print(b"".join(record.data for record in records if record.stream == "stdout").decode(), end="")
+    print(event.result.exit_code, event.result.output_files)
+
+asyncio.run(main(Path(sys.argv[1]), *sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("fence", ["bubblewrap", "landlock"])
+def test_ordinary_users_agent_shuts_jobs_in_too(fence: str, tmp_path: Path) -> None:
+    """The other half of the fences: no root to drop, a user namespace to make."""
+    python = Path("/usr/bin/python3")
+    check = "import sys; sys.exit(sys.version_info < (3, 11))"
+    if os.geteuid() != 0 or not python.exists() or subprocess.run([python, "-c", check], check=False).returncode:
+        pytest.skip("needs root, to become an ordinary user, and the system's Python 3.11")
+    top = Path(tempfile.mkdtemp(prefix="meshgpu-ordinary-"))
+    try:
+        shutil.copytree(Path(guard.__file__).parent, top / "meshgpu", ignore=shutil.ignore_patterns("__pycache__"))
+        top.chmod(0o755)
+        (top / "state").mkdir()
+        os.chown(top / "state", 65534, 65534)
+        script = f"cat {top}/state/secret; echo x > out; touch /dev/shm/mine && ls -A /dev/shm; exit 7"
+        ordinary = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--")
+        done = subprocess.run(
+            [*ordinary, python, "-c", ORDINARY, top / "state", fence, script],
+            env={"PYTHONPATH": str(top), "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        assert "the agent's key" not in done.stdout
+        assert done.stdout.splitlines() == ["mine", "7 1"], done.stderr
+    finally:
+        shutil.rmtree(top)
