@@ -55,8 +55,6 @@ class TrustMembers:
 class Announce:
     """What mDNS says of this machine has changed."""
 
-    mesh_name: str
-
 
 @dataclass(frozen=True, slots=True)
 class FetchTree:

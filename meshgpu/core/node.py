@@ -1,15 +1,16 @@
 """One node: composes the state machines and routes what happens between them. The only module that knows them all."""
 
 import random
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from meshgpu.core import events as ev
 from meshgpu.core.effects import Announce, Effect, Persist, Reject, Send, TrustMembers
 from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
-from meshgpu.core.jobs.placement import Candidate
+from meshgpu.core.jobs.placement import Candidate, MachineVerdict, explain_each
 from meshgpu.core.jobs.steward import Stewardship, StewardTiming
 from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
 from meshgpu.core.membership.gossip import Gossip, GossipTiming
@@ -18,18 +19,18 @@ from meshgpu.core.owner import OwnerPolicy, permission
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
+from meshgpu.errors import BrokenInvariant
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Capacity, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, JobId, MeshId, NodeId, UserName
 from meshgpu.model.inventory import GpuReading, Inventory
-from meshgpu.model.job import JobView
+from meshgpu.model.job import JobSpec, JobView
 from meshgpu.model.records import AttemptRecord, JobRecord, MeshLogRecord, MeshRecord, PeerRecord, Record
 from meshgpu.model.trust import Member, Notary, Signed
 
-MESH_TAG_CHARACTERS = 12
-LOOPS_LIMIT = 1_000
-"""Messages a node sends to itself within one step: a handful; more means that two rules feed each other."""
+LOOPS_LIMIT = 100_000
+"""Messages a node sends to itself in one step: some for each of its jobs; more means that two rules feed each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Node:
         self._readings: tuple[GpuReading, ...] = ()
         self._addresses: tuple[Address, ...] = ()
         self._kept_addresses: dict[NodeId, tuple[Address, ...]] = {}
-        self._told_allocations_at = now.boot_s - config.capacity_s
+        self._told_capacity_at = now.boot_s - config.capacity_s
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -108,6 +109,14 @@ class Node:
             self._gossip.record(member.node),
             self._gossip.capacity(member.node),
         )
+
+    def why(self, spec: JobSpec) -> tuple[MachineVerdict, ...]:
+        """What each machine of the mesh would say to the job now, by name, as far as it is known here."""
+        return explain_each(spec.resources, self._candidates(spec.user, None), spec.machine, spec.job)
+
+    def heard(self, owner: NodeId) -> tuple[NodeRecord | None, Capacity | None]:
+        """What a member last said of itself."""
+        return self._gossip.record(owner), self._gossip.capacity(owner)
 
     def addresses(self, peer: NodeId) -> tuple[Address, ...]:
         """Where `peer` may be dialled, best first."""
@@ -154,7 +163,7 @@ class Node:
         effects: list[Effect] = [self._mesh_record(), *self._trust_effects()]
         for record in self._records:
             if isinstance(record, PeerRecord):
-                self._links.learn(now, record.node, record.addresses)
+                self._links.learn(now, record.node, record.addresses, is_signed=True)
         effects += self.attempts.restore(now, (r for r in self._records if isinstance(r, AttemptRecord)))
         effects += self.stewardship.restore(now, (r for r in self._records if isinstance(r, JobRecord)))
         self._records = ()
@@ -189,16 +198,18 @@ class Node:
     def _loop_back(self, now: Now, effects: list[Effect]) -> list[Effect]:
         """What a node says to itself is heard in the same step."""
         done: list[Effect] = []
-        pending = list(effects)
-        for _ in range(LOOPS_LIMIT):
-            if not pending:
-                return done
-            effect = pending.pop(0)
-            if isinstance(effect, Send) and effect.peer == self.node:
-                pending = [*self._heard(now, self.node, effect.message), *pending]
-            else:
+        pending = deque(effects)
+        heard = 0
+        while pending:
+            effect = pending.popleft()
+            if not isinstance(effect, Send) or effect.peer != self.node:
                 done.append(effect)
-        return [*done, *pending]
+                continue
+            heard += 1
+            if heard > LOOPS_LIMIT:
+                raise BrokenInvariant("a node does not stop talking to itself", (repr(effect),))
+            pending.extendleft(reversed(self._heard(now, self.node, effect.message)))
+        return done
 
     def _route(self, now: Now, event: ev.Event) -> list[Effect]:
         match event:
@@ -214,11 +225,11 @@ class Node:
                 self._links.link_closed(now, peer)
                 self._gossip.link_closed(peer)
                 return []
-            case ev.DialFailed(peer=peer, address=address):
-                self._links.dial_failed(now, peer, address)
+            case ev.DialFailed(peer=peer):
+                self._links.dial_failed(now, peer)
                 return []
             case ev.MachineSighted(sighting=sighting):
-                self._links.learn(now, sighting.node, sighting.addresses)
+                self._links.learn(now, sighting.node, sighting.addresses, is_signed=False)
                 return []
             case ev.AddressIdentified(address=address, node=node):
                 self._links.identified(now, address, node)
@@ -311,7 +322,7 @@ class Node:
         added = self.log.enter(mesh, log)
         effects: list[Effect] = [self._mesh_record(), *self._log_records(added), *self._trust_effects()]
         for node, addresses in met:
-            self._links.learn(now, node, addresses)
+            self._links.learn(now, node, addresses, is_signed=True)
             effects.append(Persist("peer", node, PeerRecord(node, addresses)))
         effects += self.attempts.restore(now, ())
         effects += self.stewardship.restore(now, ())
@@ -339,7 +350,7 @@ class Node:
             record = self._gossip.record(owner)
             if record is not None and record.addresses != self._kept_addresses.get(owner, ()):
                 self._kept_addresses[owner] = record.addresses
-                self._links.learn(now, owner, record.addresses)
+                self._links.learn(now, owner, record.addresses, is_signed=True)
                 effects.append(Persist("peer", owner, PeerRecord(owner, record.addresses)))
         if changed:
             self.stewardship.room_changed(now)
@@ -351,7 +362,7 @@ class Node:
         self.attempts.machine_read(inventory, readings)
         if is_new:
             self._say_record(now)
-        return [Announce(self.log.mesh_name)] if is_new else []
+        return [Announce()] if is_new else []
 
     def _say_record(self, now: Now) -> None:
         config = self._config
@@ -372,10 +383,12 @@ class Node:
         """Allocations are told at once, readings alone every few seconds."""
         allocations = self.attempts.allocations()
         told = self._gossip.capacity(self.node)
-        is_due = now.boot_s >= self._told_allocations_at + self._config.capacity_s
+        is_due = now.boot_s >= self._told_capacity_at + self._config.capacity_s
         if force or told is None or told.allocations != allocations or is_due:
-            self._told_allocations_at = now.boot_s
-            capacity = Capacity(self._readings, allocations)
+            self._told_capacity_at = now.boot_s
+            # Which programs the owner runs is nobody else's business.
+            readings = tuple(replace(reading, processes=()) for reading in self._readings)
+            capacity = Capacity(readings, allocations)
             if capacity != told:
                 self._gossip.say(now, capacity)
                 self.stewardship.room_changed(now)
@@ -387,10 +400,12 @@ class Node:
     def _log_records(self, added: tuple[Signed, ...]) -> list[Effect]:
         first = self._log_rank
         self._log_rank += len(added)
-        return [Persist("log", f"{rank:08d}", MeshLogRecord(rank, entry)) for rank, entry in enumerate(added, start=first)]
+        return [
+            Persist("log", f"{rank:08d}", MeshLogRecord(rank, entry)) for rank, entry in enumerate(added, start=first)
+        ]
 
     def _trust_effects(self) -> list[Effect]:
-        return [TrustMembers(tuple(self.log.members.values())), Announce(self.log.mesh_name)]
+        return [TrustMembers(tuple(self.log.members.values())), Announce()]
 
     def job_view(self, job: JobId) -> JobView | None:
         """A job that this node holds as a steward."""

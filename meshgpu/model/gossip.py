@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from meshgpu.model.ids import Address, JobId, MeshId, NodeId, UserName
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.resources import GpuShare
+
+MESH_TAG_CHARACTERS: Final = 12
+"""60 bits of the mesh id: enough to tell meshes on one network apart."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -73,11 +77,16 @@ class MemberState(StrEnum):
     DOWN = "down"
 
 
+def mesh_tag(mesh: MeshId | None) -> str:
+    """How an announcement names a mesh; empty for none."""
+    return (mesh or "")[:MESH_TAG_CHARACTERS]
+
+
 @dataclass(frozen=True, slots=True)
 class Sighting:
     """A machine's announcement by mDNS, unverified: a hint to dial and a line on `discover`.
 
-    mesh_tag: first 12 characters of the mesh id, empty where the machine is in no mesh.
+    mesh_tag: first characters of the mesh id, empty where the machine is in no mesh.
     pairing_port: 0 unless an invite or join window is open there. gpus: `2x RTX 4090 24GB`, empty if hidden.
     """
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from meshgpu.model.ids import Address, HoldId, JobId, MeshId, NodeId
 from meshgpu.model.job import AttemptState, Register, Result, StopMode
 from meshgpu.model.resources import GpuShare
-from meshgpu.model.trust import Invite, Signed
+from meshgpu.model.trust import Signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,4 +60,4 @@ class AttemptRecord:
     ended_wall_s: float | None = None
 
 
-Record = MeshRecord | MeshLogRecord | PeerRecord | JobRecord | AttemptRecord | Invite
+Record = MeshRecord | MeshLogRecord | PeerRecord | JobRecord | AttemptRecord

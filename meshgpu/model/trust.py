@@ -136,7 +136,7 @@ class UserKey:
 
 @dataclass(frozen=True, slots=True)
 class Invite:
-    """The right to join, kept by the node that made it until it is used or `expires_wall_s` has passed.
+    """The right to join, kept in the memory of the node that made it until it is used or `expires_wall_s` has passed.
 
     secret: 100 random bits, 20 base32 characters. user: whom the new machine belongs to.
     """

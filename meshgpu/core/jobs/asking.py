@@ -150,7 +150,8 @@ class Asking:
         if question.failure:
             return [Answered(query, silent=silent, code=question.failure[0], reason=question.failure[1])]
         if silent:
-            name = self._log.members[silent[0]].name
+            steward = self._log.members.get(silent[0])
+            name = steward.name if steward else "the machine"
             reason = f"cannot {question.action} the job: {name}, which holds it, did not answer"
             return [Answered(query, silent=silent, code="no-answer", reason=reason, hint="meshgpu machines")]
         return [Answered(query, tuple(question.views))]

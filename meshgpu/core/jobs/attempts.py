@@ -207,8 +207,7 @@ class Attempts:
         attempt.advance(AttemptState.STAGING)
         attempt.phase = Phase.STAGING
         attempt.due = now.boot_s + self._timing.report_s
-        sources = tuple(dict.fromkeys((*attempt.spec.stewards, attempt.spec.submitter)))
-        return [attempt.persist(), StartAttempt(self._plan(attempt), sources), attempt.report()]
+        return [attempt.persist(), StartAttempt(self._plan(attempt), attempt.spec.stewards), attempt.report()]
 
     def fenced(self, now: Now, steward: NodeId, fence: Fence) -> list[Effect]:
         """The steward says that this epoch is spent: what never started is dropped, what runs is ended."""

@@ -2,12 +2,13 @@
 
 import difflib
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Final
 
 from meshgpu.model.gossip import Allocation, Capacity, NodeRecord
-from meshgpu.model.ids import GpuId, NodeId
+from meshgpu.model.ids import GpuId, JobId, NodeId, display_name
 from meshgpu.model.inventory import Gpu, GpuReading, Inventory, short_gpu_name, sold_gigabytes
 from meshgpu.model.resources import GB, GpuRequest, GpuShare, Resources
 
@@ -15,11 +16,28 @@ OFFERS: Final = 3
 """Machines asked at once: with three random ones of the best class, first tries succeed while half are free."""
 
 
+class Rule(StrEnum):
+    """What keeps a job away from a machine or a GPU."""
+
+    ELSEWHERE = "elsewhere"
+    """The job names another machine."""
+    CLOSED = "closed"
+    """The owner does not let its user in."""
+    DOWN = "down"
+    UNKNOWN = "unknown"
+    """The machine has not said yet what it has."""
+    LACKS = "lacks"
+    """It never fits, however free it is."""
+    FAULTY = "faulty"
+    BUSY = "busy"
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a machine would give (`gpus`), or why it cannot (`refusal`, then gpus is empty)."""
+    """What a machine would give (`gpus`), or why it cannot (`rule` and `refusal`, then gpus is empty)."""
 
     gpus: tuple[GpuShare, ...] = ()
+    rule: Rule | None = None
     refusal: str = ""
 
 
@@ -39,6 +57,32 @@ class Candidate:
     is_down: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class GpuVerdict:
+    """Whether one GPU would serve now (rule is None), or what refuses and what would change that."""
+
+    gpu: Gpu
+    rule: Rule | None
+    refusal: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class MachineVerdict:
+    """Whether a machine would take a job now (rule is None) and on which GPUs, or what refuses and its remedy.
+
+    verdicts: one for each GPU that is known there, in PCI order, whatever the machine itself says.
+    """
+
+    node: NodeId
+    name: str
+    rule: Rule | None
+    refusal: str
+    remedy: str
+    gpus: tuple[GpuShare, ...]
+    verdicts: tuple[GpuVerdict, ...]
+
+
 def find_room(
     resources: Resources, inventory: Inventory, readings: Iterable[GpuReading], allocations: Sequence[Allocation]
 ) -> Room:
@@ -48,20 +92,25 @@ def find_room(
         ("bytes of memory", resources.memory_bytes, inventory.memory_bytes, sum(a.memory_bytes for a in allocations)),
     ):
         if asked > total:
-            return Room(refusal=f"has {total} {what}, the job asks for {asked}")
+            return Room(rule=Rule.LACKS, refusal=f"has {total} {what}, the job asks for {asked}")
         if asked > total - taken:
-            return Room(refusal=f"is busy: {total - taken} of {total} {what} free, the job asks for {asked}")
+            refusal = f"is busy: {total - taken} of {total} {what} free, the job asks for {asked}"
+            return Room(rule=Rule.BUSY, refusal=refusal)
     request = resources.gpus
     if request.count == 0:
         return Room()
     too_few = lacking(request, inventory)
     if too_few:
-        return Room(refusal=too_few)
-    faults = {reading.uuid: reading.fault for reading in readings if reading.fault}
-    fitting = [gpu for gpu in inventory.gpus if _matches(request, gpu)]
-    free = [gpu for gpu in fitting if gpu.uuid not in faults and _is_free(request, gpu, allocations)]
+        return Room(rule=Rule.LACKS, refusal=too_few)
+    faults = _faults(readings)
+    rules = [_gpu_rule(request, gpu, faults, allocations) for gpu in inventory.gpus]
+    free = [gpu for gpu, rule in zip(inventory.gpus, rules, strict=True) if rule is None]
     if len(free) < request.count:
-        return Room(refusal=_busy(len(fitting), len(free), allocations, faults))
+        fitting = len(rules) - rules.count(Rule.LACKS)
+        return Room(
+            rule=Rule.BUSY if Rule.BUSY in rules else Rule.FAULTY,
+            refusal=_busy(fitting, len(free), allocations, faults),
+        )
     free.sort(key=lambda gpu: (_left_over(request, gpu, allocations), gpu.index))
     reserved = request.memory_bytes if request.shared else 0
     chosen = sorted(free[: request.count], key=lambda gpu: gpu.index)
@@ -95,12 +144,9 @@ def rank(resources: Resources, candidates: Iterable[Candidate], rng: random.Rand
     """
     classes: dict[int, list[NodeId]] = {}
     for candidate in candidates:
-        record, capacity = candidate.record, candidate.capacity
-        if candidate.refusal or record is None or capacity is None:
-            continue
-        room = find_room(resources, record.inventory, capacity.readings, capacity.allocations)
-        if not room.refusal:
-            classes.setdefault(_class(room.gpus, record.inventory), []).append(candidate.node)
+        room = _room(resources, candidate)
+        if room.rule is None and candidate.record is not None:
+            classes.setdefault(_class(room.gpus, candidate.record.inventory), []).append(candidate.node)
     ranked: list[NodeId] = []
     for key in sorted(classes):
         members = sorted(classes[key])
@@ -113,19 +159,119 @@ def explain(resources: Resources, candidates: Iterable[Candidate]) -> str:
     """One line: why no machine takes the job now. Names each machine when they are few."""
     reasons: dict[str, list[str]] = {}
     for candidate in candidates:
-        record, capacity = candidate.record, candidate.capacity
-        reason = candidate.refusal
-        if not reason and record is not None and capacity is not None:
-            reason = find_room(resources, record.inventory, capacity.readings, capacity.allocations).refusal
-        reasons.setdefault(reason or "has not said yet what it has", []).append(candidate.name)
+        room = _room(resources, candidate)
+        reasons.setdefault(room.refusal or "seems to have room", []).append(candidate.name)
     if not reasons:
         return "no machine of the mesh lends anything"
     return "; ".join(f"{', '.join(sorted(names))} {reason}" for reason, names in sorted(reasons.items()))
 
 
+def explain_each(
+    resources: Resources, candidates: Iterable[Candidate], named: NodeId | None, job: JobId
+) -> tuple[MachineVerdict, ...]:
+    """What each machine would say to the job now, by name. What `job` itself holds counts as free.
+
+    named: the only machine that may take it, None for any. No verdicts on GPUs where the job asks for none.
+    """
+    ordered = sorted(candidates, key=lambda candidate: candidate.name)
+    return tuple(_machine_verdict(resources, _without(job, candidate), named) for candidate in ordered)
+
+
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
     """The name that was probably meant."""
     return next(iter(difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)), None)
+
+
+def _room(resources: Resources, candidate: Candidate) -> Room:
+    """What the machine would give, as far as it is known here."""
+    if candidate.refusal:
+        is_out = Rule.CLOSED if candidate.is_closed else Rule.DOWN if candidate.is_down else Rule.BUSY
+        return Room(rule=is_out, refusal=candidate.refusal)
+    record, capacity = candidate.record, candidate.capacity
+    if record is None or capacity is None:
+        return Room(rule=Rule.UNKNOWN, refusal="has not said yet what it has")
+    return find_room(resources, record.inventory, capacity.readings, capacity.allocations)
+
+
+def _without(job: JobId, candidate: Candidate) -> Candidate:
+    """The machine as it would be without the job."""
+    capacity = candidate.capacity
+    if capacity is None:
+        return candidate
+    others = tuple(allocation for allocation in capacity.allocations if allocation.job != job)
+    return replace(candidate, capacity=replace(capacity, allocations=others))
+
+
+def _machine_verdict(resources: Resources, candidate: Candidate, named: NodeId | None) -> MachineVerdict:
+    room = _room(resources, candidate)
+    if named not in (None, candidate.node):
+        room = Room(rule=Rule.ELSEWHERE, refusal="is not the machine that the job names")
+    allocations = candidate.capacity.allocations if candidate.capacity else ()
+    faults = _faults(candidate.capacity.readings if candidate.capacity else ())
+    gpus = candidate.record.inventory.gpus if candidate.record and resources.gpus.count else ()
+    return MachineVerdict(
+        candidate.node,
+        candidate.name,
+        room.rule,
+        room.refusal,
+        _remedy(room.rule, allocations),
+        room.gpus,
+        tuple(_gpu_verdict(resources.gpus, gpu, faults, allocations) for gpu in gpus),
+    )
+
+
+def _gpu_verdict(
+    request: GpuRequest, gpu: Gpu, faults: dict[GpuId, str], allocations: Sequence[Allocation]
+) -> GpuVerdict:
+    rule = _gpu_rule(request, gpu, faults, allocations)
+    holding = [a for a in allocations if any(share.uuid == gpu.uuid for share in a.gpus)]
+    refusal = ""
+    if rule is Rule.LACKS:
+        refusal = f"is {describe_gpu(gpu)}, the job asks for {request}"
+    elif rule is Rule.FAULTY:
+        refusal = faults[gpu.uuid]
+    elif rule is Rule.BUSY:
+        shares = _shares(gpu.uuid, allocations)
+        is_shared = request.shared and not any(share.is_whole for share in shares)
+        left = f"{(gpu.memory_total_bytes - _reserved(shares)) / GB:.1f} GB free, " if is_shared else ""
+        refusal = f"{left}taken by {_names(holding)}"
+    return GpuVerdict(gpu, rule, refusal, _remedy(rule, holding))
+
+
+def _remedy(rule: Rule | None, holding: Collection[Allocation]) -> str:
+    """What would change a refusal."""
+    match rule:
+        case None:
+            return ""
+        case Rule.ELSEWHERE:
+            return "run it without -m"
+        case Rule.CLOSED:
+            return "its owner lets you in"
+        case Rule.DOWN:
+            return "it answers again (is it on?)"
+        case Rule.UNKNOWN:
+            return "it has read its hardware, within seconds"
+        case Rule.LACKS:
+            return "ask for less: -g, --cpus, --memory"
+        case Rule.FAULTY:
+            return "the fault is mended (there: meshgpu doctor)"
+        case Rule.BUSY:
+            return f"end of {_names(holding)}" if holding else "it has room again"
+
+
+def _gpu_rule(
+    request: GpuRequest, gpu: Gpu, faults: Collection[GpuId], allocations: Iterable[Allocation]
+) -> Rule | None:
+    """What keeps one GPU from serving now; None if it would."""
+    if not _matches(request, gpu):
+        return Rule.LACKS
+    if gpu.uuid in faults:
+        return Rule.FAULTY
+    return None if _is_free(request, gpu, allocations) else Rule.BUSY
+
+
+def _faults(readings: Iterable[GpuReading]) -> dict[GpuId, str]:
+    return {reading.uuid: reading.fault for reading in readings if reading.fault}
 
 
 def _matches(request: GpuRequest, gpu: Gpu) -> bool:
@@ -164,6 +310,10 @@ def _class(gpus: tuple[GpuShare, ...], inventory: Inventory) -> int:
 
 
 def _busy(fitting: int, free: int, allocations: Iterable[Allocation], faults: dict[GpuId, str]) -> str:
-    holders = sorted({f"{a.name}-{a.job[:3]} ({a.user})" for a in allocations if a.gpus})
-    why = f"taken by {', '.join(holders)}" if holders else "; ".join(sorted(set(faults.values())))
+    holders = _names(a for a in allocations if a.gpus)
+    why = f"taken by {holders}" if holders else "; ".join(sorted(set(faults.values())))
     return f"is busy: {free} of {fitting} GPUs free" + (f", {why}" if why else "")
+
+
+def _names(allocations: Iterable[Allocation]) -> str:
+    return ", ".join(sorted({f"{display_name(a.name, a.job)} ({a.user})" for a in allocations}))

@@ -50,11 +50,17 @@ from meshgpu.model.messages import (
 from meshgpu.model.records import JobRecord
 from meshgpu.model.trust import Notary, Signed
 
-HELD_LIMIT: Final = 20_000
-"""Registers at most: a user's loop must not fill a colleague's memory."""
+UNFINISHED_LIMIT: Final = 5_000
+"""A user's unfinished jobs at most: a loop must not fill a colleague's memory."""
 
-VIEWS_LIMIT: Final = 500
-"""Jobs in one answer, newest first: they fit a frame."""
+SPEC_LIMIT_BYTES: Final = 256 * 1024
+"""A signed spec at most: environment variables and a requirements file fit, data does not."""
+
+VIEWS_LIMIT_BYTES: Final = 700_000
+"""Of the specs in one answer, newest first: with their registers they fit a frame of 1 MiB."""
+
+REGISTER_BYTES: Final = 1_000
+"""What a register adds to its spec in an answer, generously."""
 
 OFFERING_LIMIT: Final = 32
 """Jobs that are offered at the same time: enough to fill an office quickly, not a flood."""
@@ -150,12 +156,19 @@ class Stewardship:
 
     def views_of(self, user: UserName) -> tuple[JobView, ...]:
         mine = [
-            JobView(job.spec, job.register)
+            job
             for job in (*self._final.values(), *self._jobs.values())
             if job.spec.user == user and job.register.state is not JobState.DRAFT
         ]
-        mine.sort(key=lambda view: (-view.register.submitted_wall_s, view.spec.job))
-        return tuple(mine[:VIEWS_LIMIT])
+        mine.sort(key=lambda job: (-job.register.submitted_wall_s, job.spec.job))
+        room = VIEWS_LIMIT_BYTES
+        views = []
+        for job in mine:
+            room -= len(job.signed.payload) + REGISTER_BYTES
+            if room < 0:
+                break
+            views.append(JobView(job.spec, job.register))
+        return tuple(views)
 
     def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
         """The job's tree, if `peer` runs the job now."""
@@ -185,8 +198,10 @@ class Stewardship:
             raise TrustError("not-allowed", "cannot hold a job: it was not sent by the machine that signed it")
         if spec.stewards != (self._node,):
             raise TrustError("not-allowed", "cannot hold a job: it names other machines to hold it")
-        if len(self._jobs) + len(self._final) >= HELD_LIMIT:
-            raise TrustError("too-many-jobs", f"cannot hold a job: {HELD_LIMIT} are held here already")
+        if sum(job.spec.user == spec.user for job in self._jobs.values()) >= UNFINISHED_LIMIT:
+            raise TrustError("too-many-jobs", f"cannot hold a job: {UNFINISHED_LIMIT} of yours are here already")
+        if len(submit.spec.payload) > SPEC_LIMIT_BYTES:
+            raise TrustError("too-large", f"cannot hold a job: its request has more than {SPEC_LIMIT_BYTES} bytes")
 
     def tree_progressed(self, job: JobId, done_bytes: int, total_bytes: int) -> list[Effect]:
         found = self._jobs.get(job)
@@ -381,12 +396,11 @@ class Stewardship:
         )
 
     def _answer_stale(self, node: NodeId, report: AttemptReport) -> list[Effect]:
-        """A report of an epoch that is not the register's (any more)."""
-        if report.job not in self._jobs and report.job not in self._final:
-            return []
+        """A report of an epoch that is not the register's (any more), or of a job that was forgotten long ago."""
         if report.result is not None:
             return [Send(node, ReportAck(report.job, report.epoch))]
-        return [Send(node, Fence(report.job, report.epoch))]
+        is_known = report.job in self._jobs or report.job in self._final
+        return [Send(node, Fence(report.job, report.epoch))] if is_known else []
 
     def _ended(self, now: Now, job: _Job, report: AttemptReport, result: Result) -> list[Effect]:
         register = job.register

@@ -4,8 +4,9 @@ Invariant: who claims version v of an owner has every entry of that owner up to 
 pushes all of its (two) entries, and because an answer to a digest carries all that is newer, in one message.
 """
 
+import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from meshgpu.core.effects import Effect, Reject, Send
@@ -24,7 +25,7 @@ DELTA_ENTRIES: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class GossipTiming:
-    """coalesce_s: how long a change waits for company; higher sends less and tells later.
+    """coalesce_s: pause between two pushes, so that many changes travel together; the first of them leaves at once.
     digest_s: how often one random peer is asked for what was missed; higher heals later. jitter spreads it by ±20 %.
     """
 
@@ -35,14 +36,15 @@ class GossipTiming:
 
 @dataclass(slots=True)
 class _Owner:
-    """All that is known of one owner, by the type of the entry's value."""
+    """All that is known of one owner, by the type of the entry's value. version: the highest of its entries."""
 
     incarnation: Incarnation
-    entries: dict[type, tuple[GossipEntry, Signed]]
+    entries: dict[type, tuple[GossipEntry, Signed]] = field(default_factory=dict)
+    version: int = 0
 
-    @property
-    def version(self) -> int:
-        return max((entry.version for entry, _ in self.entries.values()), default=0)
+    def put(self, entry: GossipEntry, signed: Signed) -> None:
+        self.entries[type(entry.value)] = (entry, signed)
+        self.version = max(self.version, entry.version)
 
     def in_order(self) -> list[tuple[GossipEntry, Signed]]:
         """Entries by version: a message that is cut off leaves no gap."""
@@ -60,9 +62,11 @@ class Gossip:
         self._notary = notary
         self._rng = rng
         self._timing = timing
-        self._owners: dict[NodeId, _Owner] = {node: _Owner(Incarnation(epoch, 0), {})}
+        self._owners: dict[NodeId, _Owner] = {node: _Owner(Incarnation(epoch, 0))}
+        self._known: tuple[Known, ...] | None = None
         self._peers: list[NodeId] = []
         self._push_at: float | None = None
+        self._pushed_at = -math.inf
         self._digest_at: float | None = None
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -81,16 +85,15 @@ class Gossip:
         return found[0].value if found else None
 
     def known(self) -> tuple[Known, ...]:
-        return tuple(
-            Known(node, owner.incarnation, owner.version)
-            for node, owner in sorted(self._owners.items())
-            if owner.entries
-        )
+        if self._known is None:
+            owners = [(node, owner) for node, owner in sorted(self._owners.items()) if owner.entries]
+            self._known = tuple(Known(node, owner.incarnation, owner.version) for node, owner in owners)
+        return self._known
 
     # -- own entries --------------------------------------------------------------------------------------------------
 
     def say(self, now: Now, value: NodeRecord | Capacity) -> None:
-        """Change one of this node's own entries; told to all within `coalesce_s`."""
+        """Change one of this node's own entries; told to all at once, or `coalesce_s` after what was told before."""
         own = self._owners[self._node]
         found = own.entries.get(type(value))
         if (found is not None and found[0].value == value) or self._log.mesh is None:
@@ -101,11 +104,12 @@ class Gossip:
     def _write(self, own: _Owner, value: NodeRecord | Capacity) -> None:
         assert self._log.mesh is not None
         entry = GossipEntry(self._log.mesh, self._node, own.incarnation, own.version + 1, value)
-        own.entries[type(value)] = (entry, self._notary.sign(KeyId(self._node), entry))
+        own.put(entry, self._notary.sign(KeyId(self._node), entry))
+        self._known = None
 
     def _schedule_push(self, now: Now) -> None:
         if self._push_at is None:
-            self._push_at = now.boot_s + self._timing.coalesce_s
+            self._push_at = max(now.boot_s, self._pushed_at + self._timing.coalesce_s)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -158,7 +162,7 @@ class Gossip:
         """Do what is due: push own changes, exchange digests with one random peer."""
         effects: list[Effect] = []
         if self._push_at is not None and now.boot_s >= self._push_at:
-            self._push_at = None
+            self._push_at, self._pushed_at = None, now.boot_s
             # All of them: a peer whose Link is new, and breaks again, must not claim the newest without the others.
             push = GossipDelta(tuple(signed for _, signed in self._owners[self._node].in_order()))
             effects.extend(Send(peer, push) for peer in self._peers)
@@ -185,6 +189,8 @@ class Gossip:
         newer: list[Signed] = []
         for node, owner in sorted(self._owners.items()):
             seen = theirs.get(node, (Incarnation(0, 0), 0))
+            if (owner.incarnation, owner.version) <= seen:
+                continue
             for entry, signed in owner.in_order():
                 if (owner.incarnation, entry.version) > seen:
                     newer.append(signed)
@@ -206,11 +212,12 @@ class Gossip:
             return False
         owner = self._owners.get(entry.owner)
         if owner is None or entry.incarnation > owner.incarnation:
-            owner = self._owners[entry.owner] = _Owner(entry.incarnation, {})
+            owner = self._owners[entry.owner] = _Owner(entry.incarnation)
         found = owner.entries.get(type(entry.value))
         if entry.incarnation < owner.incarnation or (found is not None and entry.version <= found[0].version):
             return False
-        owner.entries[type(entry.value)] = (entry, signed)
+        owner.put(entry, signed)
+        self._known = None
         return True
 
     def _outbid(self, now: Now, heard: Incarnation) -> None:
@@ -219,7 +226,7 @@ class Gossip:
         if heard <= own.incarnation:
             return
         values = [entry.value for entry, _ in own.in_order()]
-        own = self._owners[self._node] = _Owner(replace(heard, counter=heard.counter + 1), {})
+        own = self._owners[self._node] = _Owner(replace(heard, counter=heard.counter + 1))
         for value in values:
             self._write(own, value)
         self._schedule_push(now)

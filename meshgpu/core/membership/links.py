@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from meshgpu.core.effects import Dial, Effect, Identify
@@ -11,8 +11,11 @@ from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Address, NodeId
 
-ADDRESSES_KEPT: Final = 8
-"""Per member: a desktop has two or three; a liar on the LAN must not make us dial hundreds."""
+ADDRESSES_KEPT: Final = 4
+"""Of each source and node: a desktop has two or three; a liar on the LAN must not make us dial hundreds."""
+
+STRANGERS_KEPT: Final = 256
+"""Nodes outside the mesh whose announcements are remembered, in case they turn out to be members."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +34,23 @@ class LinkTiming:
 
 @dataclass(slots=True)
 class _Peer:
-    """How one other node is reached. `next_dial` is None until an address is known."""
+    """How one other node is reached. `next_dial` is None while no address is known or the Link is open.
 
-    addresses: list[Address]
+    told: what the node itself signed; hints: what anybody may have announced. Neither pushes the other out.
+    """
+
+    told: list[Address] = field(default_factory=list)
+    hints: list[Address] = field(default_factory=list)
+    turn: int = 0
     next_dial: float | None = None
     failures: int = 0
     is_dialling: bool = False
     lost_at: float | None = None
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """What the node signed first, each once."""
+        return tuple(dict.fromkeys((*self.told, *self.hints)))
 
 
 class Links:
@@ -61,15 +74,19 @@ class Links:
         found = self._peers.get(peer)
         return found.lost_at if found else None
 
-    def learn(self, now: Now, peer: NodeId, addresses: Iterable[Address]) -> None:
-        """Take a hint where `peer` may be; the newest hint is dialled first."""
-        if peer == self._node:
+    def learn(self, now: Now, peer: NodeId, addresses: Iterable[Address], *, is_signed: bool) -> None:
+        """Take note where `peer` says it is, or where somebody says it is."""
+        is_stranger = peer not in self._log.members and peer not in self._peers
+        if peer == self._node or (is_stranger and len(self._peers) >= STRANGERS_KEPT + len(self._log.members)):
             return
-        found = self._peers.setdefault(peer, _Peer([]))
-        fresh = [address for address in addresses if address not in found.addresses]
-        if not fresh:
+        found = self._peers.setdefault(peer, _Peer())
+        before = set(found.addresses)
+        if is_signed:
+            found.told = list(dict.fromkeys(addresses))[:ADDRESSES_KEPT]
+        else:
+            found.hints = list(dict.fromkeys((*addresses, *found.hints)))[:ADDRESSES_KEPT]
+        if before.issuperset(found.addresses):
             return
-        found.addresses = (fresh + found.addresses)[:ADDRESSES_KEPT]
         soonest = now.boot_s + (0.0 if self._node < peer else self._timing.courtesy_s)
         if found.next_dial is None or found.failures:
             found.next_dial = soonest
@@ -82,38 +99,36 @@ class Links:
 
     def addresses(self, peer: NodeId) -> tuple[Address, ...]:
         found = self._peers.get(peer)
-        return tuple(found.addresses) if found else ()
+        return found.addresses if found else ()
 
     # -- events -------------------------------------------------------------------------------------------------------
 
     def link_opened(self, now: Now, peer: NodeId) -> None:
         self.open[peer] = now.boot_s
-        found = self._peers.setdefault(peer, _Peer([]))
-        found.is_dialling, found.failures, found.lost_at = False, 0, None
+        found = self._peers.setdefault(peer, _Peer())
+        found.is_dialling, found.failures, found.lost_at, found.next_dial = False, 0, None, None
 
     def link_closed(self, now: Now, peer: NodeId) -> None:
         self.open.pop(peer, None)
-        found = self._peers.setdefault(peer, _Peer([]))
+        found = self._peers.setdefault(peer, _Peer())
         found.lost_at = now.boot_s
         if found.addresses:
             found.next_dial = now.boot_s + self._pause(found, courteous=self._node > peer)
 
-    def dial_failed(self, now: Now, peer: NodeId, address: Address) -> None:
+    def dial_failed(self, now: Now, peer: NodeId) -> None:
         found = self._peers.get(peer)
         if found is None:
             return
         found.is_dialling = False
         found.failures += 1
-        if address in found.addresses:  # try the others first next time
-            found.addresses.remove(address)
-            found.addresses.append(address)
+        found.turn += 1  # try the next address
         untried = found.failures < len(found.addresses)
         found.next_dial = now.boot_s if untried else now.boot_s + self._pause(found, courteous=False)
 
     def identified(self, now: Now, address: Address, node: NodeId) -> None:
         if address in self._seeds:
             self._seeds[address] = node
-        self.learn(now, node, (address,))
+        self.learn(now, node, (address,), is_signed=False)
 
     def step(self, now: Now) -> list[Effect]:
         effects: list[Effect] = []
@@ -124,12 +139,13 @@ class Links:
             effects.extend(
                 Identify(seed) for seed, node in self._seeds.items() if node is None or node not in self.open
             )
-        under_way = sum(found.is_dialling for found in self._peers.values())
-        for peer, found in sorted(self._peers.items()):
-            if under_way < self._timing.dials and self._is_due(now, peer, found):
+        due = sorted(peer for peer, found in self._peers.items() if self._is_due(now, peer, found))
+        if due:
+            under_way = sum(found.is_dialling for found in self._peers.values())
+            for peer in due[: max(self._timing.dials - under_way, 0)]:
+                found = self._peers[peer]
                 found.is_dialling = True
-                under_way += 1
-                effects.append(Dial(peer, found.addresses[0]))
+                effects.append(Dial(peer, found.addresses[found.turn % len(found.addresses)]))
         return effects
 
     def deadline(self) -> float | None:
@@ -137,7 +153,11 @@ class Links:
             return None
         if sum(found.is_dialling for found in self._peers.values()) >= self._timing.dials:
             return self._seeds_at
-        dials = (found.next_dial for peer, found in self._peers.items() if self._is_wanted(peer, found))
+        dials = [
+            found.next_dial
+            for peer, found in self._peers.items()
+            if found.next_dial is not None and self._is_wanted(peer, found)
+        ]
         return earliest(self._seeds_at, *dials)
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -146,7 +166,8 @@ class Links:
         return peer in self._log.members and peer not in self.open and not found.is_dialling and bool(found.addresses)
 
     def _is_due(self, now: Now, peer: NodeId, found: _Peer) -> bool:
-        return found.next_dial is not None and now.boot_s >= found.next_dial and self._is_wanted(peer, found)
+        due_at = found.next_dial
+        return due_at is not None and now.boot_s >= due_at and self._is_wanted(peer, found)
 
     def _pause(self, found: _Peer, *, courteous: bool) -> float:
         doubled = self._timing.retry_s * float(2 ** min(found.failures, 10))

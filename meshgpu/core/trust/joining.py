@@ -9,14 +9,21 @@ import binascii
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable
 from typing import Final
 
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import Address, Digest, KeyId, MeshId, NodeId, UserName, base32, node_id
-from meshgpu.model.pairing import Application, Greeting, Introduction, InviteString, PairingBinding
+from meshgpu.model.ids import Address, Digest, KeyId, MeshId, NodeId, UserName, base32, digest, key_id, node_id
+from meshgpu.model.pairing import (
+    Application,
+    Greeting,
+    Introduction,
+    InviteString,
+    Newcomer,
+    PairingBinding,
+    Possession,
+)
 from meshgpu.model.trust import AddNode, Invite, LinkUser, Notary, Role, Signed
 
 INVITE_LIFE_S: Final = 600.0
@@ -51,7 +58,7 @@ def read_invite(text: str) -> InviteString:
     return InviteString(MeshId(match[1]), NodeId(match[2]), match[3], tuple(Address(a) for a in where.split()))
 
 
-def transcript(introduction: Introduction, greeting: Greeting, certificate: Digest, application: Application) -> bytes:
+def transcript(introduction: Introduction, greeting: Greeting, certificate: Digest, newcomer: Newcomer) -> bytes:
     """Everything both sides have seen, in order and unambiguous; the proof is computed over it."""
     parts = [
         b"meshgpu pairing 1",
@@ -59,11 +66,11 @@ def transcript(introduction: Introduction, greeting: Greeting, certificate: Dige
         introduction.nonce,
         introduction.node.encode(),
         certificate.encode(),
-        application.public_key,
-        application.device_ca,
-        application.user_key,
-        str(application.uid).encode(),
-        application.name.encode(),
+        newcomer.public_key,
+        newcomer.device_ca,
+        newcomer.user_key,
+        str(newcomer.uid).encode(),
+        newcomer.name.encode(),
     ]
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
@@ -90,8 +97,8 @@ def check_introduction(
 class Invites:
     """The invites that this node made. Each is redeemed once, here, before it expires."""
 
-    def __init__(self, invites: Iterable[Invite] = ()) -> None:
-        self._open = {invite.secret: invite for invite in invites}
+    def __init__(self) -> None:
+        self._open: dict[str, Invite] = {}
 
     def create(self, now: Now, secret: str, user: UserName, inviter: KeyId) -> Invite:
         invite = Invite(secret, user, Role.RIG, inviter, now.wall_s + INVITE_LIFE_S)
@@ -109,15 +116,15 @@ class Invites:
     def is_empty(self) -> bool:
         return not self._open
 
-    def redeem(self, now: Now, application: Application, transcripts: dict[bytes, bytes]) -> tuple[bytes, Invite]:
-        """Use up the invite whose secret made the proof over one of `transcripts`; {our nonce: transcript}.
+    def redeem(self, now: Now, proof: bytes, transcripts: dict[bytes, bytes]) -> tuple[bytes, Invite]:
+        """Use up the invite whose secret made `proof` over one of `transcripts`; {our nonce: transcript}.
 
         Returns that nonce and the invite. Raises TrustError `bad-invite`, and then nothing was used.
         """
         self.drop_expired(now)
         for nonce, about in transcripts.items():
             for invite in self._open.values():
-                if hmac.compare_digest(prove(invite.secret, about), application.proof):
+                if hmac.compare_digest(prove(invite.secret, about), proof):
                     del self._open[invite.secret]
                     return nonce, invite
         raise TrustError(
@@ -125,11 +132,33 @@ class Invites:
         )
 
 
-def admit(log: MeshLog, invite: Invite, application: Application) -> tuple[Signed, ...]:
+def apply(
+    notary: Notary, invite: InviteString, introduction: Introduction, greeting: Greeting, certificate: Digest,
+    newcomer: Newcomer,
+) -> Application:  # fmt: skip
+    """The newcomer's second step; `notary` holds its keys."""
+    about = transcript(introduction, greeting, certificate, newcomer)
+    possession = Possession(digest(about))
+    by_node = notary.sign(key_id(newcomer.public_key), possession)
+    by_user = notary.sign(key_id(newcomer.user_key), possession)
+    return Application(newcomer, prove(invite.secret, about), by_node, by_user)
+
+
+def check_possession(notary: Notary, log: MeshLog, application: Application, about: bytes) -> None:
+    """The newcomer's keys are its own and new to the mesh. Raises TrustError."""
+    newcomer = application.newcomer
+    for signed, key in ((application.by_node, newcomer.public_key), (application.by_user, newcomer.user_key)):
+        if notary.read(signed, key, Possession) != Possession(digest(about)):
+            raise TrustError("bad-invite", "cannot admit a machine: its keys were not there when it asked")
+    if node_id(newcomer.public_key) in log.members or key_id(newcomer.user_key) in log.users:
+        raise TrustError("bad-invite", "cannot admit a machine: one of its keys is a member's already")
+
+
+def admit(log: MeshLog, invite: Invite, newcomer: Newcomer) -> tuple[Signed, ...]:
     """The log entries that make the newcomer a member and its account the invited user's. Raises TrustError."""
-    node = node_id(application.public_key)
-    added = AddNode(node, application.public_key, application.device_ca, application.name, invite.role, invite.user)
-    linked = LinkUser(invite.user, application.user_key, node, application.uid)
+    node = node_id(newcomer.public_key)
+    added = AddNode(node, newcomer.public_key, newcomer.device_ca, newcomer.name, invite.role, invite.user)
+    linked = LinkUser(invite.user, newcomer.user_key, node, newcomer.uid)
     return log.write(invite.inviter, (added, linked))
 
 

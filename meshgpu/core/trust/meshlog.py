@@ -43,6 +43,7 @@ class MeshLog:
         self.members: dict[NodeId, Member] = {}
         self.users: dict[KeyId, UserKey] = {}
         self.frozen: tuple[KeyId, ...] = ()
+        self._heads: tuple[Head, ...] = ()
 
     def enter(self, mesh: MeshId, log: Iterable[Signed]) -> tuple[Signed, ...]:
         """Make `mesh` ours; its genesis must be in `log`. Returns the entries that were new. Raises TrustError."""
@@ -92,18 +93,23 @@ class MeshLog:
         members: dict[NodeId, Member] = {}
         users: dict[KeyId, UserKey] = {}
         admins = set(self._chains)
+        heads: list[Head] = []
         for author in sorted(self._chains):
-            for _, _, entry in self._chains[author].counting():
+            run = self._chains[author].counting()
+            if run:
+                heads.append(Head(author, len(run) - 1, run[-1][0]))
+            for _, _, entry in run:
                 match entry.body:
                     case Genesis(mesh_name=name):
                         self.mesh_name = name
-                    case AddNode() as body if body.node == node_id(body.public_key):
+                    case AddNode() as body if body.node == node_id(body.public_key) and body.node not in members:
                         members[body.node] = Member(
                             body.node, body.name, body.public_key, body.device_ca, body.role, body.owner
                         )
                     case LinkUser() as body:
                         key = key_id(body.public_key)
                         users[key] = UserKey(body.user, key, body.public_key, body.node, body.uid, key in admins)
+        self._heads = tuple(heads)
         self.members = _with_unique_names(members)
         self.users = users
         self.frozen = tuple(
@@ -116,15 +122,13 @@ class MeshLog:
 
     def heads(self) -> tuple[Head, ...]:
         """The newest counting entry of each author, as digests carry it."""
-        heads = []
-        for author in sorted(self._chains):
-            run = self._chains[author].counting()
-            if run:
-                heads.append(Head(author, len(run) - 1, run[-1][0]))
-        return tuple(heads)
+        return self._heads
 
     def beyond(self, heads: Iterable[Head]) -> tuple[Signed, ...]:
         """Entries that somebody with `heads` lacks; where its head is none of ours, everything of that author."""
+        heads = tuple(heads)
+        if heads == self._heads and not self.frozen:
+            return ()  # nearly always
         theirs = {head.author: head for head in heads}
         lacking: list[Signed] = []
         for author in sorted(self._chains):

@@ -94,7 +94,7 @@ class RequestRules:
                 "stale",
                 f"cannot accept {what}: it was signed {abs(age_s):.0f} s {'ago' if age_s > 0 else 'in the future'},"
                 f" expected at most {WALL_CLOCK_SLACK_S:.0f} s",
-                "check the clocks of both machines: meshgpu doctor",
+                "set the clocks of both machines: timedatectl set-ntp true",
             )
 
 

@@ -1,0 +1,343 @@
+"""What must hold in every world, at every step. Each rule raises BrokenInvariant with what was seen."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NoReturn
+
+from meshgpu.core import effects as fx
+from meshgpu.core.events import Event, MessageArrived
+from meshgpu.core.jobs.placement import find_room, lacking
+from meshgpu.core.owner import permission
+from meshgpu.errors import BrokenInvariant
+from meshgpu.model.gossip import Allocation, Capacity, NodeRecord
+from meshgpu.model.ids import GpuId, HoldId, JobId, NodeId
+from meshgpu.model.inventory import Inventory
+from meshgpu.model.job import ATTEMPT_ORDER, AttemptPlan, AttemptState, JobSpec, JobState, JobView, Register, Result
+from meshgpu.model.messages import GossipDelta
+from meshgpu.model.records import AttemptRecord, JobRecord
+from meshgpu.model.resources import GpuShare
+from meshgpu.sim.machine import Machine
+
+STORY_LENGTH: Final = 40
+UNSETTLED_STATES: Final = (JobState.PLACING, JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING)
+"""States of a register whose epoch may still live somewhere."""
+COMMITTED_STATES: Final = (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING)
+
+
+@dataclass(slots=True)
+class Confirmed:
+    """A job whose id was printed."""
+
+    view: JobView
+    steward: NodeId
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What the world knows and no node does.
+
+    submitted: jobs that a user signed. said: entries that their owner signed. stops_asked: jobs whose user wants them
+    to end. living: where each job may have a process. accepted: {(job, epoch): node and hold}.
+    """
+
+    machines: dict[NodeId, Machine]
+    confirmed: dict[JobId, Confirmed] = field(default_factory=dict)
+    submitted: dict[JobId, JobSpec] = field(default_factory=dict)
+    said: dict[NodeId, set[NodeRecord | Capacity | None]] = field(default_factory=dict)
+    stops_asked: set[JobId] = field(default_factory=set)
+    living: dict[JobId, tuple[NodeId, int]] = field(default_factory=dict)
+    accepted: dict[tuple[JobId, int], tuple[NodeId, HoldId]] = field(default_factory=dict)
+    results: dict[tuple[JobId, int], Result] = field(default_factory=dict)
+    started: int = 0
+
+
+class Invariants:
+    """The watcher of a world."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger({})
+        self._story: deque[str] = deque(maxlen=STORY_LENGTH)
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def stepped(self, machine: Machine, event: Event | None, effects: list[fx.Effect]) -> None:
+        if machine.agent is not None:
+            self._check_room(machine, machine.agent.attempts.allocations())
+        if isinstance(event, MessageArrived) and isinstance(event.message, GossipDelta):
+            self._check_heard(machine, event.message)
+        is_other = False
+        for effect in effects:
+            if not isinstance(effect, fx.Persist):
+                is_other = True
+            elif is_other:
+                self._fail(f"{machine.setup.name} orders a Persist after another effect: {event}")
+
+    def persisting(self, machine: Machine, order: fx.Persist) -> None:
+        before = machine.disk.get((order.kind, order.key))
+        match order.record:
+            case JobRecord() as record:
+                self._tell(machine, f"register {_brief(record.register)}")
+                self._check_register(machine, before, record)
+            case AttemptRecord() as record:
+                self._tell(machine, f"attempt {record.job[:5]}/{record.epoch} {record.state}")
+                self._check_attempt(machine, before, record)
+            case None if order.kind == "job":
+                self._fail(f"{machine.setup.name} forgets the job {order.key}")
+            case _:
+                pass
+
+    def lives(self, machine: Machine, plan: AttemptPlan) -> None:
+        self._tell(machine, f"lives: {plan.spec.job[:5]}/{plan.epoch}")
+        where = (machine.node, plan.epoch)
+        if plan.spec.job in self.ledger.living:
+            self._fail(f"{plan.spec.job} lives twice: {where} and {self.ledger.living[plan.spec.job]}")
+        self.ledger.living[plan.spec.job] = where
+        self.ledger.started += 1
+        self._check_start(machine, plan)
+
+    def over(self, machine: Machine, plan: AttemptPlan, result: Result | None) -> None:
+        self._tell(machine, f"is over: {plan.spec.job[:5]}/{plan.epoch} {result or ''}")
+        self.ledger.living.pop(plan.spec.job, None)
+        if result is not None:
+            self.ledger.results[plan.spec.job, plan.epoch] = result
+
+    def answered(self, answer: fx.Answered) -> None:
+        for view in answer.views:
+            if answer.query.startswith("run"):
+                self.ledger.confirmed[view.spec.job] = Confirmed(view, view.spec.stewards[0])
+                self._check_held(view.spec.job)
+
+    # -- machines -----------------------------------------------------------------------------------------------------
+
+    def _check_heard(self, machine: Machine, delta: GossipDelta) -> None:
+        """What is known of a member is what it said itself."""
+        if machine.agent is None:
+            return
+        for owner in {NodeId(signed.key) for signed in delta.entries} & self.ledger.machines.keys():
+            for value in machine.heard(owner):
+                if value is not None and value not in self.ledger.said[owner]:
+                    self._fail(f"{machine.setup.name} believes of {owner} what it never said: {value}")
+
+    def _check_room(self, machine: Machine, allocations: Sequence[Allocation]) -> None:
+        if allocations:
+            shares = [share for allocation in allocations for share in allocation.gpus]
+            self._check_shares(machine, "promises", shares)
+            inventory = machine.setup.inventory
+            if sum(a.cpus for a in allocations) > inventory.cpus:
+                self._fail(f"{machine.setup.name} promises more processors than it has")
+            if sum(a.memory_bytes for a in allocations) > inventory.memory_bytes:
+                self._fail(f"{machine.setup.name} promises more memory than it has")
+
+    def _check_shares(self, machine: Machine, verb: str, shares: Iterable[GpuShare]) -> None:
+        totals = {gpu.uuid: gpu.memory_total_bytes for gpu in machine.setup.inventory.gpus}
+        whole: set[GpuId] = set()
+        reserved: dict[GpuId, int] = {}
+        for share in shares:
+            if share.uuid not in totals:
+                self._fail(f"{machine.setup.name} {verb} a GPU that it does not have: {share.uuid}")
+            if share.uuid in whole or (share.is_whole and share.uuid in reserved):
+                self._fail(f"{machine.setup.name} {verb} {share.uuid} twice")
+            if share.is_whole:
+                whole.add(share.uuid)
+            reserved[share.uuid] = reserved.get(share.uuid, 0) + share.memory_bytes
+            if reserved[share.uuid] > totals[share.uuid]:
+                self._fail(f"{machine.setup.name} {verb} more memory of {share.uuid} than it has")
+
+    def _check_start(self, machine: Machine, plan: AttemptPlan) -> None:
+        """An attempt starts where its steward recorded it as active, where its user may, with what it asked for."""
+        spec, setup = plan.spec, machine.setup
+        self._check_shares(machine, "runs jobs on", [s for living in machine.executor.living for s in living.gpus])
+        if len(plan.gpus) != spec.resources.gpus.count:
+            self._fail(f"{spec.job} asked for {spec.resources.gpus}, got {plan.gpus}")
+        allowed = permission(setup.policy, spec.user, setup.owner, setup.fence)
+        if allowed.refusal or allowed.needs_fence != plan.fenced:
+            self._fail(f"{spec.job} of {spec.user} runs on {setup.name} of {setup.owner}, fenced: {plan.fenced}")
+        if spec.machine not in (None, machine.node):
+            self._fail(f"{spec.job} runs on {setup.name}, which its user did not name")
+        if spec.job not in self.ledger.submitted:
+            self._fail(f"{spec.job} runs, but no user asked for it")
+        register = self._register(spec.job, spec.stewards[0])
+        is_active = (
+            register is not None
+            and (register.node, register.epoch) == (machine.node, plan.epoch)
+            and register.state in COMMITTED_STATES
+        )
+        if not is_active:
+            self._fail(f"{spec.job}/{plan.epoch} starts on {setup.name}, but the register is {register}")
+
+    # -- attempts -----------------------------------------------------------------------------------------------------
+
+    def _check_attempt(self, machine: Machine, before: object, record: AttemptRecord) -> None:
+        key = (record.job, record.epoch)
+        if not isinstance(before, AttemptRecord):
+            self._check_acceptance(machine, record)
+            self.ledger.accepted[key] = (machine.node, record.hold)
+            return
+        if ATTEMPT_ORDER[record.state] < ATTEMPT_ORDER[before.state]:
+            self._fail(f"{key} goes back on disk: {before.state} → {record.state}")
+        if before.result is not None and record.result != before.result:
+            self._fail(f"{key} changes its result: {before.result} → {record.result}")
+        if record.stop is not None and before.stop is None and record.job not in self.ledger.stops_asked:
+            register = self._register(record.job, self.ledger.submitted[record.job].stewards[0])
+            if register is not None and register.epoch == record.epoch and register.state in COMMITTED_STATES:
+                self._fail(f"{key} is stopped on {machine.setup.name}, but nobody asked for it")
+        if record.state is AttemptState.DELIVERED and before.state is not AttemptState.DELIVERED:
+            register = self._register(record.job, self.ledger.submitted[record.job].stewards[0])
+            if register is not None and register.epoch == record.epoch and register.state in UNSETTLED_STATES:
+                self._fail(f"{key} counts as delivered, but the register is {register}")
+
+    def _check_acceptance(self, machine: Machine, record: AttemptRecord) -> None:
+        key = (record.job, record.epoch)
+        if record.state is not AttemptState.ACCEPTED:
+            self._fail(f"{key} is first written as {record.state} on {machine.setup.name}")
+        if key in self.ledger.accepted:
+            self._fail(f"{key} is accepted again, on {machine.setup.name}: before by {self.ledger.accepted[key]}")
+        higher = [e for job, e in self.ledger.accepted if job == record.job and e > record.epoch]
+        here = [e for e in higher if self.ledger.accepted[record.job, e][0] == machine.node]
+        if here:
+            self._fail(f"{key} is accepted on {machine.setup.name} after {here}")
+        known = [m for m in self.ledger.machines.values() if ("job", record.job) in m.disk]
+        registers = [r.register for m in known if isinstance(r := m.disk["job", record.job], JobRecord)]
+        if not any(register.epoch >= record.epoch for register in registers):
+            self._fail(f"{key} is accepted on {machine.setup.name} before its steward wrote it down: {registers}")
+
+    # -- registers ----------------------------------------------------------------------------------------------------
+
+    def _check_register(self, machine: Machine, before: object, record: JobRecord) -> None:
+        register = record.register
+        if register.job not in self.ledger.submitted:
+            self._fail(f"{machine.setup.name} holds {register.job}, which no user asked for")
+        if register.stop is not None and register.job not in self.ledger.stops_asked:
+            self._fail(f"{register.job} is stopped, but its user did not ask for it")
+        if not isinstance(before, JobRecord):
+            if register.epoch or register.state is not JobState.QUEUED:
+                self._fail(f"the first register of {register.job} on disk is {register}")
+            return
+        was = before.register
+        if was.state.is_final and register != was:
+            self._fail(f"the final register of {register.job} changes: {was} → {register}")
+        if register.epoch != was.epoch:
+            self._check_new_epoch(was, register)
+        if register.state.is_final and not was.state.is_final:
+            self._check_final(register)
+
+    def _check_new_epoch(self, was: Register, register: Register) -> None:
+        if register.epoch != was.epoch + 1 or was.state is not JobState.QUEUED:
+            self._fail(f"epochs of {register.job} jump: {was} → {register}")
+        living = self.ledger.living.get(register.job)
+        if living is not None:
+            self._fail(f"{register.job} is placed again while it lives at {living}")
+
+    def _check_final(self, register: Register) -> None:
+        if register.job in self.ledger.living:
+            self._fail(f"{register.job} is {register.state} while it lives")
+        if register.state is JobState.CANCELLED and register.job not in self.ledger.stops_asked:
+            self._fail(f"{register.job} is cancelled, but its user did not ask for it")
+        if register.result is not None and register.result.outcome is AttemptState.EXITED:
+            true = self.ledger.results.get((register.job, register.epoch))
+            if true != register.result:
+                self._fail(f"{register.job}/{register.epoch} ended with {true}, recorded is {register.result}")
+
+    def _check_held(self, job: JobId) -> None:
+        held = self._register(job, self.ledger.confirmed[job].steward)
+        if held is None or held.state is JobState.DRAFT:
+            self._fail(f"{job} was confirmed, but its steward's disk has {held}")
+
+    # -- in the end ---------------------------------------------------------------------------------------------------
+
+    def unsettled(self) -> list[str]:
+        """What is not yet as it must become once faults have stopped; empty when the world has come to rest."""
+        machines = [machine for machine in self.ledger.machines.values() if machine.agent is not None]
+        away = {node for node, machine in self.ledger.machines.items() if machine.agent is None}
+        reasons = [f"{m.setup.name} still uses {used}" for m in machines if (used := _allocations(m))]
+        for job in sorted(self.ledger.confirmed):
+            reason = self._job_unsettled(job, away)
+            if reason:
+                reasons.append(reason)
+        return reasons or [*_links_unsettled(machines), *_gossip_unsettled(machines)]
+
+    def check_end(self) -> None:
+        """Nothing that was confirmed is lost, and nobody got in who was not let in."""
+        machines = self.ledger.machines.values()
+        accounts = {key for machine in machines for key in machine.setup.accounts.values()}
+        for machine in machines:
+            if machine.agent is not None and set(machine.agent.log.members) != set(self.ledger.machines):
+                self._fail(f"{machine.setup.name} counts members that nobody admitted")
+            if machine.agent is not None and set(machine.agent.log.users) != accounts:
+                self._fail(f"{machine.setup.name} knows users that nobody linked")
+        for job in sorted(self.ledger.confirmed):
+            self._check_held(job)
+
+    def _job_unsettled(self, job: JobId, away: set[NodeId]) -> str:
+        confirmed = self.ledger.confirmed[job]
+        register = self._register(job, confirmed.steward)
+        if confirmed.steward in away or register is None:
+            return ""
+        steward = self.ledger.machines[confirmed.steward].agent
+        view = steward.job_view(job) if steward else None
+        if view is None:
+            self._fail(f"{job} is on its steward's disk, but its steward does not know it")
+        if view.register.state.is_final or (view.register.node in away and view.register.state in UNSETTLED_STATES):
+            return ""
+        if view.register.state is JobState.QUEUED and view.register.reason and self._must_wait(view, away):
+            return ""
+        return f"{job} is {view.register}"
+
+    def _must_wait(self, view: JobView, away: set[NodeId]) -> bool:
+        """Whether no machine that is there could ever run the job."""
+        spec = view.spec
+        for node, machine in self.ledger.machines.items():
+            setup = machine.setup
+            is_meant = spec.machine in (None, node) and node not in away
+            if is_meant and not permission(setup.policy, spec.user, setup.owner, setup.fence).refusal:
+                inventory = setup.inventory
+                never = lacking(spec.resources.gpus, inventory) or _too_small(view, inventory)
+                if not never:
+                    return False
+        return True
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _register(self, job: JobId, steward: NodeId) -> Register | None:
+        record = self.ledger.machines[steward].disk.get(("job", job))
+        return record.register if isinstance(record, JobRecord) else None
+
+    def _tell(self, machine: Machine, what: str) -> None:
+        self._story.append(f"{machine.setup.name}: {what}")
+
+    def _fail(self, message: str) -> NoReturn:
+        raise BrokenInvariant(message, tuple(self._story))
+
+
+def _too_small(view: JobView, inventory: Inventory) -> str:
+    return find_room(view.spec.resources, inventory, (), ()).refusal
+
+
+def _brief(register: Register) -> str:
+    return f"{register.job[:5]}/{register.epoch} {register.state} {register.reason}"
+
+
+def _allocations(machine: Machine) -> tuple[Allocation, ...]:
+    return machine.agent.attempts.allocations() if machine.agent is not None else ()
+
+
+def _links_unsettled(machines: list[Machine]) -> list[str]:
+    return [
+        f"no Link between {one.setup.name} and {other.setup.name}"
+        for one in machines
+        for other in machines
+        if one.node < other.node and not one.is_linked(other)
+    ]
+
+
+def _gossip_unsettled(machines: list[Machine]) -> list[str]:
+    views = {machine.node: machine.views() for machine in machines}
+    reasons = [
+        f"{other.setup.name} knows {owner.setup.name} as {views[other.node].get(owner.node)}"
+        for owner in machines
+        for other in machines
+        if views[other.node].get(owner.node) != views[owner.node].get(owner.node)
+    ]
+    heads = {machine.agent.log.heads() for machine in machines if machine.agent is not None}
+    return reasons + (["the mesh logs differ"] if len(heads) > 1 else [])

@@ -1,0 +1,109 @@
+"""What people do in a simulated office: run, stop, kill, watch and list, from whatever machine they sit at."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from meshgpu.core.effects import Answered
+from meshgpu.core.events import ActionAsked, JobsAsked, RunAsked, WatchStarted, WatchStopped
+from meshgpu.model.ids import Digest, KeyId, UserName, digest
+from meshgpu.model.job import Action, Draft, EnvironmentRequest, JobView
+from meshgpu.model.resources import GB, NO_GPU, GpuRequest, Resources
+from meshgpu.sim.invariants import Ledger
+from meshgpu.sim.machine import Machine
+from meshgpu.sim.timeline import Timeline
+
+REQUESTS: Final = (
+    None,
+    NO_GPU,
+    GpuRequest(1),
+    GpuRequest(1),
+    GpuRequest(2),
+    GpuRequest(1, 8 * GB, shared=True),
+    GpuRequest(1, 5 * GB, shared=True),
+    GpuRequest(1, 24 * GB),
+    GpuRequest(1, model="4090"),
+    GpuRequest(1, model="a100"),
+)
+"""What `-g` may have said; None where it was absent."""
+
+
+@dataclass(slots=True)
+class People:
+    """Acts on machines of one world. Which jobs were ever asked for is written to the ledger."""
+
+    timeline: Timeline
+    ledger: Ledger
+    queries: int = 0
+    refused: int = 0
+
+    def run_something(self) -> None:
+        """A random job from a random machine that is on."""
+        rng = self.timeline.rng
+        found = self._seat()
+        if found is None:
+            return
+        machine, _, key = found
+        gpus = rng.choice(REQUESTS)
+        cpus = rng.choice((0, 0, 1, 2))
+        named = rng.choice(sorted(m.setup.name for m in self.ledger.machines.values())) if rng.random() < 0.4 else ""
+        self.run(machine, key, named, None if gpus is None else Resources(gpus, cpus))
+
+    def run(self, machine: Machine, key: KeyId, named: str, resources: Resources | None, name: str = "train") -> str:
+        """Submit at `machine`; returns the query."""
+        self.queries += 1
+        query = f"run{self.queries}"
+        tree = digest(query.encode())
+        machine.trees.add(tree)
+        machine.post(RunAsked(query, key, draft(name, named, resources, tree)))
+        return query
+
+    def end_something(self, action: Action) -> None:
+        """Stop or kill a job that was confirmed, from any machine where its user has an account."""
+        rng = self.timeline.rng
+        jobs = sorted(self.ledger.confirmed)
+        if not jobs:
+            return
+        view = self.ledger.confirmed[rng.choice(jobs)].view
+        found = self._seat(view.spec.user)
+        if found is not None:
+            self.end(found[0], found[2], view, action)
+
+    def end(self, machine: Machine, key: KeyId, view: JobView, action: Action) -> None:
+        self.queries += 1
+        self.ledger.stops_asked.add(view.spec.job)
+        machine.post(ActionAsked(f"end{self.queries}", key, action, view.spec.job, view.spec.stewards[0]))
+
+    def watch_something(self) -> None:
+        """Follow a job for a while, and list one's jobs."""
+        rng = self.timeline.rng
+        jobs = sorted(self.ledger.confirmed)
+        if not jobs:
+            return
+        view = self.ledger.confirmed[rng.choice(jobs)].view
+        found = self._seat(view.spec.user)
+        if found is None:
+            return
+        machine, _, key = found
+        self.queries += 1
+        machine.post(JobsAsked(f"list{self.queries}", key))
+        machine.post(WatchStarted(key, view.spec.job, view.spec.stewards[0]))
+        self.timeline.after(rng.uniform(1.0, 20.0), lambda: machine.post(WatchStopped(view.spec.job)))
+
+    def heard(self, answer: Answered) -> None:
+        self.refused += bool(answer.code)
+
+    def _seat(self, user: UserName | None = None) -> tuple[Machine, UserName, KeyId] | None:
+        """A machine that is on, and an account on it (of `user`, where given)."""
+        seats = [
+            (machine, owner, key)
+            for machine in self.ledger.machines.values()
+            if machine.agent is not None
+            for owner, key in machine.setup.accounts.items()
+            if user in (None, owner)
+        ]
+        return self.timeline.rng.choice(seats) if seats else None
+
+
+def draft(name: str, machine: str, resources: Resources | None, tree: Digest) -> Draft:
+    command = ("python", f"{name}.py")
+    return Draft(name, command, False, (), EnvironmentRequest(), tree, 1000, 1, machine, resources)

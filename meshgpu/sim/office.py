@@ -1,0 +1,88 @@
+"""The people and machines of a simulated office, and how their mesh came to be."""
+
+import random
+from dataclasses import dataclass, replace
+from typing import Final
+
+from meshgpu.core.owner import OwnerPolicy
+from meshgpu.core.trust.meshlog import MeshLog, found
+from meshgpu.model.ids import Address, GpuId, KeyId, MeshId, NodeId, UserName, digest, key_id, node_id
+from meshgpu.model.inventory import Gpu, Inventory
+from meshgpu.model.resources import GB
+from meshgpu.model.trust import AddNode, Genesis, LinkUser, Role, Signed
+from meshgpu.sim.fakes import KeyRing, ToyNotary
+from meshgpu.sim.machine import Setup
+
+CLOCK_OFFSET_S: Final = 55.0
+"""Wall clocks are wrong by this at most: two of them differ by less than the 120 s that are allowed."""
+MODELS: Final = (("NVIDIA GeForce RTX 4090", 24), ("NVIDIA GeForce RTX 3060", 12), ("NVIDIA A100-SXM4-80GB", 80))
+USERS: Final = (UserName("ada"), UserName("bob"), UserName("eve"))
+
+
+@dataclass(frozen=True, slots=True)
+class Office:
+    """A mesh before its agents start. notaries: one for each machine, in the order of `setups`."""
+
+    mesh: MeshId
+    log: tuple[Signed, ...]
+    setups: tuple[Setup, ...]
+    notaries: tuple[ToyNotary, ...]
+    ring: KeyRing
+
+
+def furnish(rng: random.Random, size: int, *, is_plain: bool = False, has_intruder: bool = False) -> Office:
+    """An office of `size` machines with up to two GPUs each; a plain one is the same for every seed.
+
+    Plain: one RTX 4090 in every machine, all owned by ada, all fenced, all clocks right; the last one alone holds jobs.
+    The machine of the intruder is the last one.
+    """
+    ring = KeyRing()
+    setups: list[Setup] = []
+    notaries: list[ToyNotary] = []
+    bodies: list[AddNode | LinkUser] = []
+    for number in range(size):
+        name = f"rig{number}"
+        public = ring.make(name)
+        node = node_id(public)
+        owner = USERS[0] if is_plain else USERS[number % len(USERS)]
+        users = USERS[:1] if is_plain else [owner, *(user for user in USERS if user != owner and rng.random() < 0.3)]
+        keys = {user: ring.make(f"{user}@{name}") for user in users}
+        bodies.append(AddNode(node, public, b"ca " + public, name, Role.RIG, owner))
+        bodies.extend(LinkUser(user, key, node, 1000 + uid) for uid, (user, key) in enumerate(keys.items()))
+        accounts = {user: key_id(key) for user, key in keys.items()}
+        notaries.append(ToyNotary(ring, (public, *keys.values())))
+        setups.append(_setup(rng, node, name, owner, accounts, is_plain=is_plain))
+    if is_plain:
+        setups = [replace(setup, may_steward=setup is setups[-1]) for setup in setups]
+    if has_intruder:
+        setups[-1] = replace(setups[-1], policy=OwnerPolicy(lends=False), may_steward=False)
+    mesh, log = _found(notaries[0], setups[0], tuple(bodies))
+    return Office(mesh, log, tuple(setups), tuple(notaries), ring)
+
+
+def _setup(
+    rng: random.Random, node: NodeId, name: str, owner: UserName, accounts: dict[UserName, KeyId], *, is_plain: bool
+) -> Setup:
+    models = [MODELS[0]] if is_plain else [rng.choice(MODELS) for _ in range(rng.choice((0, 1, 1, 2)))]
+    gpus = tuple(
+        Gpu(GpuId(f"GPU-{name}-{index}"), index, model, gigabytes * 2**30)
+        for index, (model, gigabytes) in enumerate(models)
+    )
+    inventory = Inventory(rng.choice((4, 16)) if not is_plain else 8, 64 * GB, gpus)
+    fence = "bubblewrap" if is_plain or rng.random() < 0.7 else ""
+    trusted = () if is_plain or rng.random() < 0.7 else (rng.choice(USERS),)
+    policy = OwnerPolicy(lends=is_plain or rng.random() < 0.95, trusted=trusted)
+    offset_s = 0.0 if is_plain else rng.uniform(-CLOCK_OFFSET_S, CLOCK_OFFSET_S)
+    return Setup(node, name, owner, accounts, inventory, fence, policy, Address(f"{name}:7443"), offset_s)
+
+
+def _found(
+    notary: ToyNotary, founder: Setup, bodies: tuple[AddNode | LinkUser, ...]
+) -> tuple[MeshId, tuple[Signed, ...]]:
+    """The founder's account is the admin, and lets everybody in."""
+    admin = founder.accounts[founder.owner]
+    linked = next(b for b in bodies if isinstance(b, LinkUser) and key_id(b.public_key) == admin)
+    mesh, genesis = found(notary, admin, Genesis("office", linked.public_key, digest(b"recovery"), b"nonce"))
+    log = MeshLog(notary)
+    log.enter(mesh, (genesis,))
+    return mesh, (genesis, *log.write(admin, bodies))

@@ -1,0 +1,58 @@
+"""The standard scenario: a mesh under load and faults, then peace, then the question whether all is well."""
+
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from meshgpu.model.job import Action
+from meshgpu.sim.faults import FaultRates
+from meshgpu.sim.world import World, WorldConfig
+
+RUSH: Final = 0.4
+"""Part of the jobs that are asked for at one and the same moment, so that they compete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """trouble_s: how long faults and load go on. settle_s: how long all may take to come to rest after that.
+    jobs, stops, watches: how often people do what. lies: messages of an intruder in a fifth of all worlds.
+    """
+
+    trouble_s: float = 40.0
+    settle_s: float = 240.0
+    jobs: int = 24
+    stops: int = 4
+    watches: int = 3
+    lies: int = 300
+    faults: FaultRates = field(default_factory=FaultRates)
+    world: WorldConfig = field(default_factory=WorldConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a world. settled_s: how long it took to come to rest."""
+
+    world: World
+    settled_s: float
+
+
+def simulate(seed: int, scenario: Scenario | None = None) -> Outcome:
+    """Run one world. Raises BrokenInvariant, or AssertionError where it does not come to rest."""
+    scenario = scenario or Scenario()
+    has_intruder = scenario.world.has_intruder or seed % 5 == 0
+    world = World(seed, replace(scenario.world, has_intruder=has_intruder))
+    rng, at = world.timeline.rng, world.timeline.at
+    world.start()
+    rush_s = rng.uniform(0.5, scenario.trouble_s)
+    for _ in range(scenario.jobs):
+        is_rush = rng.random() < RUSH
+        at(rush_s if is_rush else rng.uniform(0.5, scenario.trouble_s), world.people.run_something)
+    for _ in range(scenario.stops):
+        action = rng.choice((Action.STOP, Action.KILL))
+        at(rng.uniform(3.0, scenario.trouble_s), lambda action=action: world.people.end_something(action))  # type: ignore[misc]  # mypy cannot type bound defaults
+    for _ in range(scenario.watches):
+        at(rng.uniform(3.0, scenario.trouble_s), world.people.watch_something)
+    for _ in range(scenario.lies if has_intruder else 0):
+        at(rng.uniform(1.0, scenario.trouble_s), world.intruder.lie)
+    world.faults.plan(scenario.faults, scenario.trouble_s)
+    world.run(scenario.trouble_s)
+    return Outcome(world, world.settle(scenario.settle_s))

@@ -1,0 +1,146 @@
+"""A whole office in one process: machines, a network and people on one timeline, all decided by one seed."""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from meshgpu.core.effects import Answered, Effect, Persist
+from meshgpu.core.events import AddressesChanged, Event, MachineSighted, MeshEntered
+from meshgpu.core.node import NodeConfig
+from meshgpu.model.gossip import GossipEntry, Sighting
+from meshgpu.model.ids import NodeId
+from meshgpu.model.inventory import GpuReading
+from meshgpu.model.job import AttemptPlan, JobSpec, Result
+from meshgpu.sim.fakes import ExecutorTiming
+from meshgpu.sim.faults import Faults
+from meshgpu.sim.intruder import Intruder
+from meshgpu.sim.invariants import Invariants
+from meshgpu.sim.load import People
+from meshgpu.sim.machine import Machine
+from meshgpu.sim.network import Network
+from meshgpu.sim.office import furnish
+from meshgpu.sim.timeline import Timeline
+from meshgpu.sim.transcript import Transcript
+
+SIGHTED_S: Final = (0.02, 2.0)
+"""How long an announcement by mDNS takes to be seen."""
+ASKED_AGAIN_S: Final = (5.0, 30.0)
+"""After which a machine that was not seen is looked for again."""
+SETTLE_STEP_S: Final = 2.0
+"""How often a world is asked whether it has come to rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorldConfig:
+    """size: machines. is_plain: the same office for every seed. transcript: which story is kept, if any.
+
+    has_intruder: whether the last machine lies.
+    """
+
+    size: int = 7
+    is_plain: bool = False
+    has_intruder: bool = False
+    executor: ExecutorTiming = field(default_factory=ExecutorTiming)
+    transcript: Transcript | None = None
+
+
+class World:
+    """Everything there is. Equal seeds and equal calls make equal worlds."""
+
+    def __init__(self, seed: int, config: WorldConfig | None = None) -> None:
+        self.seed = seed
+        self.config = config or WorldConfig()
+        self.timeline = Timeline(seed)
+        self.network = Network(self.timeline)
+        self.invariants = Invariants()
+        self.answers: dict[str, Answered] = {}
+        self.office = furnish(
+            self.timeline.rng, self.config.size, is_plain=self.config.is_plain, has_intruder=self.config.has_intruder
+        )
+        self.machines: dict[NodeId, Machine] = {}
+        for setup, notary in zip(self.office.setups, self.office.notaries, strict=True):
+            node_config = NodeConfig("sim", fence=setup.fence, may_steward=setup.may_steward, policy=setup.policy)
+            machine = Machine(
+                setup, self.timeline, self.network, notary, self, node_config, str(seed), self.config.executor
+            )
+            machine.readings = tuple(GpuReading(gpu.uuid) for gpu in setup.inventory.gpus)
+            machine.announce = self._announce
+            self.machines[setup.node] = machine
+            self.network.hosts[setup.node] = machine
+        self.ledger = self.invariants.ledger
+        self.ledger.machines = self.machines
+        self.office.ring.signed = self._signed
+        self.people = People(self.timeline, self.ledger)
+        last = self.machines[self.office.setups[-1].node]
+        self.intruder = Intruder(last, self.ledger, self.network, self.timeline, self.office.ring)
+        self.faults = Faults(self.timeline, self.network, self.machines)
+
+    def named(self, name: str) -> Machine:
+        return next(machine for machine in self.machines.values() if machine.setup.name == name)
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Every agent starts and enters the mesh."""
+        for machine in self.machines.values():
+            machine.start_agent()
+            machine.post(MeshEntered(self.office.mesh, self.office.log))
+
+    def run(self, for_s: float) -> None:
+        self.timeline.run_until(self.timeline.time_s + for_s)
+
+    def settle(self, within_s: float) -> float:
+        """Let things come to rest; returns after how many seconds. Raises AssertionError that names what did not."""
+        began = self.timeline.time_s
+        while unsettled := self.invariants.unsettled():
+            if self.timeline.time_s - began >= within_s:
+                raise AssertionError(f"not at rest after {within_s:.0f} s:\n  " + "\n  ".join(unsettled[:12]))
+            self.run(SETTLE_STEP_S)
+        self.invariants.check_end()
+        return self.timeline.time_s - began
+
+    # -- the watcher's hooks ------------------------------------------------------------------------------------------
+
+    def stepped(self, machine: Machine, event: Event | None, effects: list[Effect]) -> None:
+        if self.config.transcript is not None:
+            self.config.transcript.stepped(self.timeline.time_s, machine, event, effects)
+        self.invariants.stepped(machine, event, effects)
+
+    def persisting(self, machine: Machine, order: Persist) -> None:
+        self.invariants.persisting(machine, order)
+
+    def lives(self, machine: Machine, plan: AttemptPlan) -> None:
+        self.invariants.lives(machine, plan)
+
+    def over(self, machine: Machine, plan: AttemptPlan, result: Result | None) -> None:
+        self.invariants.over(machine, plan, result)
+
+    def answered(self, answer: Answered) -> None:
+        self.answers[answer.query] = answer
+        self.people.heard(answer)
+        self.invariants.answered(answer)
+
+    def _signed(self, value: object) -> None:
+        if isinstance(value, JobSpec):
+            self.ledger.submitted[value.job] = value
+        elif isinstance(value, GossipEntry):
+            self.ledger.said.setdefault(value.owner, set()).add(value.value)
+
+    # -- mDNS ---------------------------------------------------------------------------------------------------------
+
+    def _announce(self, machine: Machine) -> None:
+        """All see the machine, and it sees all, as far as paths are open."""
+        for other in self.machines.values():
+            if other is not machine:
+                self._sight(other, machine)
+                self._sight(machine, other)
+        self.timeline.after(0.0, lambda: machine.post(AddressesChanged(machine.addresses)))
+
+    def _sight(self, who: Machine, whom: Machine) -> None:
+        def seen() -> None:
+            if self.network.is_cut(who.node, whom.node):
+                self.timeline.after(self.timeline.rng.uniform(*ASKED_AGAIN_S), seen)
+            elif whom.agent is not None:
+                tag = self.office.mesh[:12]
+                who.post(MachineSighted(Sighting(whom.node, tag, "office", 1, whom.addresses)))
+
+        self.timeline.after(self.timeline.rng.uniform(*SIGHTED_S), seen)

@@ -1,0 +1,166 @@
+"""What users ask of machines that hold their jobs."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from meshgpu.core.effects import Answered, Effect, Send, TellWatchers
+from meshgpu.core.jobs.asking import Asking, AskTiming
+from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.model.clock import Now
+from meshgpu.model.ids import JobId, KeyId, NodeId, UserName
+from meshgpu.model.job import Action, JobRequest, JobSpec, JobState, JobView, Register
+from meshgpu.model.messages import Answer, Ask, JobUpdate
+from meshgpu.model.trust import Signed
+from meshgpu.sim.office import Office
+
+Clock = Callable[[float], Now]
+Sign = Callable[..., tuple[JobSpec, Signed]]
+TIMING = AskTiming()
+
+
+@dataclass
+class Bench:
+    office: Office
+    log: MeshLog
+    at: Clock
+    view: JobView
+    linked: list[NodeId] = field(default_factory=list)
+    asking: Asking = field(init=False)
+
+    def __post_init__(self) -> None:
+        me = self.office.setups[1].node
+        self.linked = [setup.node for setup in self.office.setups[:3]]
+        self.asking = Asking(me, self.log, self.office.notaries[1], random.Random(1), lambda: self.linked, TIMING)
+
+    @property
+    def key(self) -> KeyId:
+        return self.office.setups[1].accounts[UserName("ada")]
+
+    @property
+    def steward(self) -> NodeId:
+        return self.view.spec.stewards[0]
+
+    def request(self, effect: Effect) -> JobRequest:
+        assert isinstance(effect, Send)
+        assert isinstance(effect.message, Ask)
+        user = self.log.users[effect.message.request.key]
+        return self.office.notaries[0].read(effect.message.request, user.public_key, JobRequest)
+
+
+@pytest.fixture
+def bench(office: Office, log: MeshLog, at: Clock, signed: Sign) -> Bench:
+    spec, _ = signed()
+    return Bench(office, log, at, JobView(spec, Register(spec.job, JobState.QUEUED)))
+
+
+def test_all_live_members_are_asked_each_with_a_request_of_its_own(bench: Bench) -> None:
+    effects = bench.asking.list_jobs(bench.at(0), "q", bench.key)
+    assert [effect.peer for effect in effects if isinstance(effect, Send)] == bench.linked
+    requests = [bench.request(effect) for effect in effects]
+    assert [request.node for request in requests] == bench.linked
+    assert len({request.nonce for request in requests}) == 3
+
+
+def test_list_ends_with_the_last_answer_and_names_who_was_not_reached(bench: Bench) -> None:
+    bench.asking.list_jobs(bench.at(0), "q", bench.key)
+    assert bench.asking.answered(bench.linked[0], Answer("q", (bench.view,))) == []
+    assert bench.asking.answered(bench.linked[1], Answer("q", ())) == []
+    (answer,) = bench.asking.answered(bench.linked[2], Answer("q", ()))
+    assert isinstance(answer, Answered)
+    assert answer.views == (bench.view,)
+    assert answer.silent == (bench.office.setups[3].node,)
+
+
+def test_list_does_not_wait_for_slow_members(bench: Bench) -> None:
+    bench.asking.list_jobs(bench.at(0), "q", bench.key)
+    bench.asking.answered(bench.linked[0], Answer("q", (bench.view,)))
+    (answer,) = bench.asking.step(bench.at(TIMING.list_s))
+    assert isinstance(answer, Answered)
+    assert answer.views == (bench.view,)
+    assert set(answer.silent) == {bench.linked[1], bench.linked[2], bench.office.setups[3].node}
+    assert bench.asking.answered(bench.linked[1], Answer("q", (bench.view,))) == []
+
+
+def test_only_stewards_speak_for_a_job(bench: Bench) -> None:
+    bench.asking.list_jobs(bench.at(0), "q", bench.key)
+    for node in bench.linked[1:]:
+        effects = bench.asking.answered(node, Answer("q", (bench.view,)))
+    effects += bench.asking.answered(bench.linked[0], Answer("q", ()))
+    assert [effect.views for effect in effects if isinstance(effect, Answered)] == [()]
+
+
+def test_second_answer_of_one_node_counts_for_nothing(bench: Bench) -> None:
+    bench.asking.list_jobs(bench.at(0), "q", bench.key)
+    bench.asking.answered(bench.linked[0], Answer("q", (bench.view,)))
+    assert bench.asking.answered(bench.linked[0], Answer("q", (bench.view,))) == []
+    assert bench.asking.answered(NodeId("x" * 52), Answer("q", (bench.view,))) == []
+
+
+def test_stop_is_asked_of_the_steward_alone(bench: Bench) -> None:
+    (effect,) = bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, bench.steward)
+    request = bench.request(effect)
+    assert (request.action, request.job, request.node) == (Action.STOP, bench.view.spec.job, bench.steward)
+    (answer,) = bench.asking.answered(bench.steward, Answer("q", (bench.view,)))
+    assert isinstance(answer, Answered)
+    assert answer.views == (bench.view,)
+
+
+def test_refused_stop_says_why(bench: Bench) -> None:
+    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, bench.steward)
+    (answer,) = bench.asking.answered(bench.steward, Answer("q", (), "unknown-job", "cannot find that job"))
+    assert isinstance(answer, Answered)
+    assert (answer.code, answer.reason) == ("unknown-job", "cannot find that job")
+
+
+def test_silent_steward_is_named(bench: Bench) -> None:
+    bench.asking.act(bench.at(0), "q", bench.key, Action.KILL, bench.view.spec.job, bench.steward)
+    (answer,) = bench.asking.step(bench.at(TIMING.act_s))
+    assert isinstance(answer, Answered)
+    assert answer.code == "no-answer"
+    assert "rig0, which holds it, did not answer" in answer.reason
+
+
+def test_steward_outside_the_mesh_is_no_reason_to_fall_over(bench: Bench) -> None:
+    stranger = NodeId("x" * 52)
+    bench.asking.act(bench.at(0), "q", bench.key, Action.KILL, bench.view.spec.job, stranger)
+    (answer,) = bench.asking.step(bench.at(TIMING.act_s))
+    assert isinstance(answer, Answered)
+    assert answer.code == "no-answer"
+
+
+def test_account_of_no_user_asks_nothing(bench: Bench) -> None:
+    (answer,) = bench.asking.list_jobs(bench.at(0), "q", KeyId("x" * 52))
+    assert isinstance(answer, Answered)
+    assert answer.code == "not-allowed"
+    bench.asking.watch(bench.at(0), KeyId("x" * 52), JobId("j"), bench.steward)
+    assert bench.asking.step(bench.at(0)) == []
+
+
+def test_watch_is_renewed_until_it_ends(bench: Bench) -> None:
+    job = bench.view.spec.job
+    bench.asking.watch(bench.at(0), bench.key, job, bench.steward)
+    asked = [bench.asking.step(bench.at(tick)) for tick in range(21)]
+    assert sum(bool(effects) for effects in asked) == 5
+    assert bench.request(asked[0][0]).action is Action.WATCH
+    bench.asking.unwatch(job)
+    assert bench.asking.deadline() is None
+
+
+def test_watch_is_renewed_at_once_when_the_steward_is_back(bench: Bench) -> None:
+    bench.asking.watch(bench.at(0), bench.key, bench.view.spec.job, bench.steward)
+    bench.asking.step(bench.at(0))
+    bench.asking.linked_again(bench.at(1), bench.steward)
+    assert bench.asking.deadline() == 1
+
+
+def test_watchers_believe_only_the_steward(bench: Bench) -> None:
+    job, register = bench.view.spec.job, bench.view.register
+    bench.asking.watch(bench.at(0), bench.key, job, bench.steward)
+    assert bench.asking.updated(bench.linked[2], JobUpdate(register)) == []
+    assert bench.asking.updated(bench.steward, JobUpdate(register)) == [TellWatchers(register)]
+    assert bench.asking.answered(bench.steward, Answer(f"watch-{job}", (bench.view,))) == [TellWatchers(register)]
+    bench.asking.unwatch(job)
+    assert bench.asking.updated(bench.steward, JobUpdate(register)) == []

@@ -1,0 +1,462 @@
+"""A node's own attempts: held, accepted, started when activated, ended, told until heard."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import pytest
+
+from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttempt, Persist, Reject, Send, StartAttempt
+from meshgpu.core.jobs.attempts import HOLDS_LIMIT, Attempts, AttemptTiming
+from meshgpu.core.owner import OwnerPolicy
+from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.core.trust.requests import RequestRules
+from meshgpu.model.clock import Now
+from meshgpu.model.ids import HoldId, JobId, KeyId, NodeId, UserName
+from meshgpu.model.job import Action, AttemptState, JobRequest, JobSpec, Phase, PlacingVote, Result, StopMode
+from meshgpu.model.messages import (
+    Activate,
+    AttemptReport,
+    Cancel,
+    Commit,
+    CommitAnswer,
+    Fence,
+    Offer,
+    OfferAnswer,
+    Release,
+    ReportAck,
+)
+from meshgpu.model.records import AttemptRecord
+from meshgpu.model.trust import Signed
+from meshgpu.sim.office import Office
+
+T = TypeVar("T")
+Clock = Callable[[float], Now]
+Sign = Callable[..., tuple[JobSpec, Signed]]
+TIMING = AttemptTiming()
+DONE = Result(AttemptState.EXITED, 0)
+
+
+@dataclass
+class Bench:
+    """The fourth machine's attempts, and the first machine as the steward of one job."""
+
+    attempts: Attempts
+    office: Office
+    steward: NodeId
+    spec: JobSpec
+    signed: Signed
+    at: Clock
+
+    def offer(self, now_s: float = 0.0, epoch: int = 1) -> OfferAnswer:
+        effects = self.attempts.offered(self.at(now_s), self.steward, Offer(self.spec.job, epoch, self.signed))
+        return only(effects, OfferAnswer)
+
+    def commit(self, hold: HoldId | None, epoch: int = 1) -> Commit:
+        assert hold is not None
+        digest = self.office.notaries[0].digest(self.signed)
+        node = self.office.setups[3].node
+        vote = PlacingVote(self.office.mesh, self.spec.job, digest, epoch, node, hold, self.steward)
+        ticket = self.office.notaries[0].sign(KeyId(self.steward), vote)
+        return Commit(self.spec.job, epoch, hold, self.signed, (ticket,))
+
+    def accept(self, epoch: int = 1) -> list[Effect]:
+        hold = self.offer(epoch=epoch).hold
+        return self.attempts.committed(self.at(0.1), self.steward, self.commit(hold, epoch))
+
+    def activate(self, now_s: float = 0.2) -> list[Effect]:
+        return self.attempts.activated(self.at(now_s), self.steward, Activate(self.spec.job, 1))
+
+    def run(self) -> None:
+        self.accept()
+        self.activate()
+        self.attempts.began(self.spec.job, 1, 100.0)
+
+    def cancel(self, action: Action = Action.STOP, steward: NodeId | None = None) -> list[Effect]:
+        request = JobRequest(
+            self.office.mesh, UserName("ada"), action, self.spec.stewards[0], 0.0, "nonce", self.spec.job
+        )
+        key = self.office.setups[1].accounts[UserName("ada")]
+        message = Cancel(self.spec.job, 1, self.signed, self.office.notaries[1].sign(key, request))
+        return self.attempts.cancelled(self.at(1), steward or self.steward, message)
+
+    @property
+    def state(self) -> AttemptState | None:
+        found = self.attempts.latest(self.spec.job)
+        return found.state if found else None
+
+
+@pytest.fixture
+def bench(office: Office, signed: Sign, at: Clock) -> Bench:
+    spec, envelope = signed()
+    return Bench(make(office), office, office.setups[0].node, spec, envelope, at)
+
+
+def make(office: Office, policy: OwnerPolicy | None = None, fence: str = "bubblewrap") -> Attempts:
+    log = MeshLog(office.notaries[3])
+    log.enter(office.mesh, office.log)
+    node = office.setups[3].node
+    rules = RequestRules(office.notaries[3], log, node)
+    attempts = Attempts(node, log, rules, office.notaries[3], random.Random(1), policy or OwnerPolicy(), TIMING)
+    attempts.fence = fence
+    attempts.machine_read(office.setups[3].inventory, ())
+    return attempts
+
+
+def only(effects: list[Effect], kind: type[T]) -> T:
+    """The one effect, or the one message that is sent, of a kind."""
+    (found,) = all_of(effects, kind)
+    return found
+
+
+def all_of(effects: list[Effect], kind: type[T]) -> list[T]:
+    things = [effect.message if isinstance(effect, Send) else effect for effect in effects]
+    return [thing for thing in things if isinstance(thing, kind)]
+
+
+def record_of(effects: list[Effect]) -> AttemptRecord:
+    (record,) = [effect.record for effect in effects if isinstance(effect, Persist)]
+    assert isinstance(record, AttemptRecord)
+    return record
+
+
+# -- holds -------------------------------------------------------------------------------------------------------------
+
+
+def test_offer_is_answered_with_a_hold_on_named_gpus(bench: Bench) -> None:
+    answer = bench.offer()
+    assert answer.hold is not None
+    assert [share.uuid for share in answer.gpus] == ["GPU-rig3-0"]
+    assert [allocation.job for allocation in bench.attempts.allocations()] == [bench.spec.job]
+
+
+def test_hold_runs_out(bench: Bench) -> None:
+    hold = bench.offer().hold
+    assert bench.attempts.deadline() == TIMING.hold_s
+    bench.attempts.step(bench.at(TIMING.hold_s))
+    assert bench.attempts.allocations() == ()
+    answer = only(bench.attempts.committed(bench.at(3.1), bench.steward, bench.commit(hold)), CommitAnswer)
+    assert not answer.accepted
+
+
+def test_hold_that_ran_out_is_not_committed_even_before_anybody_looked(bench: Bench) -> None:
+    hold = bench.offer().hold
+    answer = only(bench.attempts.committed(bench.at(3.0), bench.steward, bench.commit(hold)), CommitAnswer)
+    assert answer.reason == "the hold has run out"
+
+
+def test_gpu_that_is_held_is_not_held_again(bench: Bench, signed: Sign) -> None:
+    bench.offer()
+    spec, envelope = signed(number=2)
+    effects = bench.attempts.offered(bench.at(0), bench.steward, Offer(spec.job, 1, envelope))
+    answer = only(effects, OfferAnswer)
+    assert answer.hold is None
+    assert "is busy" in answer.refusal
+
+
+def test_repeated_offer_replaces_its_hold(bench: Bench) -> None:
+    first, second = bench.offer(), bench.offer()
+    assert first.hold != second.hold
+    assert second.hold is not None
+    assert len(bench.attempts.allocations()) == 1
+
+
+def test_released_hold_is_free_but_only_for_its_steward(bench: Bench) -> None:
+    hold = bench.offer().hold
+    assert hold is not None
+    bench.attempts.released(bench.office.setups[2].node, Release(bench.spec.job, hold))
+    bench.attempts.released(bench.steward, Release(bench.spec.job, HoldId("other")))
+    assert bench.attempts.allocations()
+    bench.attempts.released(bench.steward, Release(bench.spec.job, hold))
+    assert bench.attempts.allocations() == ()
+
+
+def test_offer_of_a_machine_that_does_not_hold_the_job_is_refused(bench: Bench) -> None:
+    other = bench.office.setups[2].node
+    answer = only(bench.attempts.offered(bench.at(0), other, Offer(bench.spec.job, 1, bench.signed)), OfferAnswer)
+    assert answer.hold is None
+
+
+def test_forged_spec_is_rejected(bench: Bench) -> None:
+    forged = bench.office.ring.forge(bench.signed.key, bench.spec)
+    effects = bench.attempts.offered(bench.at(0), bench.steward, Offer(bench.spec.job, 1, forged))
+    assert isinstance(effects[0], Reject)
+    assert bench.attempts.allocations() == ()
+
+
+def test_offer_under_another_id_or_for_another_machine_is_refused(bench: Bench, signed: Sign) -> None:
+    effects = bench.attempts.offered(bench.at(0), bench.steward, Offer(JobId("j" * 26), 1, bench.signed))
+    assert only(effects, OfferAnswer).hold is None
+    spec, envelope = signed(machine=bench.office.setups[2].node)
+    effects = bench.attempts.offered(bench.at(0), bench.steward, Offer(spec.job, 1, envelope))
+    assert only(effects, OfferAnswer).refusal == "the job is meant for another machine"
+
+
+def test_owner_who_lends_nothing_gets_no_jobs(bench: Bench) -> None:
+    bench.attempts = make(bench.office, OwnerPolicy(lends=False))
+    assert bench.offer().hold is None
+
+
+def test_open_offers_are_limited(bench: Bench, signed: Sign) -> None:
+    inventory = replace(bench.office.setups[3].inventory, cpus=10_000)
+    bench.attempts.machine_read(inventory, ())
+    resources = replace(bench.spec.resources, gpus=replace(bench.spec.resources.gpus, count=0))
+    for number in range(HOLDS_LIMIT):
+        job = JobId(f"{number:026d}")
+        spec, envelope = signed(job=job, resources=resources)
+        bench.attempts.offered(bench.at(0), bench.steward, Offer(job, 1, envelope))
+    assert len(bench.attempts.allocations()) == HOLDS_LIMIT
+    spec, envelope = signed(resources=resources)
+    effects = bench.attempts.offered(bench.at(0), bench.steward, Offer(spec.job, 1, envelope))
+    assert only(effects, OfferAnswer).refusal == "has too many open offers"
+
+
+# -- accepting ---------------------------------------------------------------------------------------------------------
+
+
+def test_commit_is_kept_before_it_is_acknowledged(bench: Bench) -> None:
+    effects = bench.accept()
+    assert isinstance(effects[0], Persist)
+    assert record_of(effects).state is AttemptState.ACCEPTED
+    assert only(effects, CommitAnswer) == CommitAnswer(bench.spec.job, 1, accepted=True)
+
+
+def test_accepted_attempt_does_not_start_by_itself(bench: Bench) -> None:
+    effects = bench.accept()
+    for second in range(1, 60):
+        effects += bench.attempts.step(bench.at(0.1 + second))
+    assert not any(isinstance(effect, StartAttempt) for effect in effects)
+    assert len(all_of(effects, CommitAnswer)) == 60
+
+
+def test_accepted_attempt_that_nobody_activates_is_given_back(bench: Bench) -> None:
+    bench.accept()
+    effects = bench.attempts.step(bench.at(0.1 + TIMING.give_up_s))
+    assert record_of(effects).state is AttemptState.ABANDONED
+    assert bench.attempts.allocations() == ()
+    assert bench.activate(100.0) == []
+
+
+def test_repeated_commit_is_acknowledged_again(bench: Bench) -> None:
+    hold = bench.offer().hold
+    bench.attempts.committed(bench.at(0.1), bench.steward, bench.commit(hold))
+    effects = bench.attempts.committed(bench.at(0.2), bench.steward, bench.commit(hold))
+    assert effects == [Send(bench.steward, CommitAnswer(bench.spec.job, 1, accepted=True))]
+
+
+def test_commit_of_another_machine_hold_or_ticket_is_declined(bench: Bench) -> None:
+    hold = bench.offer().hold
+    commit = bench.commit(hold)
+    wrong_vote = bench.commit(HoldId("h" * 26)).votes
+    for steward, message in (
+        (bench.office.setups[2].node, commit),
+        (bench.steward, replace(commit, hold=HoldId("h" * 26))),
+        (bench.steward, replace(commit, votes=())),
+        (bench.steward, replace(commit, votes=wrong_vote)),
+    ):
+        answer = only(bench.attempts.committed(bench.at(0.1), steward, message), CommitAnswer)
+        assert not answer.accepted
+    assert bench.state is None
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_spent_epoch_is_never_held_again(bench: Bench, epoch: int) -> None:
+    bench.accept(epoch=2)
+    assert "was here before" in bench.offer(epoch=epoch).refusal
+
+
+def test_spent_epoch_stays_spent_after_a_restart(bench: Bench, at: Clock) -> None:
+    record = record_of(bench.accept(epoch=2))
+    bench.attempts = make(bench.office)
+    bench.attempts.restore(at(0), [record])
+    assert "was here before" in bench.offer(epoch=2).refusal
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def test_activated_attempt_starts_once(bench: Bench) -> None:
+    bench.accept()
+    effects = bench.activate()
+    assert record_of(effects).state is AttemptState.STAGING
+    start = only(effects, StartAttempt)
+    assert start.sources == bench.spec.stewards
+    assert not start.plan.fenced
+    assert bench.activate() == []
+
+
+def test_only_its_steward_activates_fences_and_acknowledges(bench: Bench) -> None:
+    other = bench.office.setups[2].node
+    bench.accept()
+    assert bench.attempts.activated(bench.at(1), other, Activate(bench.spec.job, 1)) == []
+    assert bench.attempts.fenced(bench.at(1), other, Fence(bench.spec.job, 1)) == []
+    bench.activate()
+    bench.attempts.finished(bench.at(2), bench.spec.job, 1, 0.0, DONE)
+    assert bench.attempts.acknowledged(other, ReportAck(bench.spec.job, 1)) == []
+    assert bench.state is AttemptState.EXITED
+
+
+def test_running_attempt_is_reported_every_few_seconds(bench: Bench) -> None:
+    bench.run()
+    sent = [bench.attempts.step(bench.at(0.2 + second)) for second in range(1, 31)]
+    reports = [effects for effects in sent if effects]
+    assert len(reports) == 30 // TIMING.report_s
+    report = only(reports[0], AttemptReport)
+    assert (report.phase, report.started_wall_s, report.result) == (Phase.RUNNING, 100.0, None)
+
+
+def test_progress_is_reported(bench: Bench) -> None:
+    bench.accept()
+    bench.activate()
+    effects = bench.attempts.progressed(bench.spec.job, 1, Phase.STAGING, "environment: 12 packages")
+    assert only(effects, AttemptReport).detail == "environment: 12 packages"
+
+
+def test_result_is_told_until_its_steward_has_it(bench: Bench) -> None:
+    bench.run()
+    effects = bench.attempts.finished(bench.at(10), bench.spec.job, 1, 0.0, DONE)
+    assert record_of(effects).result == DONE
+    assert bench.attempts.allocations() == ()
+    told = [bench.attempts.step(bench.at(10 + second)) for second in range(1, 6)]
+    assert all(only(effects, AttemptReport).result == DONE for effects in told)
+    settled = bench.attempts.acknowledged(bench.steward, ReportAck(bench.spec.job, 1))
+    assert record_of(settled).state is AttemptState.DELIVERED
+    assert bench.attempts.step(bench.at(20)) == []
+
+
+def test_link_to_its_steward_makes_it_tell_at_once(bench: Bench) -> None:
+    bench.run()
+    bench.attempts.finished(bench.at(10), bench.spec.job, 1, 0.0, DONE)
+    bench.attempts.steward_linked(bench.at(10.1), bench.steward)
+    assert bench.attempts.deadline() == 10.1
+
+
+def test_acknowledgement_before_the_end_changes_nothing(bench: Bench) -> None:
+    bench.run()
+    assert bench.attempts.acknowledged(bench.steward, ReportAck(bench.spec.job, 1)) == []
+    assert bench.state is AttemptState.RUNNING
+
+
+def test_news_of_an_attempt_that_is_over_changes_nothing(bench: Bench) -> None:
+    bench.run()
+    bench.attempts.finished(bench.at(10), bench.spec.job, 1, 0.0, DONE)
+    other = Result(AttemptState.EXITED, 1)
+    assert bench.attempts.finished(bench.at(11), bench.spec.job, 1, 0.0, other) == []
+    assert bench.attempts.began(bench.spec.job, 1, 5.0) == []
+    assert bench.attempts.progressed(bench.spec.job, 1, Phase.RUNNING, "") == []
+
+
+# -- stopping and fencing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("action", "mode"), [(Action.STOP, StopMode.STOP), (Action.KILL, StopMode.KILL)])
+def test_users_stop_ends_a_running_attempt(bench: Bench, action: Action, mode: StopMode) -> None:
+    bench.run()
+    effects = bench.cancel(action)
+    assert record_of(effects).stop is mode
+    assert only(effects, EndAttempt) == EndAttempt(bench.spec.job, 1, mode)
+    assert bench.state is AttemptState.STOPPING
+
+
+def test_kill_overrides_stop_and_stop_does_not_soften_kill(bench: Bench) -> None:
+    bench.run()
+    bench.cancel(Action.STOP)
+    assert only(bench.cancel(Action.KILL), EndAttempt) == EndAttempt(bench.spec.job, 1, StopMode.KILL)
+    assert bench.cancel(Action.STOP) == [EndAttempt(bench.spec.job, 1, StopMode.STOP)]
+    found = bench.attempts.latest(bench.spec.job)
+    assert found is not None
+    assert found.stop is StopMode.KILL
+
+
+def test_attempt_that_is_stopped_before_it_starts_never_does(bench: Bench) -> None:
+    bench.accept()
+    effects = bench.cancel()
+    assert record_of(effects).state is AttemptState.ABANDONED
+    assert bench.activate() == []
+
+
+def test_stop_before_the_commit_arrives_takes_the_hold_away(bench: Bench) -> None:
+    hold = bench.offer().hold
+    result = only(bench.cancel(), AttemptReport).result
+    assert result is not None
+    assert result.outcome is AttemptState.ABANDONED
+    late = only(bench.attempts.committed(bench.at(0.5), bench.steward, bench.commit(hold)), CommitAnswer)
+    assert not late.accepted
+
+
+def test_cancel_of_a_machine_that_does_not_hold_the_job_is_rejected(bench: Bench) -> None:
+    bench.run()
+    effects = bench.cancel(steward=bench.office.setups[2].node)
+    assert isinstance(effects[0], Reject)
+    assert bench.state is AttemptState.RUNNING
+
+
+def test_fence_drops_what_never_started(bench: Bench) -> None:
+    bench.accept()
+    effects = bench.attempts.fenced(bench.at(1), bench.steward, Fence(bench.spec.job, 1))
+    assert record_of(effects).result == Result(AttemptState.FENCED, None, "another attempt of the job was chosen")
+    assert bench.attempts.allocations() == ()
+    assert bench.activate() == []
+
+
+def test_fence_kills_what_runs(bench: Bench) -> None:
+    bench.run()
+    effects = bench.attempts.fenced(bench.at(1), bench.steward, Fence(bench.spec.job, 1))
+    assert only(effects, EndAttempt) == EndAttempt(bench.spec.job, 1, StopMode.KILL)
+
+
+def test_fence_drops_a_hold(bench: Bench) -> None:
+    bench.offer()
+    assert bench.attempts.fenced(bench.at(1), bench.steward, Fence(bench.spec.job, 1)) == []
+    assert bench.attempts.allocations() == ()
+
+
+# -- restarts ----------------------------------------------------------------------------------------------------------
+
+
+def test_attempt_that_may_live_is_adopted(bench: Bench, at: Clock) -> None:
+    bench.accept()
+    record = record_of(bench.activate())
+    bench.attempts = make(bench.office)
+    effects = bench.attempts.restore(at(0), [record])
+    adopted = only(effects, AdoptAttempt)
+    assert adopted.plan.spec == bench.spec
+    assert len(bench.attempts.allocations()) == 1
+    assert only(bench.attempts.step(at(0)), AttemptReport).job == bench.spec.job
+
+
+def test_accepted_attempt_asks_again_after_a_restart(bench: Bench, at: Clock) -> None:
+    record = record_of(bench.accept())
+    bench.attempts = make(bench.office)
+    assert bench.attempts.restore(at(0), [record]) == []
+    assert only(bench.attempts.step(at(0)), CommitAnswer) == CommitAnswer(bench.spec.job, 1, accepted=True)
+
+
+def test_result_is_told_again_after_a_restart(bench: Bench, at: Clock) -> None:
+    bench.run()
+    record = record_of(bench.attempts.finished(at(10), bench.spec.job, 1, 0.0, DONE))
+    bench.attempts = make(bench.office)
+    assert bench.attempts.restore(at(0), [record]) == []
+    assert only(bench.attempts.step(at(0)), AttemptReport).result == DONE
+
+
+def test_delivered_attempt_is_kept_for_a_month_and_then_forgotten(bench: Bench, at: Clock) -> None:
+    bench.run()
+    bench.attempts.finished(at(10), bench.spec.job, 1, at(10).wall_s, DONE)
+    record = record_of(bench.attempts.acknowledged(bench.steward, ReportAck(bench.spec.job, 1)))
+    bench.attempts = make(bench.office)
+    bench.attempts.restore(at(0), [record])
+    assert bench.state is AttemptState.DELIVERED
+    assert bench.attempts.step(at(TIMING.retention_s)) == []
+    effects = bench.attempts.step(at(TIMING.retention_s + TIMING.sweep_s))
+    assert DiscardAttempt(bench.spec.job, 1) in effects
+    assert Persist("attempt", f"{bench.spec.job}/1", None) in effects
+    assert bench.state is None
+
+
+def test_unfenced_machine_runs_jobs_of_trusted_users_unfenced(bench: Bench, signed: Sign) -> None:
+    bench.attempts = make(bench.office, OwnerPolicy(trusted=(UserName("ada"),)), fence="")
+    bench.accept()
+    start = only(bench.activate(), StartAttempt)
+    assert not start.plan.fenced

@@ -1,0 +1,606 @@
+"""A job's register, row by row of the design's table: what makes it leave each state, and what never does."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
+from meshgpu.core.jobs import steward as steward_module
+from meshgpu.core.jobs.placement import Candidate
+from meshgpu.core.jobs.steward import UNSTARTED_TRIES, Stewardship, StewardTiming
+from meshgpu.core.trust.requests import RequestRules
+from meshgpu.errors import BrokenInvariant
+from meshgpu.model.clock import Now
+from meshgpu.model.gossip import Capacity, NodeRecord
+from meshgpu.model.ids import HoldId, JobId, NodeId, UserName, key_id
+from meshgpu.model.job import (
+    Action,
+    AttemptState,
+    JobRequest,
+    JobSpec,
+    JobState,
+    Phase,
+    Register,
+    Result,
+    StopMode,
+)
+from meshgpu.model.messages import (
+    Activate,
+    Answer,
+    Ask,
+    AttemptReport,
+    Cancel,
+    Commit,
+    CommitAnswer,
+    Fence,
+    JobUpdate,
+    Message,
+    Offer,
+    OfferAnswer,
+    Release,
+    ReportAck,
+    Submit,
+    SubmitAnswer,
+)
+from meshgpu.model.records import JobRecord
+from meshgpu.model.trust import LinkUser, Signed
+from meshgpu.sim.office import Office
+
+Clock = Callable[[float], Now]
+Sign = Callable[..., tuple[JobSpec, Signed]]
+TIMING = StewardTiming()
+HOLD = HoldId("h" * 26)
+
+
+@dataclass
+class Bench:
+    """The first machine as the steward of one job; it sees the third and fourth as machines with room."""
+
+    office: Office
+    rules: RequestRules
+    spec: JobSpec
+    signed: Signed
+    at: Clock
+    stewardship: Stewardship = field(init=False)
+    candidates: list[Candidate] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.candidates = [self.candidate(2), self.candidate(3)]
+        self.restart()
+
+    def candidate(self, number: int) -> Candidate:
+        setup = self.office.setups[number]
+        return Candidate(setup.node, setup.name, NodeRecord("1", (), setup.inventory), Capacity((), ()))
+
+    def restart(self, *records: JobRecord) -> list[Effect]:
+        self.stewardship = Stewardship(
+            self.me,
+            self.rules._log,
+            self.rules,
+            self.office.notaries[0],
+            random.Random(1),
+            lambda _user, _machine: self.candidates,
+            TIMING,
+        )
+        return self.stewardship.restore(self.at(0), records)
+
+    @property
+    def me(self) -> NodeId:
+        return self.office.setups[0].node
+
+    @property
+    def submitter(self) -> NodeId:
+        return self.office.setups[1].node
+
+    @property
+    def register(self) -> Register:
+        view = self.stewardship.view(self.spec.job)
+        assert view is not None
+        return view.register
+
+    @property
+    def node(self) -> NodeId:
+        """Where the current epoch was placed."""
+        assert self.register.node is not None
+        return self.register.node
+
+    # -- the way of a job ---------------------------------------------------------------------------------------------
+
+    def submit(self) -> list[Effect]:
+        return self.stewardship.submitted(self.at(0), self.submitter, Submit(self.spec.job, self.signed))
+
+    def queue(self) -> list[Effect]:
+        self.submit()
+        return self.stewardship.tree_arrived(self.at(0), self.spec.job)
+
+    def answer(self, node: NodeId, hold: HoldId | None = HOLD, now_s: float = 0.1, epoch: int = 1) -> list[Effect]:
+        answer = OfferAnswer(self.spec.job, epoch, hold, refusal="" if hold else "is busy")
+        return self.stewardship.offer_answered(self.at(now_s), node, answer)
+
+    def place(self) -> list[Effect]:
+        self.queue()
+        self.answer(self.candidates[0].node)
+        return self.answer(self.candidates[1].node)
+
+    def accept(self, now_s: float = 0.2, epoch: int = 1) -> list[Effect]:
+        answer = CommitAnswer(self.spec.job, epoch, accepted=True)
+        return self.stewardship.commit_answered(self.at(now_s), self.node, answer)
+
+    def activate(self) -> list[Effect]:
+        self.place()
+        return self.accept()
+
+    def report(
+        self, result: Result | None = None, started_s: float | None = 1.0, now_s: float = 1.0, epoch: int = 1
+    ) -> list[Effect]:
+        ended = None if result is None else 2.0
+        phase = Phase.RUNNING if result is None else None
+        message = AttemptReport(self.spec.job, epoch, phase, "", started_s, ended, result)
+        return self.stewardship.reported(self.at(now_s), self.node, message)
+
+    def ask(self, action: Action, now_s: float = 0.5, user: str = "ada", seat: int = 1) -> list[Effect]:
+        request = JobRequest(
+            self.office.mesh, UserName(user), action, self.me, self.at(now_s).wall_s, "nonce", self.spec.job
+        )
+        signed = self.office.notaries[seat].sign(self.office.setups[seat].accounts[UserName("ada")], request)
+        return self.stewardship.asked(self.at(now_s), self.office.setups[seat].node, Ask("q", signed))
+
+
+@pytest.fixture
+def bench(office: Office, rules: RequestRules, signed: Sign, at: Clock) -> Bench:
+    spec, envelope = signed()
+    return Bench(office, rules, spec, envelope, at)
+
+
+def sent(effects: list[Effect], kind: type[Message]) -> list[tuple[NodeId, Message]]:
+    return [(e.peer, e.message) for e in effects if isinstance(e, Send) and isinstance(e.message, kind)]
+
+
+def kept(effects: list[Effect]) -> list[Register]:
+    return [e.record.register for e in effects if isinstance(e, Persist) and isinstance(e.record, JobRecord)]
+
+
+def record_of(effects: list[Effect]) -> JobRecord:
+    (record,) = [e.record for e in effects if isinstance(e, Persist)]
+    assert isinstance(record, JobRecord)
+    return record
+
+
+# -- draft -------------------------------------------------------------------------------------------------------------
+
+
+def test_draft_waits_for_its_tree_and_is_not_confirmed(bench: Bench) -> None:
+    effects = bench.submit()
+    assert effects == [FetchTree(bench.spec.job, bench.spec.tree, (bench.submitter,))]
+    assert bench.register.state is JobState.DRAFT
+
+
+def test_job_is_kept_and_only_then_confirmed(bench: Bench) -> None:
+    effects = bench.queue()
+    assert isinstance(effects[0], Persist)
+    assert kept(effects)[0].state is JobState.QUEUED
+    assert sent(effects, SubmitAnswer) == [(bench.submitter, SubmitAnswer(bench.spec.job, held=True))]
+
+
+def test_submitting_again_is_answered_and_makes_no_second_job(bench: Bench) -> None:
+    bench.submit()
+    assert sent(bench.submit(), SubmitAnswer) == [(bench.submitter, SubmitAnswer(bench.spec.job, held=False))]
+    bench.stewardship.tree_arrived(bench.at(0), bench.spec.job)
+    assert sent(bench.submit(), SubmitAnswer) == [(bench.submitter, SubmitAnswer(bench.spec.job, held=True))]
+
+
+def test_id_that_is_taken_is_refused(bench: Bench, signed: Sign) -> None:
+    bench.queue()
+    _, other = signed(name="other")
+    ((_, answer),) = sent(
+        bench.stewardship.submitted(bench.at(0), bench.submitter, Submit(bench.spec.job, other)), SubmitAnswer
+    )
+    assert isinstance(answer, SubmitAnswer)
+    assert answer.code == "bad-request"
+
+
+def test_tree_that_does_not_come_ends_the_draft(bench: Bench) -> None:
+    bench.submit()
+    ((_, answer),) = sent(bench.stewardship.tree_failed(bench.spec.job, "disk-full", "no room"), SubmitAnswer)
+    assert isinstance(answer, SubmitAnswer)
+    assert (answer.code, answer.reason) == ("disk-full", "no room")
+    assert bench.stewardship.view(bench.spec.job) is None
+
+
+def test_progress_of_the_tree_is_told_to_the_submitter(bench: Bench) -> None:
+    bench.submit()
+    effects = bench.stewardship.tree_progressed(bench.spec.job, 1, 2)
+    assert sent(effects, SubmitAnswer) == [(bench.submitter, SubmitAnswer(bench.spec.job, False, 1, 2))]
+
+
+def test_job_is_taken_only_from_the_machine_that_signed_it(bench: Bench) -> None:
+    effects = bench.stewardship.submitted(
+        bench.at(0), bench.office.setups[2].node, Submit(bench.spec.job, bench.signed)
+    )
+    assert isinstance(effects[0], Reject)
+    assert bench.stewardship.view(bench.spec.job) is None
+
+
+def test_job_for_other_stewards_is_refused(bench: Bench, signed: Sign) -> None:
+    spec, envelope = signed(stewards=(bench.office.setups[2].node,))
+    effects = bench.stewardship.submitted(bench.at(0), bench.submitter, Submit(spec.job, envelope))
+    assert isinstance(effects[0], Reject)
+
+
+def test_stale_spec_is_refused(bench: Bench) -> None:
+    effects = bench.stewardship.submitted(bench.at(200), bench.submitter, Submit(bench.spec.job, bench.signed))
+    ((_, answer),) = sent(effects, SubmitAnswer)
+    assert isinstance(answer, SubmitAnswer)
+    assert answer.code == "stale"
+
+
+def test_one_users_unfinished_jobs_are_limited(bench: Bench, signed: Sign, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steward_module, "UNFINISHED_LIMIT", 1)
+    bench.queue()
+    spec, envelope = signed(number=2)
+    ((_, answer),) = sent(
+        bench.stewardship.submitted(bench.at(0), bench.submitter, Submit(spec.job, envelope)), SubmitAnswer
+    )
+    assert isinstance(answer, SubmitAnswer)
+    assert answer.code == "too-many-jobs"
+
+
+# -- queued ------------------------------------------------------------------------------------------------------------
+
+
+def test_queued_job_is_offered_as_the_next_epoch(bench: Bench) -> None:
+    offers = sent(bench.queue(), Offer)
+    assert {peer for peer, _ in offers} == {candidate.node for candidate in bench.candidates}
+    assert all(isinstance(offer, Offer) and offer.epoch == 1 for _, offer in offers)
+
+
+def test_best_hold_is_committed_and_the_others_are_released(bench: Bench) -> None:
+    effects = bench.place()
+    assert [register.state for register in kept(effects)] == [JobState.PLACING]
+    ((node, commit),) = sent(effects, Commit)
+    assert node == bench.register.node
+    assert isinstance(commit, Commit)
+    assert (commit.epoch, commit.hold, len(commit.votes)) == (1, HOLD, 1)
+    ((other, _),) = sent(effects, Release)
+    assert other != node
+
+
+def test_commit_waits_no_longer_than_the_slowest_offer_may_take(bench: Bench) -> None:
+    bench.queue()
+    bench.answer(bench.candidates[1].node)
+    assert sent(bench.stewardship.step(bench.at(TIMING.offer_s)), Commit)[0][0] == bench.candidates[1].node
+
+
+def test_late_hold_is_released(bench: Bench) -> None:
+    bench.place()
+    other = next(c.node for c in bench.candidates if c.node != bench.register.node)
+    assert sent(bench.answer(other), Release) == [(other, Release(bench.spec.job, HOLD))]
+    assert sent(bench.answer(bench.submitter), Release)
+
+
+def test_job_waits_with_what_the_machines_said_and_is_offered_again(bench: Bench) -> None:
+    bench.queue()
+    now_s = 0.0
+    for _ in range(TIMING.rounds):
+        for candidate in bench.candidates:
+            bench.answer(candidate.node, hold=None, now_s=now_s)
+        due = bench.stewardship.deadline()
+        assert due is not None
+        now_s = due
+        bench.stewardship.step(bench.at(now_s))
+    assert bench.register.state is JobState.QUEUED
+    assert bench.register.reason == "rig2, rig3 is busy"
+    assert bench.register.epoch == 0
+    offers = [bench.stewardship.step(bench.at(now_s + tick)) for tick in range(1, 10)]
+    assert any(sent(effects, Offer) for effects in offers)
+
+
+def test_job_without_a_machine_waits_until_room_changes(bench: Bench) -> None:
+    bench.candidates = [replace(bench.candidate(2), refusal="does not answer")]
+    bench.queue()
+    assert bench.register.reason == "rig2 does not answer"
+    bench.candidates = [bench.candidate(2)]
+    bench.stewardship.room_changed(bench.at(1))
+    assert sent(bench.stewardship.step(bench.at(1)), Offer)
+
+
+def test_older_job_is_offered_first(bench: Bench, signed: Sign) -> None:
+    bench.candidates = []
+    bench.queue()
+    spec, envelope = signed(number=2)
+    bench.stewardship.submitted(bench.at(1), bench.submitter, Submit(spec.job, envelope))
+    bench.stewardship.tree_arrived(bench.at(1), spec.job)
+    bench.candidates = [bench.candidate(2)]
+    bench.stewardship.room_changed(bench.at(2))
+    offers = sent(bench.stewardship.step(bench.at(2)), Offer)
+    assert [offer.job for _, offer in offers if isinstance(offer, Offer)] == [bench.spec.job, spec.job]
+
+
+def test_queued_job_is_stopped_at_once(bench: Bench) -> None:
+    bench.queue()
+    effects = bench.ask(Action.STOP)
+    assert bench.register.state is JobState.CANCELLED
+    assert kept(effects)[0].reason == "stopped before it started"
+    assert sent(bench.answer(bench.candidates[0].node), Release)
+
+
+# -- placing -----------------------------------------------------------------------------------------------------------
+
+
+def test_acknowledged_commit_is_kept_as_active_and_then_activated(bench: Bench) -> None:
+    effects = bench.activate()
+    assert isinstance(effects[0], Persist)
+    assert kept(effects)[0].state is JobState.ACTIVE
+    assert sent(effects, Activate) == [(bench.node, Activate(bench.spec.job, 1))]
+
+
+def test_declined_commit_spends_the_epoch(bench: Bench) -> None:
+    bench.place()
+    answer = CommitAnswer(bench.spec.job, 1, accepted=False, reason="the hold has run out")
+    bench.stewardship.commit_answered(bench.at(0.2), bench.node, answer)
+    assert (bench.register.state, bench.register.epoch) == (JobState.QUEUED, 1)
+    offers = [effects for tick in range(1, 10) if (effects := sent(bench.stewardship.step(bench.at(tick / 5)), Offer))]
+    assert isinstance(offers[0][0][1], Offer)
+    assert offers[0][0][1].epoch == 2
+
+
+def test_silent_commit_is_given_up_and_its_late_acceptance_fenced(bench: Bench) -> None:
+    bench.place()
+    node = bench.node
+    bench.stewardship.step(bench.at(0.1 + TIMING.placing_s))
+    assert bench.register.state is JobState.QUEUED
+    assert "did not answer in time" in bench.register.reason
+    effects = bench.accept(now_s=16.0)
+    assert sent(effects, Fence) == [(node, Fence(bench.spec.job, 1))]
+    assert sent(effects, Activate) == []
+
+
+def test_acceptance_by_another_node_or_of_another_epoch_counts_for_nothing(bench: Bench) -> None:
+    bench.place()
+    answer = CommitAnswer(bench.spec.job, 1, accepted=True)
+    assert sent(bench.stewardship.commit_answered(bench.at(0.2), bench.submitter, answer), Fence)
+    assert sent(bench.accept(epoch=2), Fence)
+    assert bench.register.state is JobState.PLACING
+
+
+def test_stop_while_placing_waits_for_the_node(bench: Bench) -> None:
+    bench.place()
+    effects = bench.ask(Action.STOP)
+    assert bench.register.state is JobState.CANCELLING
+    assert sent(effects, Cancel)[0][0] == bench.node
+    assert sent(bench.accept(now_s=0.6), Activate) == []
+
+
+# -- active and unknown ------------------------------------------------------------------------------------------------
+
+
+def test_node_that_asks_again_is_activated_again(bench: Bench) -> None:
+    bench.activate()
+    assert sent(bench.accept(now_s=2.0), Activate) == [(bench.node, Activate(bench.spec.job, 1))]
+
+
+def test_report_tells_what_the_job_is_doing(bench: Bench) -> None:
+    bench.activate()
+    effects = bench.report()
+    assert kept(effects)[0].started_wall_s == 1.0
+    assert bench.register.phase is Phase.RUNNING
+    assert kept(bench.report(now_s=6.0)) == []
+
+
+def test_silence_makes_a_job_unknown_and_never_moves_it(bench: Bench) -> None:
+    bench.activate()
+    bench.report()
+    effects: list[Effect] = []
+    for tick in range(1, 10_000, 7):
+        effects += bench.stewardship.step(bench.at(1 + tick))
+    assert bench.register.state is JobState.UNKNOWN
+    assert sent(effects, Offer) == []
+    assert (bench.register.epoch, kept(effects)) == (1, [])
+
+
+def test_unknown_job_that_is_heard_of_is_active_again(bench: Bench) -> None:
+    bench.activate()
+    bench.stewardship.step(bench.at(60))
+    bench.report(now_s=61.0)
+    assert bench.register.state is JobState.ACTIVE
+
+
+@pytest.mark.parametrize(("code", "state"), [(0, JobState.SUCCEEDED), (1, JobState.FAILED), (143, JobState.FAILED)])
+def test_result_makes_a_job_final_and_is_kept_before_it_is_acknowledged(
+    bench: Bench, code: int, state: JobState
+) -> None:
+    bench.activate()
+    effects = bench.report(Result(AttemptState.EXITED, code))
+    assert kept(effects)[0].state is state
+    assert isinstance(effects[0], Persist)
+    assert sent(effects, ReportAck) == [(bench.node, ReportAck(bench.spec.job, 1))]
+
+
+def test_result_that_is_told_again_is_acknowledged_and_changes_nothing(bench: Bench) -> None:
+    bench.activate()
+    bench.report(Result(AttemptState.EXITED, 0))
+    before = bench.register
+    assert sent(bench.report(Result(AttemptState.EXITED, 1)), ReportAck)
+    assert bench.register == before
+
+
+def test_result_of_another_node_counts_for_nothing(bench: Bench) -> None:
+    bench.activate()
+    message = AttemptReport(bench.spec.job, 1, None, "", 1.0, 2.0, Result(AttemptState.EXITED, 0))
+    bench.stewardship.reported(bench.at(1), bench.submitter, message)
+    assert bench.register.state is JobState.ACTIVE
+
+
+def test_attempt_that_died_while_it_ran_fails_the_job(bench: Bench) -> None:
+    bench.activate()
+    bench.report(Result(AttemptState.CRASHED, None, "the machine was started again"))
+    assert bench.register.state is JobState.FAILED
+    assert bench.register.reason == "the machine was started again"
+
+
+def test_attempt_that_died_before_it_started_is_tried_again_a_few_times(bench: Bench) -> None:
+    bench.activate()
+    for epoch in range(1, UNSTARTED_TRIES + 1):
+        bench.report(Result(AttemptState.CRASHED, None, "no tree"), started_s=None, epoch=epoch)
+        if epoch == UNSTARTED_TRIES:
+            break
+        assert (bench.register.state, bench.register.epoch) == (JobState.QUEUED, epoch)
+        bench.stewardship.step(bench.at(epoch * 10))
+        for candidate in bench.candidates:
+            bench.answer(candidate.node, now_s=epoch * 10, epoch=epoch + 1)
+        bench.accept(now_s=epoch * 10, epoch=epoch + 1)
+    assert bench.register.state is JobState.FAILED
+
+
+def test_stale_reports_are_fenced_and_stale_results_acknowledged(bench: Bench) -> None:
+    bench.place()
+    node = bench.node
+    bench.stewardship.step(bench.at(20))
+    running = AttemptReport(bench.spec.job, 1, Phase.RUNNING, "", 1.0, None)
+    assert sent(bench.stewardship.reported(bench.at(21), node, running), Fence)
+    ended = replace(running, result=Result(AttemptState.EXITED, 0), phase=None)
+    assert sent(bench.stewardship.reported(bench.at(21), node, ended), ReportAck)
+    assert bench.register.state is JobState.QUEUED
+
+
+# -- cancelling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("action", "mode"), [(Action.STOP, StopMode.STOP), (Action.KILL, StopMode.KILL)])
+def test_running_job_is_cancelled_when_its_node_confirms_never_by_time(
+    bench: Bench, action: Action, mode: StopMode
+) -> None:
+    bench.activate()
+    effects = bench.ask(action)
+    assert (bench.register.state, bench.register.stop) == (JobState.CANCELLING, mode)
+    assert isinstance(effects[0], Persist)
+    repeated = [bench.stewardship.step(bench.at(0.5 + tick)) for tick in range(1, 1000)]
+    assert sum(bool(sent(step, Cancel)) for step in repeated) > 400
+    assert [kept(step) for step in repeated if kept(step)] == []
+    final = kept(bench.report(Result(AttemptState.EXITED, 143), now_s=1001.0))
+    assert [register.state for register in final] == [JobState.CANCELLED]
+
+
+def test_kill_after_stop_is_passed_on(bench: Bench) -> None:
+    bench.activate()
+    bench.ask(Action.STOP)
+    assert sent(bench.ask(Action.KILL, now_s=1.0), Cancel)
+    assert bench.register.stop is StopMode.KILL
+    assert sent(bench.ask(Action.STOP, now_s=2.0), Cancel) == []
+
+
+def test_cancelling_survives_a_restart(bench: Bench) -> None:
+    bench.activate()
+    record = record_of(bench.ask(Action.STOP))
+    bench.restart(record)
+    assert sent(bench.stewardship.step(bench.at(0)), Cancel)[0][0] == bench.node
+
+
+def test_final_job_is_not_stopped_again(bench: Bench) -> None:
+    bench.activate()
+    bench.report(Result(AttemptState.EXITED, 0))
+    before = bench.register
+    assert kept(bench.ask(Action.KILL)) == []
+    assert bench.register == before
+
+
+def test_final_register_never_changes(bench: Bench) -> None:
+    bench.queue()
+    bench.ask(Action.STOP)
+    with pytest.raises(BrokenInvariant, match="final register"):
+        bench.stewardship._set(bench.at(1), bench.stewardship._final[bench.spec.job], reason="late")
+
+
+# -- what users ask ----------------------------------------------------------------------------------------------------
+
+
+def test_request_in_anothers_name_is_refused(bench: Bench) -> None:
+    bench.queue()
+    ((_, answer),) = sent(bench.ask(Action.STOP, user="bob"), Answer)
+    assert isinstance(answer, Answer)
+    assert answer.code == "not-allowed"
+    assert bench.register.state is JobState.QUEUED
+
+
+def test_colleague_cannot_stop_a_job(bench: Bench) -> None:
+    admin = bench.office.setups[0].accounts[UserName("ada")]
+    key, seat = bench.office.ring.make("bob"), bench.office.setups[2].node
+    log = bench.rules._log
+    log.add(log.write(admin, [LinkUser(UserName("bob"), key, seat, 2000)]))
+    bench.queue()
+    request = JobRequest(
+        bench.office.mesh, UserName("bob"), Action.KILL, bench.me, bench.at(1).wall_s, "nonce", bench.spec.job
+    )
+    ask = Ask("q", bench.office.ring.sign(key_id(key), request))
+    ((_, answer),) = sent(bench.stewardship.asked(bench.at(1), seat, ask), Answer)
+    assert isinstance(answer, Answer)
+    assert answer.code == "unknown-job"
+    assert bench.register.state is JobState.QUEUED
+
+
+def test_user_lists_own_jobs_from_any_machine(bench: Bench) -> None:
+    bench.queue()
+    ((_, answer),) = sent(bench.ask(Action.LIST, seat=3), Answer)
+    assert isinstance(answer, Answer)
+    assert [view.spec.job for view in answer.views] == [bench.spec.job]
+    assert bench.stewardship.views_of(UserName("bob")) == ()
+
+
+def test_drafts_are_not_listed(bench: Bench) -> None:
+    bench.submit()
+    assert bench.stewardship.views_of(UserName("ada")) == ()
+
+
+def test_unknown_job_is_said_to_be_unknown(bench: Bench) -> None:
+    ((_, answer),) = sent(bench.ask(Action.STOP), Answer)
+    assert isinstance(answer, Answer)
+    assert answer.code == "unknown-job"
+
+
+def test_watcher_hears_every_change_until_the_watch_ends(bench: Bench) -> None:
+    bench.queue()
+    bench.ask(Action.WATCH)
+    for candidate in bench.candidates:
+        effects = bench.answer(candidate.node)
+    assert sent(effects, JobUpdate) == [(bench.submitter, JobUpdate(bench.register))]
+    assert sent(bench.accept(now_s=0.5 + TIMING.watch_s), JobUpdate) == []
+
+
+# -- restarts ----------------------------------------------------------------------------------------------------------
+
+
+def test_restart_finds_every_job_where_it_stood(bench: Bench) -> None:
+    record = record_of(bench.activate())
+    bench.restart(record)
+    assert bench.register.state is JobState.ACTIVE
+    assert sent(bench.accept(now_s=1.0), Activate)
+    assert kept(bench.report(Result(AttemptState.EXITED, 0)))[0].state is JobState.SUCCEEDED
+
+
+def test_restart_gives_up_what_was_being_placed(bench: Bench) -> None:
+    """What the node accepted meanwhile asks, and is fenced: the epoch is spent."""
+    record = record_of(bench.place())
+    bench.restart(record)
+    bench.stewardship.step(bench.at(0))
+    assert (bench.register.state, bench.register.epoch) == (JobState.QUEUED, 1)
+    assert sent(bench.accept(now_s=1.0), Fence)
+
+
+def test_final_jobs_are_kept_for_a_month(bench: Bench, at: Clock) -> None:
+    bench.activate()
+    ended = AttemptReport(bench.spec.job, 1, None, "", at(1).wall_s, at(2).wall_s, Result(AttemptState.EXITED, 0))
+    record = record_of(bench.stewardship.reported(at(2), bench.node, ended))
+    bench.restart(record)
+    assert bench.stewardship.step(at(TIMING.retention_s)) == []
+    later = at(TIMING.retention_s + TIMING.sweep_s)
+    assert bench.stewardship.step(later) == [Persist("job", bench.spec.job, None)]
+    assert bench.stewardship.view(bench.spec.job) is None
+
+
+def test_record_that_no_longer_verifies_is_left_out(bench: Bench) -> None:
+    record = record_of(bench.activate())
+    effects = bench.restart(replace(record, spec=replace(record.spec, signature=b"x" * 32)))
+    assert isinstance(effects[0], Reject)
+    assert bench.stewardship.view(JobId(bench.spec.job)) is None

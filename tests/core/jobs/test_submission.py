@@ -1,0 +1,230 @@
+"""From what was typed to a signed job on its steward."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from meshgpu.core.effects import Answered, Effect, QueryProgressed, Send
+from meshgpu.core.jobs.placement import Candidate
+from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
+from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.core.trust.requests import RequestRules
+from meshgpu.model.clock import Now
+from meshgpu.model.gossip import Capacity, NodeRecord
+from meshgpu.model.ids import KeyId, NodeId, UserName, digest
+from meshgpu.model.inventory import Inventory
+from meshgpu.model.job import Draft, EnvironmentRequest, JobSpec
+from meshgpu.model.messages import Submit, SubmitAnswer
+from meshgpu.model.resources import NO_GPU, GpuRequest, Resources, parse_gpus
+from meshgpu.sim.office import Office
+
+Clock = Callable[[float], Now]
+TIMING = SubmissionTiming()
+
+
+@dataclass
+class Bench:
+    """The first machine as the submitter; candidates by name can be changed."""
+
+    office: Office
+    log: MeshLog
+    at: Clock
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+    submissions: Submissions = field(init=False)
+
+    def __post_init__(self) -> None:
+        for setup in self.office.setups:
+            record = NodeRecord("1", (), setup.inventory)
+            self.candidates[setup.name] = Candidate(setup.node, setup.name, record, Capacity((), ()))
+        self.submissions = Submissions(
+            self.office.setups[0].node, self.log, self.office.notaries[0], random.Random(1), self.look, TIMING
+        )
+
+    def look(self, user: UserName, machine: NodeId | None) -> list[Candidate]:
+        return [c for c in self.candidates.values() if machine in (None, c.node)]
+
+    def change(self, *names: str, **changes: object) -> None:
+        for name in names or tuple(self.candidates):
+            self.candidates[name] = replace(self.candidates[name], **changes)  # type: ignore[arg-type]
+
+    def inventory(self, *names: str, gpus: int = 0) -> None:
+        for name in names or tuple(self.candidates):
+            record = self.candidates[name].record
+            assert record is not None
+            hardware = Inventory(8, 10**10, self.office.setups[0].inventory.gpus[:gpus])
+            self.change(name, record=replace(record, inventory=hardware))
+
+    def ask(self, gpus: str | None = None, machine: str = "", key: KeyId | None = None) -> list[Effect]:
+        resources = None if gpus is None else Resources(parse_gpus(gpus))
+        command = ("python", "train.py")
+        tree = digest(b"tree")
+        draft = Draft("train", command, False, (), EnvironmentRequest(), tree, 1, 1, machine, resources, cpus=2)
+        key = key or self.office.setups[0].accounts[UserName("ada")]
+        return self.submissions.asked(self.at(0), "q", key, draft)
+
+    def spec(self, effects: list[Effect]) -> JobSpec:
+        (effect,) = effects
+        assert isinstance(effect, Send)
+        assert isinstance(effect.message, Submit)
+        spec = RequestRules(self.office.notaries[1], self.log, effect.peer).verify_spec(effect.message.spec)
+        assert spec.stewards == (effect.peer,)
+        assert spec.job == effect.message.job
+        return spec
+
+
+@pytest.fixture
+def bench(office: Office, log: MeshLog, at: Clock) -> Bench:
+    return Bench(office, log, at)
+
+
+def refusal(effects: list[Effect]) -> Answered:
+    (effect,) = effects
+    assert isinstance(effect, Answered)
+    assert effect.code
+    return effect
+
+
+# -- resolving ---------------------------------------------------------------------------------------------------------
+
+
+def test_named_machine_holds_and_runs_the_job(bench: Bench) -> None:
+    spec = bench.spec(bench.ask(machine="rig2"))
+    assert spec.machine == bench.office.setups[2].node
+    assert spec.stewards == (bench.office.setups[2].node,)
+
+
+def test_machine_that_is_not_meant_to_stay_on_holds_nothing(bench: Bench) -> None:
+    record = bench.candidates["rig2"].record
+    assert record is not None
+    bench.change("rig2", record=replace(record, may_steward=False))
+    spec = bench.spec(bench.ask(machine="rig2"))
+    assert spec.machine == bench.office.setups[2].node
+    assert bench.office.setups[2].node not in spec.stewards
+
+
+def test_job_without_a_machine_is_held_where_it_would_run(bench: Bench) -> None:
+    bench.inventory("rig0", "rig1", "rig3")
+    assert bench.spec(bench.ask("1")).stewards == (bench.office.setups[2].node,)
+
+
+def test_job_is_held_elsewhere_when_there_is_no_room(bench: Bench) -> None:
+    bench.change(capacity=None)
+    assert bench.spec(bench.ask("1")).stewards != (bench.office.setups[0].node,)
+
+
+def test_last_resort_is_to_hold_it_oneself(bench: Bench) -> None:
+    bench.change("rig1", "rig2", "rig3", is_down=True, refusal="does not answer")
+    bench.change("rig0", capacity=None)
+    effects = bench.ask("1")
+    assert isinstance(effects[0], Send)
+    assert effects[0].peer == bench.office.setups[0].node
+
+
+def test_unknown_machine_is_refused_with_the_nearest_name(bench: Bench) -> None:
+    answer = refusal(bench.ask(machine="rgi2"))
+    assert answer.code == "unknown-machine"
+    assert answer.hint == "did you mean -m rig2?"
+    assert refusal(bench.ask(machine="zzzzzzz")).hint == "the machines are: rig0, rig1, rig2, rig3"
+
+
+def test_without_g_a_machine_with_a_gpu_gives_one_whole(bench: Bench) -> None:
+    spec = bench.spec(bench.ask(machine="rig2"))
+    assert spec.resources == Resources(GpuRequest(1), 2)
+
+
+def test_without_g_a_machine_without_gpus_gives_none(bench: Bench) -> None:
+    bench.inventory("rig2")
+    assert bench.spec(bench.ask(machine="rig2")).resources.gpus == NO_GPU
+    assert bench.spec(bench.ask()).resources.gpus == GpuRequest(1)
+    bench.inventory()
+    assert bench.spec(bench.ask()).resources.gpus == NO_GPU
+
+
+def test_request_that_no_machine_can_ever_satisfy_is_refused_now(bench: Bench) -> None:
+    answer = refusal(bench.ask("h100"))
+    assert answer.code == "impossible"
+    assert "no machine has h100:1 GPUs" in answer.reason
+    assert "RTX 4090 24 GB" in answer.reason
+
+
+def test_request_that_only_has_to_wait_is_not_refused(bench: Bench) -> None:
+    bench.change(is_down=True, refusal="does not answer")
+    assert isinstance(bench.ask("1")[0], Send)
+
+
+def test_request_that_the_named_machine_cannot_satisfy_is_refused(bench: Bench) -> None:
+    answer = refusal(bench.ask("2", machine="rig2"))
+    assert answer.reason == "cannot run on rig2: it has RTX 4090 24 GB; the job asks for 2"
+
+
+def test_machine_that_is_closed_to_the_user_is_refused(bench: Bench) -> None:
+    bench.change(is_closed=True, refusal="lends nothing at the moment")
+    assert refusal(bench.ask("1", machine="rig2")).reason == "cannot run on rig2: it lends nothing at the moment"
+    assert refusal(bench.ask("1")).code == "impossible"
+
+
+def test_machine_that_has_said_nothing_yet_may_turn_out_to_fit(bench: Bench) -> None:
+    bench.change(record=None, capacity=None)
+    assert isinstance(bench.ask("h100")[0], Send)
+
+
+def test_account_of_no_user_submits_nothing(bench: Bench) -> None:
+    assert refusal(bench.ask(key=KeyId("x" * 52))).code == "not-allowed"
+
+
+# -- on the way --------------------------------------------------------------------------------------------------------
+
+
+def test_id_is_told_only_when_the_steward_holds_the_job(bench: Bench) -> None:
+    spec = bench.spec(bench.ask("1"))
+    steward = spec.stewards[0]
+    assert bench.submissions.answered(bench.at(1), steward, SubmitAnswer(spec.job, held=False)) == []
+    (answer,) = bench.submissions.answered(bench.at(2), steward, SubmitAnswer(spec.job, held=True))
+    assert isinstance(answer, Answered)
+    assert [view.spec for view in answer.views] == [spec]
+    assert bench.submissions.deadline() is None
+
+
+def test_confirmation_of_another_machine_counts_for_nothing(bench: Bench) -> None:
+    spec = bench.spec(bench.ask("1"))
+    other = next(setup.node for setup in bench.office.setups if setup.node not in spec.stewards)
+    assert bench.submissions.answered(bench.at(1), other, SubmitAnswer(spec.job, held=True)) == []
+    assert bench.submissions.tree_for(spec.job, other) is None
+    assert bench.submissions.tree_for(spec.job, spec.stewards[0]) == spec.tree
+
+
+def test_spec_is_sent_again_unchanged_until_it_is_answered(bench: Bench) -> None:
+    (first,) = bench.ask("1")
+    repeated = [bench.submissions.step(bench.at(tick)) for tick in range(1, 9)]
+    assert [effects[0] for effects in repeated if effects] == [first] * 4
+
+
+def test_silent_steward_is_told_to_the_user(bench: Bench) -> None:
+    spec = bench.spec(bench.ask("1"))
+    (answer,) = bench.submissions.step(bench.at(TIMING.patience_s))
+    assert refusal([answer]).code == "no-answer"
+    assert bench.submissions.answered(bench.at(11), spec.stewards[0], SubmitAnswer(spec.job, held=True)) == []
+
+
+def test_tree_that_is_on_its_way_buys_patience(bench: Bench) -> None:
+    spec = bench.spec(bench.ask("1"))
+    effects = bench.submissions.answered(bench.at(9), spec.stewards[0], SubmitAnswer(spec.job, False, 1, 2))
+    assert effects == [QueryProgressed("q", 1, 2)]
+    assert not any(isinstance(e, Answered) for e in bench.submissions.step(bench.at(15)))
+    assert any(isinstance(e, Answered) for e in bench.submissions.step(bench.at(9 + TIMING.patience_s)))
+
+
+def test_refusal_of_the_steward_ends_the_submission(bench: Bench) -> None:
+    spec = bench.spec(bench.ask("1"))
+    refused = SubmitAnswer(spec.job, held=False, code="stale", reason="cannot accept a job")
+    effects = bench.submissions.answered(bench.at(1), spec.stewards[0], refused)
+    assert refusal(effects).code == "stale"
+    assert bench.submissions.step(bench.at(60)) == []
+
+
+def test_link_to_the_steward_makes_it_send_at_once(bench: Bench) -> None:
+    spec = bench.spec(bench.ask("1"))
+    bench.submissions.steward_linked(bench.at(0.3), spec.stewards[0])
+    assert bench.submissions.deadline() == 0.3

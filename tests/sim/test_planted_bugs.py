@@ -1,0 +1,228 @@
+"""The checker bites: bugs planted in the core are found within a few seeds."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from meshgpu.core.effects import Effect, Persist, Send
+from meshgpu.core.jobs import attempts as attempts_module
+from meshgpu.core.jobs.attempt import Attempt
+from meshgpu.core.jobs.attempts import Attempts
+from meshgpu.core.jobs.placement import Room, find_room
+from meshgpu.core.jobs.steward import Stewardship
+from meshgpu.core.jobs.submission import Submissions
+from meshgpu.core.node import Node
+from meshgpu.core.owner import Permission
+from meshgpu.core.trust.requests import RequestRules
+from meshgpu.errors import BrokenInvariant
+from meshgpu.model.clock import Now
+from meshgpu.model.gossip import GossipEntry
+from meshgpu.model.ids import JobId, NodeId
+from meshgpu.model.job import AttemptState, JobRequest, JobState, Register
+from meshgpu.model.messages import Activate, AttemptReport, CommitAnswer, ReportAck, SubmitAnswer
+from meshgpu.model.trust import Signed
+from meshgpu.sim.fakes import ToyNotary
+from meshgpu.sim.scenario import Scenario, simulate
+from meshgpu.sim.world import WorldConfig
+
+SEEDS = 40
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def find(pattern: str, seeds: int = SEEDS, scenario: Scenario | None = None) -> int:
+    """The first seed whose world breaks an invariant, with a message that fits `pattern`."""
+    for seed in range(seeds):
+        try:
+            simulate(seed, scenario)
+        except (BrokenInvariant, AssertionError) as error:
+            with pytest.raises(type(error), match=pattern):
+                raise
+            return seed
+    pytest.fail(f"no world of {seeds} noticed the planted bug")
+
+
+def test_node_that_grants_one_gpu_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(*args: object) -> Room:
+        resources, inventory, readings, _ = args
+        return find_room(resources, inventory, readings, ())  # type: ignore[arg-type]  # the arguments of find_room
+
+    monkeypatch.setattr(attempts_module, "find_room", careless)
+    find("promises .* twice|promises more")
+
+
+def test_node_that_forgets_what_its_running_jobs_use_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Attempt, "occupies", property(lambda self: self.state is AttemptState.HELD))
+    find("runs jobs on .* twice|more memory|allocations|lives|still")
+
+
+def test_steward_that_requeues_an_active_job_by_timeout_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Stewardship.step
+
+    def impatient(self: Stewardship, now: Now) -> list[Effect]:
+        effects: list[Effect] = []
+        for job in list(self._jobs.values()):
+            if job.register.state is JobState.ACTIVE and job.due is not None and now.boot_s >= job.due:
+                effects += self._requeue(now, job, "silent for too long")
+        return effects + original(self, now)
+
+    monkeypatch.setattr(Stewardship, "step", impatient)
+    find("placed again while it lives|lives twice|cancelled|while it lives|delivered")
+
+
+def test_node_that_starts_before_it_is_activated_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Attempts.committed
+
+    def eager(self: Attempts, now: Now, steward: object, commit: object) -> list[Effect]:
+        effects = original(self, now, steward, commit)  # type: ignore[arg-type]  # the arguments of committed
+        accepted = [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, CommitAnswer)]
+        if accepted and accepted[0].accepted:
+            answer = accepted[0]
+            effects += self.activated(now, steward, Activate(answer.job, answer.epoch))  # type: ignore[arg-type]
+        return effects
+
+    monkeypatch.setattr(Attempts, "committed", eager)
+    find("starts on .* but the register is|first written as")
+
+
+def test_steward_that_confirms_before_it_persists_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Stewardship.submitted
+
+    def hasty(self: Stewardship, now: Now, peer: object, submit: object) -> list[Effect]:
+        effects = original(self, now, peer, submit)  # type: ignore[arg-type]  # the arguments of submitted
+        answered = any(isinstance(effect, Send) for effect in effects)
+        return effects if answered else [*effects, Send(peer, SubmitAnswer(submit.job, held=True))]  # type: ignore[attr-defined, arg-type]
+
+    monkeypatch.setattr(Stewardship, "submitted", hasty)
+    find("was confirmed, but its steward's disk has")
+
+
+def test_driver_that_sends_before_it_persists_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Node.step
+
+    def reversed_order(self: Node, now: Now, event: object) -> list[Effect]:
+        return original(self, now, event)[::-1]  # type: ignore[arg-type]  # the arguments of step
+
+    monkeypatch.setattr(Node, "step", reversed_order)
+    find("orders a Persist after another effect")
+
+
+def test_steward_that_forgets_to_persist_placing_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Stewardship._choose
+
+    def forgetful(self: Stewardship, now: Now, job: object) -> list[Effect]:
+        return [e for e in original(self, now, job) if not isinstance(e, Persist)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Stewardship, "_choose", forgetful)
+    find("before its steward wrote it down|epochs of .* jump")
+
+
+def test_steward_that_reuses_an_epoch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Stewardship._requeue
+
+    def thrifty(self: Stewardship, now: Now, job: object, reason: str) -> list[Effect]:
+        effects = original(self, now, job, reason)  # type: ignore[arg-type]
+        register: Register = job.register  # type: ignore[attr-defined]
+        job.register = replace(register, epoch=register.epoch - 1)  # type: ignore[attr-defined]
+        return effects
+
+    monkeypatch.setattr(Stewardship, "_requeue", thrifty)
+    find("accepted again|epochs of .* jump|starts on|not at rest")
+
+
+def test_steward_that_acknowledges_a_result_it_does_not_keep_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Stewardship.reported
+
+    def rash(self: Stewardship, now: Now, node: object, report: object) -> list[Effect]:
+        if report.result is not None:  # type: ignore[attr-defined]
+            return [Send(node, ReportAck(report.job, report.epoch))]  # type: ignore[arg-type, attr-defined]
+        return original(self, now, node, report)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Stewardship, "reported", rash)
+    find("counts as delivered")
+
+
+def test_node_that_lets_everybody_in_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def welcoming(*_args: object) -> Permission:
+        return Permission()
+
+    monkeypatch.setattr(attempts_module, "permission", welcoming)
+    monkeypatch.setattr("meshgpu.core.node.permission", welcoming)
+    find("runs on .* fenced")
+
+
+def test_node_that_forgets_its_allocations_on_restart_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Attempts.restore
+
+    def amnesiac(self: Attempts, now: Now, records: object) -> list[Effect]:
+        return original(self, now, ())
+
+    monkeypatch.setattr(Attempts, "restore", amnesiac)
+    find("twice|more|not at rest|accepted again|goes back|first written|while it lives")
+
+
+# -- what an intruder finds --------------------------------------------------------------------------------------------
+
+
+def find_by_lies(pattern: str) -> int:
+    return find(pattern, scenario=Scenario(world=WorldConfig(has_intruder=True)))
+
+
+def test_node_that_checks_no_signatures_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ToyNotary, "read", lambda self, signed, _key, kind: self._decode(signed, kind))
+    find_by_lies(".")
+
+
+def test_steward_that_takes_stale_specs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RequestRules, "_check_fresh", lambda *_args: None)
+    find_by_lies("which no user asked for")
+
+
+def test_steward_that_lets_anybody_stop_a_job_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Stewardship._obey
+
+    def obliging(self: Stewardship, now: Now, peer: object, request: JobRequest, signed: Signed) -> object:
+        job = self._jobs.get(request.job or JobId(""))
+        named = replace(request, user=job.spec.user) if job else request
+        return original(self, now, peer, named, signed)  # type: ignore[arg-type]  # the arguments of _obey
+
+    monkeypatch.setattr(Stewardship, "_obey", obliging)
+    find_by_lies("its user did not ask for it")
+
+
+def test_steward_that_believes_reports_of_any_node_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Stewardship.reported
+
+    def gullible(self: Stewardship, now: Now, node: NodeId, report: AttemptReport) -> list[Effect]:
+        job = self._jobs.get(report.job)
+        return original(self, now, (job.register.node if job else None) or node, report)
+
+    monkeypatch.setattr(Stewardship, "reported", gullible)
+    find_by_lies("ended with|while it lives")
+
+
+def test_node_that_obeys_any_steward_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Attempts, "_of_steward", lambda self, _steward, job, epoch: self._live.get((job, epoch)))
+    find_by_lies("nobody asked for it|but the register is|counts as delivered")
+
+
+def test_submitter_that_believes_any_steward_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Submissions.answered
+
+    def credulous(self: Submissions, now: Now, steward: NodeId, answer: SubmitAnswer) -> list[Effect]:
+        found = self._open.get(answer.job)
+        return original(self, now, found.spec.stewards[0] if found else steward, answer)
+
+    monkeypatch.setattr(Submissions, "answered", credulous)
+    find_by_lies("was confirmed, but|rest")
+
+
+def test_node_that_takes_entries_of_others_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ToyNotary.read
+
+    def trusting(self: ToyNotary, signed: Signed, key: bytes, kind: type[object]) -> object:
+        return self._decode(signed, kind) if kind is GossipEntry else original(self, signed, key, kind)
+
+    monkeypatch.setattr(ToyNotary, "read", trusting)
+    find_by_lies("what it never said")
