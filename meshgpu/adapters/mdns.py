@@ -85,11 +85,20 @@ class Mdns:
         self._follower = asyncio.get_running_loop().create_task(follow, name="mdns interfaces")
 
     async def announce(self, sighting: Sighting) -> None:
-        """Register or replace our announcement. Without an IPv4 address in `sighting` there is none."""
+        """Register or replace our announcement. Without an IPv4 address in `sighting` there is none.
+
+        Raises MeshgpuError `no-mdns` where the network does not take it within ANNOUNCE_TIMEOUT_S.
+        """
+        try:
+            async with self._announcing, asyncio.timeout(ANNOUNCE_TIMEOUT_S):
+                await self._replace(sighting)
+        except (TimeoutError, OSError) as error:
+            found = str(error) or "the network did not take it in time"
+            raise MeshgpuError("no-mdns", f"cannot announce this machine by mDNS: {found}") from error
+
+    async def _replace(self, sighting: Sighting) -> None:
         info = announcement(sighting)
-        async with self._announcing, asyncio.timeout(ANNOUNCE_TIMEOUT_S):
-            if self._zeroconf is None or sighting == self._announced:
-                return
+        if self._zeroconf is not None and sighting != self._announced:
             if self._own is not None:
                 # A goodbye before each change: listeners keep an old record for seconds, and would not notice if we
                 # came back to what it says.

@@ -18,11 +18,11 @@ from meshgpu.agent.callers import descends_from
 from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.status import Status
-from meshgpu.agent.views import Document, JobDocuments, machine_document
+from meshgpu.agent.views import Document, JobDocuments, machine_document, verdict_document
 from meshgpu.config import DEFAULT_PAIRING_PORT, host_of, with_port
 from meshgpu.errors import HTTP_STATUS, MeshgpuError, TrustError
-from meshgpu.model.ids import Digest, KeyId, as_name
-from meshgpu.model.job import Draft, EnvironmentRequest, Register, StopMode
+from meshgpu.model.ids import Digest, KeyId, as_name, display_name
+from meshgpu.model.job import Draft, EnvironmentRequest, JobView, Register, StopMode
 from meshgpu.model.resources import Resources, parse_gpus
 from meshgpu.model.tree import CHUNK_BYTES, MANIFEST_LIMIT_BYTES, Manifest
 from meshgpu.ports import ChunkStore, PairingDialog
@@ -69,6 +69,7 @@ class Control:
                 web.post("/v1/jobs", self._submit),
                 web.get("/v1/jobs", self._list),
                 web.get("/v1/jobs/{job}", self._job),
+                web.get("/v1/jobs/{job}/why", self._why),
                 web.get("/v1/jobs/{job}/events", self._events),
                 web.post("/v1/jobs/{job}/stop", self._stop),
                 web.get("/v1/jobs/{job}/files", self._files),
@@ -163,7 +164,7 @@ class Control:
     async def _machines(self, request: web.Request) -> web.Response:
         self._key(request)
         views = self.status.node.machines(self.status.clock.now())
-        return web.json_response({"machines": [machine_document(view, {}) for view in views]})
+        return web.json_response({"machines": [machine_document(view) for view in views]})
 
     async def _doctor(self, request: web.Request) -> web.Response:
         del request
@@ -207,7 +208,7 @@ class Control:
         async def submit() -> None:
             try:
                 view = await self.jobs.submit(key, draft, shipped)
-                document = self._document(Found(view, _display(view.spec.name, view.spec.job)))
+                document = self._document(Found(view, display_name(view.spec.name, view.spec.job)))
                 lines.put_nowait({"type": "job", "job": document})
             except MeshgpuError as error:
                 lines.put_nowait({"type": "error", "error": error_document(error)})
@@ -267,6 +268,11 @@ class Control:
     async def _job(self, request: web.Request) -> web.Response:
         found = await self.jobs.find(self._key(request), request.match_info["job"])
         return web.json_response({"job": self._document(found)})
+
+    async def _why(self, request: web.Request) -> web.Response:
+        found = await self.jobs.find(self._key(request), request.match_info["job"])
+        verdicts = [verdict_document(verdict) for verdict in self.status.node.why(found.view.spec)]
+        return web.json_response({"job": self._document(found), "machines": verdicts})
 
     async def _stop(self, request: web.Request) -> web.Response:
         key = self._key(request)
@@ -366,11 +372,7 @@ def error_document(error: MeshgpuError) -> Document:
 
 
 def _with_register(found: Found, register: Register) -> Found:
-    return Found(type(found.view)(found.view.spec, register), found.display)
-
-
-def _display(name: str, job: str) -> str:
-    return f"{name}-{job[:3]}"
+    return Found(JobView(found.view.spec, register), found.display)
 
 
 def _peer(request: web.Request) -> tuple[int, int]:

@@ -2,13 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-from meshgpu.errors import MeshgpuError
 from meshgpu.model.ids import JobId
-
-SOCKET_PATH_LIMIT: Final = 107
-"""Bytes in a Unix socket's path: sun_path holds 108 with its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +44,6 @@ class Home:
         return self.jobs / job / str(epoch)
 
     def prepare(self) -> None:
-        """Make the directory. Raises MeshgpuError where its path is too long for the control socket."""
-        length = len(str(self.socket).encode())
-        if length > SOCKET_PATH_LIMIT:
-            raise MeshgpuError(
-                "path-too-long",
-                f"cannot use {self.directory}: its socket's path has {length} bytes, expected {SOCKET_PATH_LIMIT}",
-                "set MESHGPU_HOME to a shorter path",
-            )
+        """Make the directory, for this account alone."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.jobs.mkdir(mode=0o700, exist_ok=True)

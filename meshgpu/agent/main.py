@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from aiohttp import web
@@ -38,14 +39,14 @@ from meshgpu.agent.streams import Streams
 from meshgpu.agent.trees import Trees
 from meshgpu.config import Config, load_config
 from meshgpu.core import events as ev
-from meshgpu.core.node import MESH_TAG_CHARACTERS, Node, NodeConfig
+from meshgpu.core.node import Node, NodeConfig
 from meshgpu.core.owner import OwnerPolicy
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.gossip import Sighting
 from meshgpu.model.ids import Address, JobId, as_name, node_id
-from meshgpu.model.inventory import GpuReading, Inventory, gpu_summary
+from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.records import Record
-from meshgpu.wire.codec import PROTOCOL, decode, kind_of
+from meshgpu.wire.codec import decode, kind_of
 from meshgpu.wire.notary import WireNotary
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ async def run(home: Home) -> None:
         raise group.exceptions[0] from None
 
 
-class _Stopped(Exception):  # noqa: N818  # no error: it ends the TaskGroup
+class _Stopped(Exception):  # no error: it ends the TaskGroup
     """Ends every task of the agent."""
 
 
@@ -111,10 +112,8 @@ class Agent:
         self._rng = random.SystemRandom()
         self._clock = BootClock()
         self._port = 0
-        self._pairing_port = 0
-        self._inventory = Inventory(0, 0)
         self._addresses: list[Address] = []
-        self._discovery: Mdns | None = None
+        self._discovery: ports.Discovery | None = None
 
     async def start(self) -> None:
         """Connect everything; when this returns, the control socket answers."""
@@ -184,7 +183,7 @@ class Agent:
         self._closing.callback(locks.close)
 
         def sampled(inventory: Inventory, readings: tuple[GpuReading, ...]) -> None:
-            self._inventory = self._status.inventory = inventory
+            self._status.inventory = inventory
             self._runtime.post(ev.MachineRead(inventory, locks.claim(inventory, readings)))
 
         probe = NvmlGpus()
@@ -199,7 +198,7 @@ class Agent:
             if addresses != self._addresses:
                 self._addresses = addresses
                 self._runtime.post(ev.AddressesChanged(tuple(addresses)))
-                await self._announce()
+                await self._runtime.announce()
             await asyncio.sleep(ADDRESS_POLL_S)
 
     # -- discovery ----------------------------------------------------------------------------------------------------
@@ -218,23 +217,13 @@ class Agent:
             return
         self._closing.push_async_callback(discovery.stop)
         self._discovery = discovery
-        await self._announce()
+        await self._runtime.announce()
 
     async def _announce(self) -> None:
         if self._discovery is None or self._config.advertise == "off" or not self._addresses:
             return
-        log = self._node.log
-        await self._discovery.announce(
-            Sighting(
-                self._node.node,
-                (log.mesh or "")[:MESH_TAG_CHARACTERS],
-                log.mesh_name,
-                PROTOCOL,
-                tuple(self._addresses),
-                self._pairing_port,
-                gpu_summary(self._inventory.gpus) if self._config.advertise == "gpus" else "",
-            )
-        )
+        sighting = self._status.own_sighting()
+        await self._discovery.announce(sighting if self._config.advertise == "gpus" else replace(sighting, gpus=""))
 
     # -- people -------------------------------------------------------------------------------------------------------
 
@@ -261,8 +250,8 @@ class Agent:
 
     def _pairing_opened(self, port: int) -> None:
         """The pairing listener opened at `port`, or closed (0): mDNS says so."""
-        self._pairing_port = port
-        self._tasks.create_task(self._announce())
+        self._status.pairing_port = port
+        self._tasks.create_task(self._runtime.announce())
 
     def _discard(self, job: JobId, epoch: int) -> None:
         shutil.rmtree(self._home.attempt(job, epoch), ignore_errors=True)

@@ -192,7 +192,7 @@ class Runtime:
             case fx.TrustMembers(members=members):
                 self.outside.transport.trust([ports.Anchor(m.node, m.device_ca) for m in members])
             case fx.Announce():
-                self._start(self._announce())
+                self._start(self.announce())
             case fx.FetchTree():
                 self._start(self._fetch_tree(effect))
             case fx.StartAttempt(plan=plan):
@@ -246,7 +246,8 @@ class Runtime:
         else:
             self.post(ev.AddressIdentified(address, node))
 
-    async def _announce(self) -> None:
+    async def announce(self) -> None:
+        """Let mDNS say how things stand; where it cannot, the mesh goes on without."""
         try:
             await self.outside.announce()
         except MeshgpuError as error:

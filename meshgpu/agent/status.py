@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from meshgpu import __version__
 from meshgpu.agent.home import Home
 from meshgpu.agent.views import Document
-from meshgpu.core.node import MESH_TAG_CHARACTERS, Node
+from meshgpu.core.node import Node
 from meshgpu.errors import MeshgpuError, TrustError
-from meshgpu.model.gossip import MemberState, Sighting
+from meshgpu.model.gossip import MemberState, Sighting, mesh_tag
 from meshgpu.model.ids import Address, NodeId
 from meshgpu.model.inventory import Inventory, gpu_summary, short_gpu_name
 from meshgpu.model.trust import UserKey
 from meshgpu.ports import Clock
+from meshgpu.wire.codec import PROTOCOL
 
 LOW_DISK_BYTES = 10 * 10**9
 """Below this a job's files may not fit any more: `doctor` says so."""
@@ -40,6 +41,7 @@ class Status:
     inventory: Inventory = field(default_factory=lambda: Inventory(0, 0))
     sightings: dict[NodeId, Sighting] = field(default_factory=dict)
     discovery_fault: str = ""
+    pairing_port: int = 0
     started_wall_s: float = field(default_factory=time.time)
 
     def sighted(self, sighting: Sighting) -> None:
@@ -87,22 +89,26 @@ class Status:
     async def discover(self, seconds: float) -> list[Document]:
         """Machines that announce themselves, after listening for up to `seconds`; this one comes first."""
         await asyncio.sleep(seconds)
+        sightings = sorted(self.sightings.values(), key=lambda sighting: sighting.node)
+        return [self._sighting(sighting) for sighting in (self.own_sighting(), *sightings)]
+
+    def own_sighting(self) -> Sighting:
+        """What this machine announces of itself where everything may be shown."""
         log = self.node.log
-        me = Sighting(
+        return Sighting(
             self.node.node,
-            (log.mesh or "")[:MESH_TAG_CHARACTERS],
+            mesh_tag(log.mesh),
             log.mesh_name,
-            1,
+            PROTOCOL,
             tuple(self.addresses()),
-            gpus=gpu_summary(self.inventory.gpus),
+            self.pairing_port,
+            gpu_summary(self.inventory.gpus),
         )
-        sightings = [me, *sorted(self.sightings.values(), key=lambda sighting: sighting.node)]
-        return [self._sighting(sighting) for sighting in sightings]
 
     def _sighting(self, sighting: Sighting) -> Document:
         log = self.node.log
         member = log.members.get(sighting.node)
-        is_ours = log.mesh is not None and sighting.mesh_tag == log.mesh[:MESH_TAG_CHARACTERS]
+        is_ours = log.mesh is not None and sighting.mesh_tag == mesh_tag(log.mesh)
         is_self = sighting.node == self.node.node
         return {
             "node": sighting.node,
@@ -137,7 +143,7 @@ class Status:
             return _check("mesh", None, "in no mesh yet", "meshgpu init, or meshgpu join INVITE")
         if log.frozen:
             return _check("mesh", False, f"an admin of {log.mesh_name} signed two different entries: it is frozen")
-        return _check("mesh", True, f"{log.mesh_name} ({log.mesh[:MESH_TAG_CHARACTERS]}), {len(log.members)} machines")
+        return _check("mesh", True, f"{log.mesh_name} ({mesh_tag(log.mesh)}), {len(log.members)} machines")
 
     def _links_check(self) -> Document:
         machines = [view for view in self.node.machines(self.clock.now()) if not view.is_self]
@@ -157,7 +163,8 @@ class Status:
     def _gpu_check(self) -> Document:
         inventory = self.inventory
         if inventory.gpus:
-            return _check("gpus", True, f"{gpu_summary(inventory.gpus)}, driver {inventory.driver_version or '?'}")
+            versions = f"driver {inventory.driver_version or '?'}, CUDA {inventory.cuda_version or '?'}"
+            return _check("gpus", True, f"{gpu_summary(inventory.gpus)}, {versions}")
         return _check("gpus", None, inventory.gpu_note or "no GPU")
 
     def _fence_check(self) -> Document:

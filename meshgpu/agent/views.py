@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from meshgpu.core.jobs.placement import GpuVerdict, MachineVerdict
 from meshgpu.core.node import MachineView, Node
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Allocation
@@ -15,7 +16,7 @@ from meshgpu.model.trust import Member
 Document = dict[str, Any]
 
 
-def machine_document(view: MachineView, displays: Mapping[JobId, str]) -> Document:
+def machine_document(view: MachineView) -> Document:
     member, record, capacity = view.member, view.record, view.capacity
     inventory = record.inventory if record else None
     readings = {reading.uuid: reading for reading in capacity.readings} if capacity else {}
@@ -34,17 +35,14 @@ def machine_document(view: MachineView, displays: Mapping[JobId, str]) -> Docume
         "down_s": view.down_s,
         "version": record.agent_version if record else "",
         "gpus": [
-            _gpu_document(gpu, readings.get(gpu.uuid), allocations, displays)
-            for gpu in (inventory.gpus if inventory else ())
+            _gpu_document(gpu, readings.get(gpu.uuid), allocations) for gpu in (inventory.gpus if inventory else ())
         ],
     }
 
 
-def _gpu_document(
-    gpu: Gpu, reading: GpuReading | None, allocations: tuple[Allocation, ...], displays: Mapping[JobId, str]
-) -> Document:
+def _gpu_document(gpu: Gpu, reading: GpuReading | None, allocations: tuple[Allocation, ...]) -> Document:
     jobs = [
-        {"id": a.job, "display": displays.get(a.job, display_name(a.name, a.job)), "user": a.user}
+        {"id": a.job, "display": display_name(a.name, a.job), "user": a.user}
         for a in allocations
         if any(share.uuid == gpu.uuid for share in a.gpus)
     ]
@@ -60,6 +58,32 @@ def _gpu_document(
         "compute_capability": gpu.compute_capability,
         "fault": reading.fault if reading else "",
         "jobs": jobs,
+    }
+
+
+def verdict_document(verdict: MachineVerdict) -> Document:
+    """What one machine would say to a job now."""
+    return {
+        "name": verdict.name,
+        "takes": verdict.rule is None,
+        "rule": verdict.rule.value if verdict.rule else None,
+        "refusal": verdict.refusal,
+        "remedy": verdict.remedy,
+        "gives": [share.uuid for share in verdict.gpus],
+        "gpus": [_gpu_verdict_document(gpu) for gpu in verdict.verdicts],
+    }
+
+
+def _gpu_verdict_document(verdict: GpuVerdict) -> Document:
+    return {
+        "index": verdict.gpu.index,
+        "uuid": verdict.gpu.uuid,
+        "name": verdict.gpu.name,
+        "memory_total_bytes": verdict.gpu.memory_total_bytes,
+        "takes": verdict.rule is None,
+        "rule": verdict.rule.value if verdict.rule else None,
+        "refusal": verdict.refusal,
+        "remedy": verdict.remedy,
     }
 
 

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from meshgpu import __version__
 from meshgpu.cli.render import show_error
+from meshgpu.cli.words import EXIT_MESH_FAILED, EXIT_USAGE
 from meshgpu.errors import MeshgpuError
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 PROGRAM: Final = "meshgpu"
 COMPLETION_VARIABLE: Final = "_MESHGPU_COMPLETE"
-EXIT_USAGE: Final = 2
-EXIT_MESH_FAILED: Final = 125
 
 COMMANDS: Final = {
     "init": "mesh_commands",
@@ -40,10 +39,13 @@ COMMANDS: Final = {
     "stop": "job_commands",
     "kill": "job_commands",
     "info": "job_commands",
+    "why": "why_command",
     "wait": "job_commands",
     "ls": "file_commands",
     "cp": "file_commands",
+    "cost": "cost_command",
     "doctor": "machine_commands",
+    "install": "install_command",
     "version": "machine_commands",
     "completion": "completion_command",
 }

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+
+from meshgpu.wire.certificates import der
 
 pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("strangers")]
 
@@ -115,16 +118,10 @@ def test_stranger_sees_what_machines_announce_and_nothing_else(lab: Any) -> None
 
 def test_stranger_gets_no_link_and_no_stream(lab: Any, tmp_path: Path) -> None:
     ada, bob, _, _, mallory = lab
-    port = bob.json("version")["link_port"] if "link_port" in bob.json("version") else 7443
-    ca = next(path for path in (bob.home / "keys").iterdir() if "ca" in path.name).read_bytes()
-    if ca.startswith(b"-----"):
-        lines = [line for line in ca.decode().splitlines() if not line.startswith("-----")]
-        import base64
-
-        ca = base64.b64decode("".join(lines))
+    ca = der(x509.load_pem_x509_certificate((bob.home / "keys" / "device-ca.pem").read_bytes()))
     script = tmp_path / "knock.py"
     script.write_text(KNOCK)
-    command = [sys.executable, str(script), str(tmp_path / "keys"), f"{bob.address}:{port}", ca.hex()]
+    command = [sys.executable, str(script), str(tmp_path / "keys"), f"{bob.address}:7443", ca.hex()]
     done = subprocess.run(mallory.argv(*command), capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.splitlines() == ["DialFailed", "refused no-answer"], done.stderr
     assert ada.json("machines")
