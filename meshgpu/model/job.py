@@ -28,6 +28,7 @@ class JobSpec:
     command: argv; with `shell`, one string that `sh -c` runs. tree: digest of the manifest of the working directory.
     machine: the node named by `-m`, else None. stewards: who holds the register: one rig, later three.
     issued_wall_s: Unix time; a steward accepts a spec 120 s old at most.
+    image: the container image that the command runs in; empty for a process in a Python environment.
     """
 
     mesh: MeshId
@@ -46,6 +47,7 @@ class JobSpec:
     machine: NodeId | None
     stewards: tuple[NodeId, ...]
     issued_wall_s: float
+    image: str = ""
 
 
 class JobState(StrEnum):
@@ -212,7 +214,7 @@ class Draft:
     """A job as the command line asks for it, before it is resolved and signed.
 
     gpus: None where `-g` is absent: one whole GPU if the machine has one, else none.
-    machine: a machine's name, empty without `-m`.
+    machine: a machine's name, empty without `-m`. image: of a container, empty without `--image`.
     """
 
     name: str
@@ -227,6 +229,7 @@ class Draft:
     resources: Resources | None
     cpus: int = 0
     memory_bytes: int = 0
+    image: str = ""
 
 
 @dataclass(frozen=True, slots=True)

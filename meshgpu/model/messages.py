@@ -96,7 +96,6 @@ class Commit:
     job: JobId
     epoch: int
     hold: HoldId
-    spec: Signed
     votes: tuple[Signed, ...]
 
 

@@ -237,7 +237,7 @@ class Intruder:
         signed = self._forged(view, spec)
         digest = self.ring.digest(signed)
         vote = PlacingVote(spec.mesh, spec.job, digest, epoch, self._victim.node, hold, self.machine.node)
-        return Commit(spec.job, epoch, hold, signed, (self.ring.sign(KeyId(self.machine.node), vote),))
+        return Commit(spec.job, epoch, hold, (self.ring.sign(KeyId(self.machine.node), vote),))
 
     def _as_steward(self) -> Aimed | None:
         """Orders that only a job's steward may give, to the machine where the job lives."""

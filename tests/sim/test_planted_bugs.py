@@ -9,6 +9,7 @@ from meshgpu.core.effects import Effect, Persist, Send
 from meshgpu.core.jobs import attempts as attempts_module
 from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.jobs.attempts import Attempts
+from meshgpu.core.jobs.held_job import HeldJob
 from meshgpu.core.jobs.placement import Room, find_room
 from meshgpu.core.jobs.steward import Stewardship
 from meshgpu.core.jobs.submission import Submissions
@@ -109,12 +110,12 @@ def test_driver_that_sends_before_it_persists_is_caught(monkeypatch: pytest.Monk
 
 
 def test_steward_that_forgets_to_persist_placing_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Stewardship._choose
+    original = Stewardship._place
 
-    def forgetful(self: Stewardship, now: Now, job: object) -> list[Effect]:
-        return [e for e in original(self, now, job) if not isinstance(e, Persist)]  # type: ignore[arg-type]
+    def forgetful(self: Stewardship, now: Now, job: HeldJob) -> list[Effect]:
+        return [effect for effect in original(self, now, job) if not isinstance(effect, Persist)]
 
-    monkeypatch.setattr(Stewardship, "_choose", forgetful)
+    monkeypatch.setattr(Stewardship, "_place", forgetful)
     find("before its steward wrote it down|epochs of .* jump")
 
 

@@ -6,17 +6,19 @@ epoch is offered only after the node of the last one said that it ended, or befo
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
-from meshgpu.core.jobs.placement import Candidate, explain, rank
+from meshgpu.core.jobs.held_job import HeldJob
+from meshgpu.core.jobs.offering import Offering, OfferTiming
+from meshgpu.core.jobs.placement import Candidate
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
-from meshgpu.errors import BrokenInvariant, TrustError
+from meshgpu.errors import TrustError
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import Digest, JobId, KeyId, NodeId, UserName
+from meshgpu.model.ids import Digest, JobId, NodeId, UserName
 from meshgpu.model.job import (
     Action,
     AttemptState,
@@ -25,7 +27,6 @@ from meshgpu.model.job import (
     JobState,
     JobView,
     Phase,
-    PlacingVote,
     Register,
     Result,
     StopMode,
@@ -35,12 +36,8 @@ from meshgpu.model.messages import (
     Answer,
     Ask,
     AttemptReport,
-    Cancel,
-    Commit,
     CommitAnswer,
     Fence,
-    JobUpdate,
-    Offer,
     OfferAnswer,
     Release,
     ReportAck,
@@ -62,49 +59,25 @@ VIEWS_LIMIT_BYTES: Final = 700_000
 REGISTER_BYTES: Final = 1_000
 """What a register adds to its spec in an answer, generously."""
 
-OFFERING_LIMIT: Final = 32
-"""Jobs that are offered at the same time: enough to fill an office quickly, not a flood."""
-
 UNSTARTED_TRIES: Final = 3
 """Attempts that may die before they start (a machine that reboots) before the job is given up."""
 
 
 @dataclass(frozen=True, slots=True)
 class StewardTiming:
-    """offer_s: how long offers may stay unanswered. placing_s: how long a commit may.
-    rounds: offers in quick succession before the job waits; pause_s: longest pause between them.
-    retry_s: how often a waiting job is offered again although nothing changed.
+    """placing_s: how long a commit may stay unanswered.
     silence_s: after which an active job counts as out of touch. cancel_s: how often a cancellation is repeated.
-    watch_s: how long a watcher is told without asking again. retention_s: how long final registers are kept.
+    watch_s: how long a watcher is told without asking again.
+    retention_s: how long final registers are kept; sweep_s: how often old ones are sought.
     """
 
-    offer_s: float = 0.5
+    offers: OfferTiming = field(default_factory=OfferTiming)
     placing_s: float = 15.0
-    rounds: int = 3
-    pause_s: float = 0.5
-    retry_s: float = 5.0
     silence_s: float = 12.0
     cancel_s: float = 2.0
     watch_s: float = 15.0
     sweep_s: float = 3600.0
     retention_s: float = 30 * 86400.0
-
-
-@dataclass(slots=True)
-class _Job:
-    """A register and what its steward is doing about it. due: `boot_s` of the next thing to do."""
-
-    spec: JobSpec
-    signed: Signed
-    register: Register
-    due: float | None = None
-    offers: dict[NodeId, OfferAnswer | None] = field(default_factory=dict)
-    ranked: list[NodeId] = field(default_factory=list)
-    round: int = 0
-    refused: dict[NodeId, str] = field(default_factory=dict)
-    cancel: Signed | None = None
-    unstarted: int = 0
-    watchers: dict[NodeId, float] = field(default_factory=dict)
 
 
 class Stewardship:
@@ -124,13 +97,11 @@ class Stewardship:
         self._log = log
         self._rules = rules
         self._notary = notary
-        self._rng = rng
-        self._candidates = candidates
         self._timing = timing
-        self._jobs: dict[JobId, _Job] = {}
-        self._final: dict[JobId, _Job] = {}
+        self._offering = Offering(rng, candidates, timing.offers)
+        self._jobs: dict[JobId, HeldJob] = {}
+        self._final: dict[JobId, HeldJob] = {}
         self._sweep_at: float | None = None
-        self._retry_at: float | None = None
 
     def restore(self, now: Now, records: Iterable[JobRecord]) -> list[Effect]:
         """Take up the registers of an earlier agent, each where it stood."""
@@ -142,7 +113,7 @@ class Stewardship:
             except TrustError as error:
                 effects.append(Reject(self._node, error.message))
                 continue
-            job = _Job(spec, record.spec, record.register, due=now.boot_s, cancel=record.cancel)
+            job = HeldJob(spec, record.spec, record.register, due=now.boot_s, cancel=record.cancel)
             if record.register.state in (JobState.ACTIVE, JobState.UNKNOWN):
                 job.due = now.boot_s + self._timing.silence_s
             (self._final if record.register.state.is_final else self._jobs)[spec.job] = job
@@ -152,13 +123,13 @@ class Stewardship:
 
     def view(self, job: JobId) -> JobView | None:
         found = self._jobs.get(job) or self._final.get(job)
-        return JobView(found.spec, found.register) if found else None
+        return found.view() if found else None
 
     def views_of(self, user: UserName) -> tuple[JobView, ...]:
         mine = [
             job
             for job in (*self._final.values(), *self._jobs.values())
-            if job.spec.user == user and job.register.state is not JobState.DRAFT
+            if job.spec.user == user and job.state is not JobState.DRAFT
         ]
         mine.sort(key=lambda job: (-job.register.submitted_wall_s, job.spec.job))
         room = VIEWS_LIMIT_BYTES
@@ -167,7 +138,7 @@ class Stewardship:
             room -= len(job.signed.payload) + REGISTER_BYTES
             if room < 0:
                 break
-            views.append(JobView(job.spec, job.register))
+            views.append(job.view())
         return tuple(views)
 
     def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
@@ -190,7 +161,7 @@ class Stewardship:
             answer = SubmitAnswer(submit.job, held=False, code=error.code, reason=error.message)
             return [Reject(peer, error.message), Send(peer, answer)]
         register = Register(spec.job, JobState.DRAFT, submitted_wall_s=now.wall_s)
-        self._jobs[spec.job] = _Job(spec, submit.spec, register)
+        self._jobs[spec.job] = HeldJob(spec, submit.spec, register)
         return [FetchTree(spec.job, spec.tree, (spec.submitter,))]
 
     def _check_acceptable(self, spec: JobSpec, peer: NodeId, submit: Submit) -> None:
@@ -205,13 +176,13 @@ class Stewardship:
 
     def tree_progressed(self, job: JobId, done_bytes: int, total_bytes: int) -> list[Effect]:
         found = self._jobs.get(job)
-        if found is None or found.register.state is not JobState.DRAFT:
+        if found is None or found.state is not JobState.DRAFT:
             return []
         return [Send(found.spec.submitter, SubmitAnswer(job, False, done_bytes, total_bytes))]
 
     def tree_failed(self, job: JobId, code: str, reason: str) -> list[Effect]:
         found = self._jobs.get(job)
-        if found is None or found.register.state is not JobState.DRAFT:
+        if found is None or found.state is not JobState.DRAFT:
             return []
         del self._jobs[job]
         return [Send(found.spec.submitter, SubmitAnswer(job, held=False, code=code, reason=reason))]
@@ -219,128 +190,42 @@ class Stewardship:
     def tree_arrived(self, now: Now, job: JobId) -> list[Effect]:
         """Spec and tree are here: the job is durable, and only now may its id be printed."""
         found = self._jobs.get(job)
-        if found is None or found.register.state is not JobState.DRAFT:
+        if found is None or found.state is not JobState.DRAFT:
             return []
-        effects = self._set(now, found, state=JobState.QUEUED)
-        return [*effects, Send(found.spec.submitter, SubmitAnswer(job, held=True)), *self._place_waiting(now)]
+        effects = found.change(now, state=JobState.QUEUED)
+        return [
+            *effects,
+            Send(found.spec.submitter, SubmitAnswer(job, held=True)),
+            *self._offering.place_waiting(now, self._jobs.values()),
+        ]
 
     # -- placing ------------------------------------------------------------------------------------------------------
 
-    def _place_waiting(self, now: Now) -> list[Effect]:
-        """Offer what waits, oldest first. What finds no room costs one look for all jobs that ask for the same."""
-        effects: list[Effect] = []
-        hopeless: dict[tuple[object, ...], str] = {}
-        offering = sum(bool(job.offers) for job in self._jobs.values())
-        self._retry_at = None
-        for job in list(self._jobs.values()):
-            is_pausing = job.due is not None and now.boot_s < job.due
-            if job.register.state is not JobState.QUEUED or job.offers or is_pausing:
-                continue
-            self._retry_at = now.boot_s + self._timing.retry_s * self._rng.uniform(0.8, 1.2)
-            alike = (job.spec.machine, job.spec.resources, job.spec.user)
-            if alike in hopeless:
-                effects.extend(self._wait(now, job, hopeless[alike]))
-            elif offering < OFFERING_LIMIT:
-                effects.extend(self._offer(now, job))
-                offering += bool(job.offers)
-                if not job.offers:
-                    hopeless[alike] = job.register.reason
-        return effects
-
-    def _offer(self, now: Now, job: _Job) -> list[Effect]:
-        """Ask up to three machines that seem to have room; where none does, say why the job waits."""
-        if job.round == 0:
-            job.refused.clear()
-        candidates = self._candidates(job.spec.user, job.spec.machine)
-        job.ranked = rank(job.spec.resources, candidates, self._rng)
-        job.offers = dict.fromkeys(job.ranked)
-        if not job.ranked:
-            job.round, job.due = 0, None
-            return self._wait(now, job, self._reason(job, candidates))
-        job.due = now.boot_s + self._timing.offer_s
-        return [Send(node, Offer(job.spec.job, job.register.epoch + 1, job.signed)) for node in job.ranked]
-
-    def _reason(self, job: _Job, candidates: list[Candidate]) -> str:
-        """Why nothing was placed: what the machines themselves said, else what is known of them."""
-        told = [replace(c, refusal=c.refusal or job.refused.get(c.node, "")) for c in candidates]
-        return explain(job.spec.resources, told)
-
-    def _wait(self, now: Now, job: _Job, reason: str) -> list[Effect]:
-        return [] if job.register.reason == reason else self._set(now, job, reason=reason, durable=False)
-
     def offer_answered(self, now: Now, node: NodeId, answer: OfferAnswer) -> list[Effect]:
         job = self._jobs.get(answer.job)
-        is_awaited = (
-            job is not None
-            and job.register.state is JobState.QUEUED
-            and answer.epoch == job.register.epoch + 1
-            and node in job.offers
-            and job.offers[node] is None
-        )
-        if job is None or not is_awaited:
+        if job is None or not self._offering.is_awaited(job, node, answer):
             return [Send(node, Release(answer.job, answer.hold))] if answer.hold else []
-        job.offers[node] = answer
-        if answer.hold is None:
-            job.refused[node] = answer.refusal
-        if None in job.offers.values():
-            return []
-        return self._choose(now, job)
+        return self._place(now, job) if self._offering.answered(job, node, answer) else []
 
-    def _choose(self, now: Now, job: _Job) -> list[Effect]:
-        """All have answered, or time is up: commit the best hold, release the rest."""
-        holds = [(node, answer) for node in job.ranked if (answer := job.offers[node]) is not None and answer.hold]
-        job.offers = {}
-        if not holds:
-            return self._again(now, job)
-        (node, best), *rest = holds
-        assert best.hold is not None
-        epoch = job.register.epoch + 1
-        effects = self._set(
+    def _place(self, now: Now, job: HeldJob) -> list[Effect]:
+        """Commit the best hold of a round of offers, if there was one."""
+        chosen, others = self._offering.choose(now, job)
+        if chosen is None:
+            return others
+        effects = job.change(
             now,
-            job,
             state=JobState.PLACING,
-            epoch=epoch,
-            node=node,
-            hold=best.hold,
-            gpus=best.gpus,
+            epoch=job.register.epoch + 1,
+            node=chosen.node,
+            hold=chosen.hold,
+            gpus=chosen.gpus,
             phase=None,
             detail="",
             started_wall_s=None,
             reason="",
         )
         job.due = now.boot_s + self._timing.placing_s
-        job.round = 0
-        self._retry_at = now.boot_s
-        effects.append(Send(node, self._commit(job)))
-        effects.extend(Send(other, Release(job.spec.job, answer.hold)) for other, answer in rest if answer.hold)
-        return effects
-
-    def _commit(self, job: _Job) -> Commit:
-        register = job.register
-        assert register.node is not None
-        assert register.hold is not None
-        vote = PlacingVote(
-            job.spec.mesh,
-            job.spec.job,
-            self._notary.digest(job.signed),
-            register.epoch,
-            register.node,
-            register.hold,
-            self._node,
-        )
-        signed = self._notary.sign(KeyId(self._node), vote)
-        return Commit(job.spec.job, register.epoch, register.hold, job.signed, (signed,))
-
-    def _again(self, now: Now, job: _Job) -> list[Effect]:
-        """Another round soon, for a few rounds; then the job waits and says why."""
-        job.round += 1
-        if job.round < self._timing.rounds:
-            job.due = now.boot_s + self._rng.uniform(0.05, self._timing.pause_s)
-            return []
-        job.round = 0
-        job.due = now.boot_s + self._timing.retry_s * self._rng.uniform(0.8, 1.2)
-        self._retry_at = now.boot_s
-        return self._wait(now, job, self._reason(job, self._candidates(job.spec.user, job.spec.machine)))
+        return [*effects, Send(chosen.node, job.commit(self._notary, self._node)), *others]
 
     def commit_answered(self, now: Now, node: NodeId, answer: CommitAnswer) -> list[Effect]:
         job = self._jobs.get(answer.job)
@@ -351,7 +236,7 @@ class Stewardship:
         if register.state is JobState.PLACING:
             if not answer.accepted:
                 return self._requeue(now, job, f"{self._name(node)} declined: {answer.reason}")
-            effects = self._set(now, job, state=JobState.ACTIVE, phase=Phase.STAGING, heard_wall_s=now.wall_s)
+            effects = job.change(now, state=JobState.ACTIVE, phase=Phase.STAGING, heard_wall_s=now.wall_s)
             job.due = now.boot_s + self._timing.silence_s
             return [*effects, Send(node, Activate(answer.job, answer.epoch))]
         if register.state in (JobState.ACTIVE, JobState.UNKNOWN) and answer.accepted:
@@ -360,10 +245,10 @@ class Stewardship:
             return [Send(node, Fence(answer.job, answer.epoch))]
         return []
 
-    def _requeue(self, now: Now, job: _Job, reason: str) -> list[Effect]:
+    def _requeue(self, now: Now, job: HeldJob, reason: str) -> list[Effect]:
         """The attempt is over and nothing of it lives: its epoch is spent, the job waits again."""
-        effects = self._set(now, job, state=JobState.QUEUED, phase=None, detail="", started_wall_s=None, reason=reason)
-        job.due = now.boot_s + self._rng.uniform(0.05, self._timing.pause_s)
+        effects = job.change(now, state=JobState.QUEUED, phase=None, detail="", started_wall_s=None, reason=reason)
+        job.due = self._offering.soon(now)
         return effects
 
     # -- while it runs ------------------------------------------------------------------------------------------------
@@ -375,18 +260,17 @@ class Stewardship:
         if report.result is not None:
             effects = self._ended(now, job, report, report.result)
             return [*effects, Send(node, ReportAck(report.job, report.epoch))]
-        if job.register.state is JobState.QUEUED:  # spent before it was activated; it must not go on
+        if job.state is JobState.QUEUED:  # spent before it was activated; it must not go on
             return [Send(node, Fence(report.job, report.epoch))]
-        if job.register.state not in (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING):
+        if job.state not in (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING):
             return []
-        is_cancelling = job.register.state is JobState.CANCELLING
+        is_cancelling = job.state is JobState.CANCELLING
         state = JobState.CANCELLING if is_cancelling else JobState.ACTIVE
         has_begun = report.started_wall_s != job.register.started_wall_s
         if not is_cancelling:
             job.due = now.boot_s + self._timing.silence_s
-        return self._set(
+        return job.change(
             now,
-            job,
             durable=has_begun,
             state=state,
             phase=report.phase,
@@ -402,7 +286,7 @@ class Stewardship:
         is_known = report.job in self._jobs or report.job in self._final
         return [Send(node, Fence(report.job, report.epoch))] if is_known else []
 
-    def _ended(self, now: Now, job: _Job, report: AttemptReport, result: Result) -> list[Effect]:
+    def _ended(self, now: Now, job: HeldJob, report: AttemptReport, result: Result) -> list[Effect]:
         register = job.register
         if register.state is JobState.QUEUED:
             return []
@@ -418,11 +302,10 @@ class Stewardship:
         return self._finish(now, job, JobState.FAILED, report, result, result.reason)
 
     def _finish(
-        self, now: Now, job: _Job, state: JobState, report: AttemptReport | None, result: Result | None, reason: str
+        self, now: Now, job: HeldJob, state: JobState, report: AttemptReport | None, result: Result | None, reason: str
     ) -> list[Effect]:
-        effects = self._set(
+        effects = job.change(
             now,
-            job,
             state=state,
             phase=None,
             result=result,
@@ -461,9 +344,9 @@ class Stewardship:
                 effects = self._stop(now, job, StopMode(request.action.value), signed)
             case Action.LOGS | Action.FILES:
                 raise TrustError("not-allowed", f"cannot answer {request.action} over a Link: it is a bulk stream")
-        return (JobView(job.spec, job.register),), effects
+        return (job.view(),), effects
 
-    def _stop(self, now: Now, job: _Job, mode: StopMode, signed: Signed) -> list[Effect]:
+    def _stop(self, now: Now, job: HeldJob, mode: StopMode, signed: Signed) -> list[Effect]:
         """Ends a job for its user. What may live somewhere is cancelled only when its node confirms."""
         register = job.register
         if register.state.is_final or register.state is JobState.DRAFT or register.stop is StopMode.KILL:
@@ -472,53 +355,45 @@ class Stewardship:
             return self._finish(now, job, JobState.CANCELLED, None, None, "stopped before it started")
         job.cancel = signed
         job.due = now.boot_s + self._timing.cancel_s
-        effects = self._set(now, job, state=JobState.CANCELLING, stop=mode)
-        return [*effects, *self._send_cancel(job)]
-
-    def _send_cancel(self, job: _Job) -> list[Effect]:
-        if job.cancel is None or job.register.node is None:
-            return []
-        return [Send(job.register.node, Cancel(job.spec.job, job.register.epoch, job.signed, job.cancel))]
+        effects = job.change(now, state=JobState.CANCELLING, stop=mode)
+        return [*effects, *job.cancel_order()]
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
     def room_changed(self, now: Now) -> None:
-        """Somebody's capacity changed: jobs that wait may try again at once, oldest first."""
-        self._retry_at = now.boot_s
-        for job in self._jobs.values():
-            if job.register.state is JobState.QUEUED and not job.offers:
-                job.due = None
+        """Somebody's capacity changed: jobs that wait may try again at once."""
+        self._offering.room_changed(now, self._jobs.values())
 
     def step(self, now: Now) -> list[Effect]:
         effects: list[Effect] = []
         for job in list(self._jobs.values()):
             if job.due is None or now.boot_s < job.due:
                 continue
-            match job.register.state:
+            match job.state:
                 case JobState.QUEUED if job.offers:
-                    effects.extend(self._choose(now, job))
+                    effects.extend(self._place(now, job))
                 case JobState.QUEUED:
                     job.due = None
-                    self._retry_at = now.boot_s
+                    self._offering.retry_at = now.boot_s
                 case JobState.PLACING:
                     effects.extend(self._requeue(now, job, f"{self._name(job.register.node)} did not answer in time"))
                 case JobState.ACTIVE:
                     job.due = None
-                    effects.extend(self._set(now, job, durable=False, state=JobState.UNKNOWN))
+                    effects.extend(job.change(now, durable=False, state=JobState.UNKNOWN))
                 case JobState.CANCELLING:
                     job.due = now.boot_s + self._timing.cancel_s
-                    effects.extend(self._send_cancel(job))
+                    effects.extend(job.cancel_order())
                 case _:
                     job.due = None
-        if self._retry_at is not None and now.boot_s >= self._retry_at:
-            effects.extend(self._place_waiting(now))
+        if self._offering.retry_at is not None and now.boot_s >= self._offering.retry_at:
+            effects.extend(self._offering.place_waiting(now, self._jobs.values()))
         if self._sweep_at is not None and now.boot_s >= self._sweep_at:
             self._sweep_at = now.boot_s + self._timing.sweep_s
             effects.extend(self._forget_old(now))
         return effects
 
     def deadline(self) -> float | None:
-        return earliest(self._sweep_at, self._retry_at, *(job.due for job in self._jobs.values()))
+        return earliest(self._sweep_at, self._offering.retry_at, *(job.due for job in self._jobs.values()))
 
     def _forget_old(self, now: Now) -> list[Effect]:
         old = [
@@ -531,18 +406,6 @@ class Stewardship:
         return [Persist("job", job, None) for job in old]
 
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _set(self, now: Now, job: _Job, *, durable: bool = True, **changes: object) -> list[Effect]:
-        """Compare-and-set of the register; watchers are told. A final register never changes."""
-        if job.register.state.is_final:
-            raise BrokenInvariant(f"the final register of {job.spec.job} changes", (repr(job.register),))
-        job.register = replace(job.register, **changes)  # type: ignore[arg-type]  # names and types are Register's
-        effects: list[Effect] = []
-        if durable:
-            effects.append(Persist("job", job.spec.job, JobRecord(job.signed, job.register, job.cancel)))
-        job.watchers = {peer: until for peer, until in job.watchers.items() if until > now.boot_s}
-        effects.extend(Send(peer, JobUpdate(job.register)) for peer in job.watchers)
-        return effects
 
     def _name(self, node: NodeId | None) -> str:
         member = self._log.members.get(node) if node else None

@@ -141,6 +141,7 @@ class Submissions:
             machine.node if machine else None,
             (self._steward(user.user, resources, machine),),
             now.wall_s,
+            draft.image,
         )
 
     def _machine(self, name: str) -> Member:

@@ -99,6 +99,7 @@ class JobSpec(_message.Message):
     MACHINE_FIELD_NUMBER: _builtins.int
     STEWARDS_FIELD_NUMBER: _builtins.int
     ISSUED_WALL_S_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id."""
     job: _builtins.str
@@ -121,6 +122,8 @@ class JobSpec(_message.Message):
     """Id of the node that must run it; absent for any."""
     issued_wall_s: _builtins.float
     """Unix time in seconds."""
+    image: _builtins.str
+    """Container image that the command runs in; empty for none."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """argv; with `shell`, one string."""
@@ -160,10 +163,11 @@ class JobSpec(_message.Message):
         machine: _builtins.str | None = ...,
         stewards: _abc.Iterable[_builtins.str] | None = ...,
         issued_wall_s: _builtins.float = ...,
+        image: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "environment", b"environment", "machine", b"machine", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "command", b"command", "env", b"env", "environment", b"environment", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "resources", b"resources", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "resources", b"resources", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__machine: _TypeAlias = _typing.Literal["machine"]  # noqa: Y015
     _WhichOneofArgType__machine: _TypeAlias = _typing.Literal["_machine", b"_machine"]  # noqa: Y015

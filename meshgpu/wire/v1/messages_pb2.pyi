@@ -315,7 +315,6 @@ class Commit(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     HOLD_FIELD_NUMBER: _builtins.int
-    SPEC_FIELD_NUMBER: _builtins.int
     VOTES_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
@@ -323,10 +322,6 @@ class Commit(_message.Message):
     """Attempt, from 1."""
     hold: _builtins.str
     """Hold id."""
-    @_builtins.property
-    def spec(self) -> _trust_pb2.Signed:
-        """JobSpec, signed by its user; required."""
-
     @_builtins.property
     def votes(self) -> _containers.RepeatedCompositeFieldContainer[_trust_pb2.Signed]:
         """PlacingVote, each signed by its steward: the attempt ticket."""
@@ -337,12 +332,11 @@ class Commit(_message.Message):
         job: _builtins.str = ...,
         epoch: _builtins.int = ...,
         hold: _builtins.str = ...,
-        spec: _trust_pb2.Signed | None = ...,
         votes: _abc.Iterable[_trust_pb2.Signed] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "hold", b"hold", "job", b"job", "spec", b"spec", "votes", b"votes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "hold", b"hold", "job", b"job", "votes", b"votes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,7 +59,7 @@ class Bench:
         node = self.office.setups[3].node
         vote = PlacingVote(self.office.mesh, self.spec.job, digest, epoch, node, hold, self.steward)
         ticket = self.office.notaries[0].sign(KeyId(self.steward), vote)
-        return Commit(self.spec.job, epoch, hold, self.signed, (ticket,))
+        return Commit(self.spec.job, epoch, hold, (ticket,))
 
     def accept(self, epoch: int = 1) -> list[Effect]:
         hold = self.offer(epoch=epoch).hold

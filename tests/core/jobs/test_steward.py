@@ -270,7 +270,7 @@ def test_best_hold_is_committed_and_the_others_are_released(bench: Bench) -> Non
 def test_commit_waits_no_longer_than_the_slowest_offer_may_take(bench: Bench) -> None:
     bench.queue()
     bench.answer(bench.candidates[1].node)
-    assert sent(bench.stewardship.step(bench.at(TIMING.offer_s)), Commit)[0][0] == bench.candidates[1].node
+    assert sent(bench.stewardship.step(bench.at(TIMING.offers.offer_s)), Commit)[0][0] == bench.candidates[1].node
 
 
 def test_late_hold_is_released(bench: Bench) -> None:
@@ -283,7 +283,7 @@ def test_late_hold_is_released(bench: Bench) -> None:
 def test_job_waits_with_what_the_machines_said_and_is_offered_again(bench: Bench) -> None:
     bench.queue()
     now_s = 0.0
-    for _ in range(TIMING.rounds):
+    for _ in range(TIMING.offers.rounds):
         for candidate in bench.candidates:
             bench.answer(candidate.node, hold=None, now_s=now_s)
         due = bench.stewardship.deadline()
@@ -510,7 +510,7 @@ def test_final_register_never_changes(bench: Bench) -> None:
     bench.queue()
     bench.ask(Action.STOP)
     with pytest.raises(BrokenInvariant, match="final register"):
-        bench.stewardship._set(bench.at(1), bench.stewardship._final[bench.spec.job], reason="late")
+        bench.stewardship._final[bench.spec.job].change(bench.at(1), reason="late")
 
 
 # -- what users ask ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,151 @@
+"""Finding a machine for jobs that wait: offers to three, a few rounds, then a reason, and again when room appears.
+
+Knows nothing of registers beyond "it waits": what a chosen hold means is the steward's business.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from meshgpu.core.effects import Effect, Send
+from meshgpu.core.jobs.held_job import HeldJob
+from meshgpu.core.jobs.placement import Candidate, explain, rank
+from meshgpu.model.clock import Now
+from meshgpu.model.ids import HoldId, NodeId, UserName
+from meshgpu.model.job import JobState
+from meshgpu.model.messages import OfferAnswer, Release
+from meshgpu.model.resources import GpuShare
+
+OFFERING_LIMIT: Final = 32
+"""Jobs that are offered at the same time: enough to fill an office quickly, not a flood."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfferTiming:
+    """offer_s: how long offers may stay unanswered. rounds: offers in quick succession before the job waits.
+    pause_s: longest pause between rounds. retry_s: how often a waiting job is offered again although nothing changed.
+    """
+
+    offer_s: float = 0.5
+    rounds: int = 3
+    pause_s: float = 0.5
+    retry_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The best hold that was offered."""
+
+    node: NodeId
+    hold: HoldId
+    gpus: tuple[GpuShare, ...]
+
+
+class Offering:
+    """Offers of all waiting jobs of one steward. `candidates(user, machine)` is the mesh as known here."""
+
+    def __init__(
+        self,
+        rng: random.Random,
+        candidates: Callable[[UserName, NodeId | None], list[Candidate]],
+        timing: OfferTiming,
+    ) -> None:
+        self._rng = rng
+        self._candidates = candidates
+        self._timing = timing
+        self.retry_at: float | None = None
+        """`boot_s` at which waiting jobs are looked at again; None while none waits."""
+
+    def soon(self, now: Now) -> float:
+        """A moment shortly from now, not the same for all: two who collided once shall not collide again."""
+        return now.boot_s + self._rng.uniform(0.05, self._timing.pause_s)
+
+    def _later(self, now: Now) -> float:
+        return now.boot_s + self._timing.retry_s * self._rng.uniform(0.8, 1.2)
+
+    def room_changed(self, now: Now, jobs: Iterable[HeldJob]) -> None:
+        """Somebody's capacity changed: jobs that wait may try again at once."""
+        self.retry_at = now.boot_s
+        for job in jobs:
+            if job.state is JobState.QUEUED and not job.offers:
+                job.due = None
+
+    def place_waiting(self, now: Now, jobs: Iterable[HeldJob]) -> list[Effect]:
+        """Offer what waits, oldest first. What finds no room costs one look for all jobs that ask for the same."""
+        effects: list[Effect] = []
+        hopeless: dict[tuple[object, ...], str] = {}
+        waiting = [job for job in jobs if job.state is JobState.QUEUED]
+        offering = sum(bool(job.offers) for job in waiting)
+        self.retry_at = None
+        for job in waiting:
+            if job.offers or (job.due is not None and now.boot_s < job.due):
+                continue
+            self.retry_at = self._later(now)
+            alike = (job.spec.machine, job.spec.resources, job.spec.user)
+            if alike in hopeless:
+                effects.extend(_wait(now, job, hopeless[alike]))
+            elif offering < OFFERING_LIMIT:
+                effects.extend(self._offer(now, job))
+                offering += bool(job.offers)
+                if not job.offers:
+                    hopeless[alike] = job.register.reason
+        return effects
+
+    def _offer(self, now: Now, job: HeldJob) -> list[Effect]:
+        """Ask up to three machines that seem to have room; where none does, say why the job waits."""
+        if job.round == 0:
+            job.refused.clear()
+        candidates = self._candidates(job.spec.user, job.spec.machine)
+        job.ranked = rank(job.spec.resources, candidates, self._rng)
+        job.offers = dict.fromkeys(job.ranked)
+        if not job.ranked:
+            job.round, job.due = 0, None
+            return _wait(now, job, _reason(job, candidates))
+        job.due = now.boot_s + self._timing.offer_s
+        return [Send(node, job.offer()) for node in job.ranked]
+
+    def answered(self, job: HeldJob, node: NodeId, answer: OfferAnswer) -> bool:
+        """Take note; returns whether that was the last answer. The offer must be one that `is_awaited`."""
+        job.offers[node] = answer
+        if answer.hold is None:
+            job.refused[node] = answer.refusal
+        return None not in job.offers.values()
+
+    def is_awaited(self, job: HeldJob, node: NodeId, answer: OfferAnswer) -> bool:
+        is_this_round = job.state is JobState.QUEUED and answer.epoch == job.register.epoch + 1
+        return is_this_round and node in job.offers and job.offers[node] is None
+
+    def choose(self, now: Now, job: HeldJob) -> tuple[Chosen | None, list[Effect]]:
+        """All have answered, or time is up: the best hold, and releases of the rest."""
+        holds = [
+            Chosen(node, answer.hold, answer.gpus)
+            for node in job.ranked
+            if (answer := job.offers[node]) is not None and answer.hold is not None
+        ]
+        job.offers = {}
+        if not holds:
+            return None, self._again(now, job)
+        job.round = 0
+        self.retry_at = now.boot_s
+        return holds[0], [Send(other.node, Release(job.spec.job, other.hold)) for other in holds[1:]]
+
+    def _again(self, now: Now, job: HeldJob) -> list[Effect]:
+        """Another round soon, for a few rounds; then the job waits and says why."""
+        job.round += 1
+        if job.round < self._timing.rounds:
+            job.due = self.soon(now)
+            return []
+        job.round, job.due = 0, self._later(now)
+        self.retry_at = now.boot_s
+        return _wait(now, job, _reason(job, self._candidates(job.spec.user, job.spec.machine)))
+
+
+def _reason(job: HeldJob, candidates: list[Candidate]) -> str:
+    """Why nothing was placed: what the machines themselves said, else what is known of them."""
+    told = [replace(c, refusal=c.refusal or job.refused.get(c.node, "")) for c in candidates]
+    return explain(job.spec.resources, told)
+
+
+def _wait(now: Now, job: HeldJob, reason: str) -> list[Effect]:
+    return [] if job.register.reason == reason else job.change(now, reason=reason, durable=False)
