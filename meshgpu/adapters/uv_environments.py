@@ -300,31 +300,40 @@ class _Build:
         argv: Sequence[str] = [str(self._uv.path), *arguments]
         if self._uv.wrap is not None:
             argv = self._uv.wrap(argv, self._tree)
-        with tempfile.TemporaryFile() as given:
-            given.write(stdin.encode("utf-8", "replace"))
-            given.seek(0)
-            process = await asyncio.create_subprocess_exec(
-                *argv,
-                cwd=self._tree,
-                env={**self._uv.variables, **(variables or {})},
-                stdin=given,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,
-            )
+        process = await self._start(argv, stdin, {**self._uv.variables, **(variables or {})})
         try:
             assert process.stdout is not None
             assert process.stderr is not None
             output, complaint = await asyncio.gather(process.stdout.read(), self._follow(process.stderr))
             code = await process.wait()
         finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # build backends too
-                await process.wait()
+            await _end(process)
         if code != 0:
             raise _failure(self._wanted, _last_words(complaint) or f"uv ended with {code}")
         return output.decode("utf-8", "replace")
+
+    async def _start(self, argv: Sequence[str], stdin: str, variables: Mapping[str, str]) -> asyncio.subprocess.Process:
+        with tempfile.TemporaryFile() as given:
+            given.write(stdin.encode("utf-8", "replace"))
+            given.seek(0)
+            starting = asyncio.get_running_loop().create_task(
+                asyncio.create_subprocess_exec(
+                    *argv,
+                    cwd=self._tree,
+                    env=variables,
+                    stdin=given,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                    start_new_session=True,
+                )
+            )
+            try:
+                return await asyncio.shield(starting)
+            except asyncio.CancelledError:
+                # Cancelled between fork and the connection of its pipes, asyncio would end uv but not its children.
+                with contextlib.suppress(OSError):
+                    await _end(await starting)
+                raise
 
     async def _follow(self, stream: asyncio.StreamReader) -> list[str]:
         """The last lines of what uv says; what people may wait for is passed on as it comes."""
@@ -339,6 +348,14 @@ class _Build:
                 if line.startswith(_WORTH_TELLING):
                     self._progress(f"environment: {line[0].lower()}{line[1:]}")
         return [*lines, rest.decode("utf-8", "replace").strip()]
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill uv with its children, build backends too, unless it has ended by itself."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
 def _last_words(lines: Sequence[str]) -> str:

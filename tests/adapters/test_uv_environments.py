@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytest_asyncio
 import uv
 
 from meshgpu.adapters import uv_environments
@@ -414,20 +416,39 @@ async def test_a_missing_uv_is_a_failure_in_words(bench: Bench) -> None:
     assert error.message == "cannot build the environment from empty: No such file or directory: /nonexistent/uv"
 
 
-def hanging(bench: Bench) -> tuple[UvEnvironments, Callable[[], Awaitable[list[int]]]]:
-    """Environments whose installation hangs with a child, and a wait for the ids of both processes."""
-    pipe = bench.log.with_name("pipe")
-    os.mkfifo(pipe)
-    environments = bench.fake()
-    script = bench.log.with_name("fake-uv")
-    step = f'"pip sync") sleep 600 & echo $$ $! > {pipe}; wait;;'
-    script.write_text(script.read_text().replace("esac", f"{step}\nesac"))
+class Hang:
+    """An installation that hangs with a child, and says so."""
 
-    async def processes() -> list[int]:
+    def __init__(self, bench: Bench) -> None:
+        pipe = bench.log.with_name("pipe")
+        os.mkfifo(pipe)
+        self.environments = bench.fake()
+        script = bench.log.with_name("fake-uv")
+        step = f'"pip sync") sleep 600 & echo $$ $! > {pipe}; wait;;'
+        script.write_text(script.read_text().replace("esac", f"{step}\nesac"))
+        self._said: asyncio.Queue[list[int]] = asyncio.Queue()
+        # Opened for both ways: the shell never waits for a reader, nor the test for a writer.
+        self._pipe = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+        asyncio.get_running_loop().add_reader(self._pipe, self._read)
+
+    def _read(self) -> None:
+        self._said.put_nowait([int(word) for word in os.read(self._pipe, 100).split()])
+
+    async def processes(self) -> list[int]:
+        """Ids of uv and its child in the next installation to hang."""
         async with asyncio.timeout(DEADLINE_S):
-            return [int(word) for word in (await asyncio.to_thread(pipe.read_text)).split()]
+            return await self._said.get()
 
-    return environments, processes
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pipe)
+        os.close(self._pipe)
+
+
+@pytest_asyncio.fixture
+async def hang(bench: Bench) -> AsyncIterator[Hang]:
+    hang = Hang(bench)
+    yield hang
+    hang.close()
 
 
 async def until_gone(processes: list[int]) -> None:
@@ -441,10 +462,13 @@ async def until_gone(processes: list[int]) -> None:
         assert ended, f"process {process} still runs"
 
 
-async def test_cancelling_ends_uv_with_its_children_and_leaves_nothing(bench: Bench) -> None:
-    environments, processes = hanging(bench)
-    building = asyncio.get_running_loop().create_task(bench.build(environments, plan_for("demo")))
-    started = await processes()
+def start(hang: Hang, bench: Bench) -> asyncio.Task[Environment]:
+    return asyncio.get_running_loop().create_task(bench.build(hang.environments, plan_for("demo")))
+
+
+async def test_cancelling_ends_uv_with_its_children_and_leaves_nothing(bench: Bench, hang: Hang) -> None:
+    building = start(hang, bench)
+    started = await hang.processes()
     assert len(bench.built()) == 1
     building.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -453,30 +477,47 @@ async def test_cancelling_ends_uv_with_its_children_and_leaves_nothing(bench: Be
     assert bench.built() == []
 
 
-async def test_a_cancelled_build_lets_the_next_one_in_line_build(bench: Bench) -> None:
-    environments, processes = hanging(bench)
-    loop = asyncio.get_running_loop()
-    building = [loop.create_task(bench.build(environments, plan_for("demo"))) for _ in range(2)]
-    await processes()
+async def test_cancelling_while_uv_is_being_started_ends_its_children_too(
+    bench: Bench, hang: Hang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = asyncio.Event()
+    real = asyncio.create_subprocess_exec
+
+    async def slow(*argv: str, **options: Any) -> asyncio.subprocess.Process:
+        process = await real(*argv, **options)
+        if "sync" in argv:
+            await release.wait()
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow)
+    building = start(hang, bench)
+    started = await hang.processes()
+    building.cancel()
+    asyncio.get_running_loop().call_later(0.05, release.set)
+    with pytest.raises(asyncio.CancelledError):
+        await building
+    await until_gone(started)
+    assert bench.built() == []
+
+
+async def test_a_cancelled_build_lets_the_next_one_in_line_build(bench: Bench, hang: Hang) -> None:
+    building = [start(hang, bench) for _ in range(2)]
+    first = await hang.processes()
     building[0].cancel()
-    started = await processes()
+    second = await hang.processes()
     assert len(bench.calls("venv")) == 2
     building[1].cancel()
     await asyncio.gather(*building, return_exceptions=True)
-    await until_gone(started)
+    await until_gone(first + second)
 
 
-async def test_a_build_that_hangs_ends_at_its_deadline(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uv_environments, "BUILD_DEADLINE_S", 0.5)
-    environments, processes = hanging(bench)
-    waiting = asyncio.get_running_loop().create_task(processes_of(processes))
-    error = await bench.refusal(environments, plan_for("demo"))
+async def test_a_build_that_hangs_ends_at_its_deadline(
+    bench: Bench, hang: Hang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uv_environments, "BUILD_DEADLINE_S", 2.0)
+    error = await bench.refusal(hang.environments, plan_for("demo"))
     assert "was not ready after" in error.message
-    await until_gone(await waiting)
-
-
-async def processes_of(wait: Callable[[], Awaitable[list[int]]]) -> list[int]:
-    return await wait()
+    await until_gone(await hang.processes())
 
 
 # -- other people's jobs, and the outside ----------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_meshgpuignore_applies_with_and_without_git(project: Path, with_git: boo
 
 @pytest.mark.parametrize("with_git", [False, True])
 def test_empty_directories_travel_unless_ignored(project: Path, with_git: bool) -> None:
-    for name in ("empty", "some/inner/void", "skipped", "data"):
+    for name in ("empty", "some/inner/void", "skipped", "holder/skipped", "data"):
         (project / name).mkdir(parents=True)
     write(project, "some/file", "full/x.o", ".venv/bin/python", ".venv/.gitignore")
     (project / ".venv/lib").mkdir()
@@ -167,7 +167,7 @@ def test_empty_directories_travel_unless_ignored(project: Path, with_git: bool) 
         (project / ".venv/.gitignore").write_text("*")
     kinds = {file.path: file.kind for file in captured(project).manifest.files}
     empty = {path for path, kind in kinds.items() if kind is FileKind.DIRECTORY}
-    assert empty == {"empty", "some/inner/void"} | (set() if with_git else {"skipped"})
+    assert empty == {"empty", "some/inner/void"} | (set() if with_git else {"skipped", "holder/skipped"})
     assert kinds["some/file"] is FileKind.FILE
 
 
@@ -219,11 +219,12 @@ def test_a_git_hook_s_environment_does_not_point_elsewhere(
     other = tmp_path / "other"
     other.mkdir()
     git(other, "init")
+    (other / ".git/info/exclude").write_text("mine\n")
     git(project, "init")
-    write(project, "mine")
+    write(project, "mine", "more")
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git/index"))
-    assert paths_of(project) == ["mine"]
+    assert paths_of(project) == ["mine", "more"]
 
 
 def test_large_files_are_cut_into_chunks(project: Path) -> None:
