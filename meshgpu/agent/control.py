@@ -254,6 +254,7 @@ class Control:
             Resources(parse_gpus(str(gpus)), cpus, memory_bytes) if gpus is not None else None,
             cpus,
             memory_bytes,
+            str(body.get("image", "")),
         )
 
     async def _list(self, request: web.Request) -> web.Response:
@@ -437,6 +438,6 @@ def _whole(body: Mapping[str, Any], key: str) -> int:
 
 def _number(request: web.Request, key: str, default: float) -> float:
     try:
-        return max(float(request.query.get(key, default)), 0.0)
+        return min(max(float(request.query.get(key, default)), 0.0), 2.0**62)
     except ValueError as error:
         raise MeshgpuError("bad-request", f"cannot read the request: {key} is no number") from error

@@ -24,6 +24,9 @@ RECONNECT_S: Final = 0.5
 LAST_WORDS_S: Final = 10.0
 """How long the log of a job that has ended is sought on a machine that does not answer."""
 
+LISTING_LIMIT_BYTES: Final = 32 * 2**20
+"""Of names of files that a job left: some 300,000."""
+
 POSITION_BITS: Final = 40
 """A position counts bytes of one attempt's log (1 TB at most); above these bits stands the attempt's number."""
 
@@ -150,7 +153,7 @@ class Jobs:
         if node is None:
             return
         epoch = register.epoch << POSITION_BITS
-        offset = position - epoch if position >= epoch else 0
+        offset = min(position - epoch, 2**POSITION_BITS) if position >= epoch else 0
         request = LogsWanted(self._signed(key, Action.LOGS, register.job, node), offset, follow)
         async for message in self._open(node, request):
             for record in decode_records(message):
@@ -164,7 +167,12 @@ class Jobs:
         if node is None:
             return []
         request = FilesWanted(self._signed(key, Action.FILES, job.spec.job, node))
-        return decode_files(b"".join([message async for message in self._open(node, request)]))
+        listing = bytearray()
+        async for message in self._open(node, request):
+            listing += message
+            if len(listing) > LISTING_LIMIT_BYTES:
+                raise MeshgpuError("too-large", f"cannot list what the job left: more than {LISTING_LIMIT_BYTES} bytes")
+        return decode_files(bytes(listing))
 
     async def file(self, key: KeyId, job: JobView, path: str) -> tuple[int, AsyncIterator[bytes]]:
         """Size and bytes of one file of the job's working directory."""

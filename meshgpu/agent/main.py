@@ -18,6 +18,7 @@ from aiohttp import web
 from meshgpu import __version__, ports
 from meshgpu.adapters.boot_clock import BootClock
 from meshgpu.adapters.chunk_files import ChunkFiles
+from meshgpu.adapters.docker_executor import DockerExecutor
 from meshgpu.adapters.fences import Fence
 from meshgpu.adapters.gpu_locks import GpuLocks
 from meshgpu.adapters.grpc_link import GrpcLink
@@ -30,6 +31,7 @@ from meshgpu.adapters.process_executor import ProcessExecutor
 from meshgpu.adapters.sqlite_store import SqliteStore
 from meshgpu.adapters.uv_environments import UvEnvironments
 from meshgpu.agent.control import Control, serve
+from meshgpu.agent.executors import Executors
 from meshgpu.agent.home import Home
 from meshgpu.agent.jobs import Jobs
 from meshgpu.agent.pairing import Pairing
@@ -127,7 +129,10 @@ class Agent:
         self._notary = WireNotary(self._keys.sign, self._keys.verify)
         chunks = ChunkFiles(self._home.chunks, keep_free_bytes=self._keep_free_bytes())
         fence = Fence("", "config.toml says so") if self._config.fence == "none" else None
-        self._executor = ProcessExecutor(self._home.jobs, UvEnvironments(self._home.environments), fence=fence)
+        self._executor = Executors(
+            ProcessExecutor(self._home.jobs, UvEnvironments(self._home.environments), fence=fence),
+            DockerExecutor(self._home.jobs, node_id(self._keys.node_key())),
+        )
         await self._executor.start(lambda event: self._runtime.executor_event(event))
         self._closing.push_async_callback(self._executor.close)
         self._node = Node(

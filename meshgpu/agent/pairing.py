@@ -136,6 +136,7 @@ class Pairing:
         if greeting.protocol != PROTOCOL:
             message = f"cannot pair: this mesh speaks protocol {PROTOCOL}, the newcomer {greeting.protocol}"
             raise MeshgpuError("version", message, "install the same version of meshgpu on both machines")
+        self._invites.check_greeting(self.clock.now(), greeting, self.listener.fingerprint())
         nonce = self.rng.randbytes(32)
         binding = PairingBinding(self.listener.fingerprint(), greeting.nonce, nonce)
         signed = self.notary.sign(key_id(self.keys.node_key()), binding)
@@ -160,6 +161,7 @@ class Pairing:
             for nonce, (greeting, introduction) in self._open.items()
         }
         async with self._writing:
+            joining.check_name(self.node.log, newcomer.name)
             nonce, invite = self._invites.redeem(self.clock.now(), application.proof, transcripts)
             del self._open[nonce]
             joining.check_possession(self.notary, self.node.log, application, transcripts[nonce])
@@ -193,19 +195,17 @@ class Pairing:
                 await dialog.close()
         raise MeshgpuError(
             "no-answer",
-            f"cannot join: the machine that made the invite does not answer ({'; '.join(failures) or 'no address'})",
-            "check that both are on one network; invites last ten minutes: meshgpu invite",
+            f"cannot join: nobody takes in machines there now ({'; '.join(failures) or 'no address'})",
+            "an invite is good for one machine and ten minutes: meshgpu invite; else check that both share a network",
         )
 
     async def _converse(
         self, uid: int, invite: InviteString, name: str, dialog: ports.PairingDialog, address: Address
     ) -> Joined:
-        greeting = Greeting(PROTOCOL, self.rng.randbytes(32))
+        greeting = joining.greet(invite, PROTOCOL, self.rng.randbytes(32), dialog.fingerprint)
         introduction = decode(Introduction, await dialog.call("greet", encode(greeting)))
         log = joining.check_introduction(self.notary, invite, introduction, greeting, dialog.fingerprint)
-        if any(member.name == name for member in log.members.values()):
-            taken = f"cannot join as {name}: the mesh {log.mesh_name} has a machine of that name"
-            raise MeshgpuError("name-taken", taken, "meshgpu join … --name ANOTHER")
+        joining.check_name(log, name)
         public_key = self.keys.node_key()
         newcomer = Newcomer(public_key, self.keys.device_ca(), self.keys.user_key(uid), uid, name)
         application = joining.apply(self.notary, invite, introduction, greeting, dialog.fingerprint, newcomer)

@@ -5,10 +5,12 @@ that has gathered meanwhile goes into the next transaction (group commit).
 """
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Final, assert_never
+from typing import Final, TypeVar, assert_never
 
 from meshgpu import ports
 from meshgpu.agent.trees import Trees
@@ -22,6 +24,11 @@ from meshgpu.model.messages import Message
 from meshgpu.wire.codec import decode_frame, encode, encode_frame
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DISK_FULL_PAUSE_S: Final = 2.0
+"""Between two tries to write to a full disk."""
 
 QUERY_DEADLINE_S: Final = 3600.0
 """A submission may ship gigabytes; the core ends every query long before this."""
@@ -79,6 +86,7 @@ class Runtime:
     _query_count: int = 0
     _watchers: dict[JobId, list[asyncio.Queue[Register]]] = field(default_factory=dict)
     _staging: dict[tuple[JobId, int], asyncio.Task[None]] = field(default_factory=dict)
+    _disk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "store"))
     rejected: int = 0
 
     # -- events in ----------------------------------------------------------------------------------------------------
@@ -172,12 +180,25 @@ class Runtime:
                 if isinstance(effect, fx.Persist)
             ]
             if records:
-                await asyncio.to_thread(self.outside.store.write, records)
+                await self._write(records)
             for effect in batch:
                 if isinstance(effect, _Mark):
                     effect.pass_by()
                 else:
                     self._perform(effect)
+
+    async def _write(self, records: list[tuple[str, str, bytes | None]]) -> None:
+        """One transaction, in a thread of its own. A full disk holds everything up until there is room: nothing leaves
+        that is not kept, and no job ends because of it."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return await loop.run_in_executor(self._disk, self.outside.store.write, records)
+            except MeshgpuError as error:
+                if error.code != "disk-full":
+                    raise
+                logger.error("nothing can be recorded: %s; trying again", error.message)
+                await asyncio.sleep(DISK_FULL_PAUSE_S)
 
     def _perform(self, effect: fx.Effect) -> None:
         match effect:
@@ -205,7 +226,7 @@ class Runtime:
                     staging.cancel()
                 self.outside.executor.stop(job, epoch, mode)
             case fx.DiscardAttempt(job=job, epoch=epoch):
-                self._start(asyncio.to_thread(self.outside.discard, job, epoch))
+                self._start(self._discard(job, epoch))
             case fx.Answered(query=query):
                 if (found := self._queries.get(query)) is not None and not found.answer.done():
                     found.answer.set_result(effect)
@@ -239,7 +260,7 @@ class Runtime:
 
     async def _identify(self, address: Address) -> None:
         try:
-            node = await self.outside.transport.identify(address)
+            node = await _contained(self.outside.transport.identify(address))
         except MeshgpuError as error:
             logger.debug("no answer at seed %s: %s", address, error.message)
             self.post(ev.IdentifyFailed(address, error.message))
@@ -249,7 +270,7 @@ class Runtime:
     async def announce(self) -> None:
         """Let mDNS say how things stand; where it cannot, the mesh goes on without."""
         try:
-            await self.outside.announce()
+            await _contained(self.outside.announce())
         except MeshgpuError as error:
             logger.warning("cannot announce this machine: %s", error.message)
 
@@ -258,10 +279,9 @@ class Runtime:
             self.post(ev.TreeProgressed(order.job, done_bytes, total_bytes))
 
         try:
-            await self.trees.fetch(order.job, order.tree, order.sources, progress)
-        except (MeshgpuError, OSError) as error:
-            code = error.code if isinstance(error, MeshgpuError) else "disk"
-            self.post(ev.TreeFailed(order.job, code, sendable(str(error))))
+            await _contained(self.trees.fetch(order.job, order.tree, order.sources, progress))
+        except MeshgpuError as error:
+            self.post(ev.TreeFailed(order.job, error.code, sendable(error.message)))
         else:
             self.post(ev.TreeArrived(order.job))
 
@@ -270,15 +290,22 @@ class Runtime:
         plan = order.plan
         key = (plan.spec.job, plan.epoch)
         try:
-            work = await self.trees.stage(plan, order.sources, lambda text: self._staging_progress(plan, text))
+            tell = functools.partial(self._staging_progress, plan)
+            work = await _contained(self.trees.stage(plan, order.sources, tell))
         except asyncio.CancelledError:
             self._never_started(plan, AttemptState.ABANDONED, "stopped before it started")
-        except (MeshgpuError, OSError) as error:
-            self._never_started(plan, AttemptState.CRASHED, str(error))
+        except MeshgpuError as error:
+            self._never_started(plan, AttemptState.CRASHED, error.message)
         else:
             self.outside.executor.run(plan, work)
         finally:
             del self._staging[key]
+
+    async def _discard(self, job: JobId, epoch: int) -> None:
+        try:
+            await _contained(asyncio.to_thread(self.outside.discard, job, epoch))
+        except MeshgpuError as error:
+            logger.warning("cannot remove what is left of %s/%d: %s", job, epoch, error.message)
 
     def _staging_progress(self, plan: AttemptPlan, text: str) -> None:
         self.post(ev.AttemptProgressed(plan.spec.job, plan.epoch, Phase.STAGING, text))
@@ -301,6 +328,8 @@ class Runtime:
             self.post(event(name))
             async with asyncio.timeout(QUERY_DEADLINE_S):
                 answer = await query.answer
+        except TimeoutError as error:
+            raise MeshgpuError("no-answer", "cannot go on: there was no end to it within an hour") from error
         finally:
             del self._queries[name]
         if answer.code:
@@ -320,6 +349,18 @@ class Runtime:
         if not queues:
             del self._watchers[job]
             self.post(ev.WatchStopped(job))
+
+
+async def _contained(work: Awaitable[T]) -> T:
+    """Carry out an effect. Whatever a user's or a peer's input makes of it, it becomes an error with words: one job or
+    one announcement fails, never the agent with everybody's jobs."""
+    try:
+        return await work
+    except MeshgpuError:
+        raise
+    except Exception as error:
+        logger.exception("an effect failed")
+        raise MeshgpuError("failed", f"{type(error).__name__}: {error}") from error
 
 
 def sendable(text: str) -> str:

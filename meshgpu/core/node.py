@@ -83,7 +83,7 @@ class Node:
         self.attempts.fence = config.fence
         self.stewardship = Stewardship(node, self.log, self.rules, notary, rng, self._candidates, config.steward)
         self.submissions = Submissions(node, self.log, notary, rng, self._candidates, config.submission)
-        self.asking = Asking(node, self.log, notary, rng, self._askable, config.asking)
+        self.asking = Asking(node, self.log, self.rules, notary, rng, self._askable, config.asking)
         self._inventory = Inventory(0, 0)
         self._readings: tuple[GpuReading, ...] = ()
         self._addresses: tuple[Address, ...] = ()

@@ -18,7 +18,7 @@ Digest = NewType("Digest", str)
 """64 hexadecimal characters: SHA-256 of some bytes."""
 
 JobId = NewType("JobId", str)
-"""26 lower-case base32 characters: 128 random bits."""
+"""26 lower-case base32 characters: 128 bits that only one user's key can have chosen (`job_id`)."""
 
 HoldId = NewType("HoldId", str)
 """26 lower-case base32 characters: 128 random bits of the node that holds."""
@@ -58,9 +58,14 @@ def node_id(public_key: bytes) -> NodeId:
 
 
 def random_id(random_bytes: bytes) -> str:
-    """Turn 16 random bytes into the form of a job or hold id."""
+    """Turn 16 random bytes into the form of a hold id."""
     assert len(random_bytes) == RANDOM_ID_BYTES
     return base32(random_bytes)
+
+
+def job_id(key: KeyId, nonce: bytes) -> JobId:
+    """The id of a job signed by `key`: nobody else can sign a job of that id, so no two users' jobs ever share one."""
+    return JobId(base32(hashlib.sha256(b"meshgpu job" + key.encode() + nonce).digest()[:RANDOM_ID_BYTES]))
 
 
 def display_name(name: str, job: JobId, characters: int = SUFFIX_CHARACTERS) -> str:

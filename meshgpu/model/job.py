@@ -25,7 +25,8 @@ class EnvironmentRequest:
 class JobSpec:
     """What a user submits, signed by the user's key. Its digest names it; it never changes.
 
-    command: argv; with `shell`, one string that `sh -c` runs. tree: digest of the manifest of the working directory.
+    job: follows from the signing key and nonce (16 random bytes). tree: digest of the working directory's manifest.
+    command: argv, never empty; with `shell`, one string that `sh -c` runs.
     machine: the node named by `-m`, else None. stewards: who holds the register: one rig, later three.
     issued_wall_s: Unix time; a steward accepts a spec 120 s old at most.
     image: the container image that the command runs in; empty for a process in a Python environment.
@@ -33,6 +34,7 @@ class JobSpec:
 
     mesh: MeshId
     job: JobId
+    nonce: bytes
     name: str
     user: UserName
     submitter: NodeId

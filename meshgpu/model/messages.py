@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from meshgpu.model.gossip import Incarnation
 from meshgpu.model.ids import HoldId, JobId, NodeId
-from meshgpu.model.job import JobView, Phase, Register, Result
+from meshgpu.model.job import Phase, Register, Result
 from meshgpu.model.resources import GpuShare
 from meshgpu.model.trust import Head, Signed
 
@@ -165,11 +165,19 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class SignedView:
+    """A job as its steward holds it; spec is signed by its user, so that no steward can invent a job."""
+
+    spec: Signed
+    register: Register
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Steward to the asking agent: the jobs concerned, or why not."""
 
     query: str
-    views: tuple[JobView, ...]
+    views: tuple[SignedView, ...]
     code: str = ""
     reason: str = ""
 

@@ -22,10 +22,14 @@ class InviteString:
 
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """Newcomer, step 1. nonce: 32 random bytes."""
+    """Newcomer, step 1. nonce: 32 random bytes.
+
+    proof: HMAC-SHA256 with the invite's secret over certificate and nonce: who has no invite learns nothing.
+    """
 
     protocol: int
     nonce: bytes
+    proof: bytes
 
 
 @dataclass(frozen=True, slots=True)

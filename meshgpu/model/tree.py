@@ -12,6 +12,10 @@ from meshgpu.model.ids import Digest, digest
 CHUNK_BYTES: Final = 4 * 2**20
 """Files are cut at multiples of this: large enough for line rate, small enough to resume cheaply."""
 
+DEPTH_LIMIT: Final = 64
+PATH_LIMIT: Final = 1_024
+"""Directories in, and characters of, one path: more than any project has, less than what recursion or PATH_MAX bear."""
+
 MANIFEST_LIMIT_BYTES: Final = 64 * 2**20
 """A manifest of some 400,000 files."""
 
@@ -121,6 +125,8 @@ def _check_paths(files: tuple[TreeFile, ...]) -> None:
         raise MeshgpuError("bad-manifest", "cannot use a tree: it names a path twice")
     for file in files:
         parts = file.path.split("/")
+        if len(parts) > DEPTH_LIMIT or len(file.path) > PATH_LIMIT:
+            raise MeshgpuError("bad-manifest", f"cannot use a tree: its path {file.path[:60]!r}… is too long")
         if not _is_file_name(file.path) or any(part in ("", ".", "..") for part in parts):
             raise MeshgpuError("bad-manifest", f"cannot use a tree: its path {file.path!r} is not inside it")
         if any("/".join(parts[:depth]) in leaves for depth in range(1, len(parts))):

@@ -10,7 +10,7 @@ from typing import Final
 
 from meshgpu.core.events import MessageArrived
 from meshgpu.model.gossip import GossipEntry, Incarnation, NodeRecord
-from meshgpu.model.ids import RANDOM_ID_BYTES, Address, HoldId, JobId, KeyId, NodeId, random_id
+from meshgpu.model.ids import RANDOM_ID_BYTES, Address, HoldId, JobId, KeyId, NodeId, job_id
 from meshgpu.model.inventory import Inventory
 from meshgpu.model.job import Action, AttemptState, JobRequest, JobSpec, JobView, PlacingVote, Result
 from meshgpu.model.messages import (
@@ -82,6 +82,7 @@ class Intruder:
             self._stale_spec,
             self._stop,
             self._cancel,
+            self._cancel_by_own_spec,
             self._entry_of_another,
             self._new_member,
             self._foreign_offer,
@@ -116,7 +117,7 @@ class Intruder:
         value = self.ring.decode(signed.payload)
         match value:
             case JobSpec():
-                value = replace(value, job=self._random_job(), command=("evil",))
+                value = replace(value, command=("evil",))
             case JobRequest():
                 value = replace(value, action=Action.KILL)
             case GossipEntry():
@@ -135,9 +136,11 @@ class Intruder:
         view = self._view()
         if view is None:
             return None
+        job, nonce = self._own_job()
         spec = replace(
             view.spec,
-            job=self._random_job(),
+            job=job,
+            nonce=nonce,
             stewards=(self._victim.node,),
             submitter=self.machine.node,
             issued_wall_s=self.machine.now().wall_s,
@@ -152,9 +155,11 @@ class Intruder:
         view = self._view()
         if view is None:
             return None
+        job, nonce = self._own_job()
         spec = replace(
             view.spec,
-            job=self._random_job(),
+            job=job,
+            nonce=nonce,
             user=self.machine.setup.owner,
             stewards=(self._victim.node,),
             submitter=self.machine.node,
@@ -172,6 +177,17 @@ class Intruder:
             return None
         epoch = self.timeline.rng.choice((1, 2))
         return Cancel(view.spec.job, epoch, self._forged(view, view.spec), request)
+
+    def _cancel_by_own_spec(self) -> Aimed | None:
+        """To end another user's attempt with a spec and a request of one's own, for the same id: all well signed."""
+        view = self._view()
+        if view is None or view.spec.user in self.machine.setup.accounts or view.register.node is None:
+            return None
+        user, here, wall_s = self.machine.setup.owner, self.machine.node, self.machine.now().wall_s
+        spec = replace(view.spec, user=user, submitter=here, stewards=(here,), machine=None)
+        request = JobRequest(spec.mesh, user, Action.KILL, here, wall_s, "nonce", spec.job)
+        signed = (self.ring.sign(self._account(), spec), self.ring.sign(self._account(), request))
+        return view.register.node, Cancel(spec.job, max(view.register.epoch, 1), *signed)
 
     def _request(self) -> Signed | None:
         """To end another user's job: in one's own name, or in his with a wrong key."""
@@ -307,5 +323,7 @@ class Intruder:
         submitter = self.ledger.machines[view.spec.submitter]
         return self.ring.forge(submitter.setup.accounts[view.spec.user], value)
 
-    def _random_job(self) -> JobId:
-        return JobId(random_id(self.timeline.rng.randbytes(RANDOM_ID_BYTES)))
+    def _own_job(self) -> tuple[JobId, bytes]:
+        """An id that this machine's account may choose, and its nonce."""
+        nonce = self.timeline.rng.randbytes(RANDOM_ID_BYTES)
+        return job_id(self._account(), nonce), nonce

@@ -9,7 +9,7 @@ import pytest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import JobId, UserName, digest, random_id
+from meshgpu.model.ids import UserName, digest, job_id
 from meshgpu.model.job import EnvironmentRequest, JobSpec
 from meshgpu.model.resources import GpuRequest, Resources
 from meshgpu.model.trust import Signed
@@ -49,9 +49,11 @@ def signed(office: Office) -> Callable[..., tuple[JobSpec, Signed]]:
 
     def make(number: int = 1, **changes: object) -> tuple[JobSpec, Signed]:
         submitter = office.setups[1]
+        key, nonce = submitter.accounts[UserName("ada")], number.to_bytes(16, "big")
         spec = JobSpec(
             office.mesh,
-            JobId(random_id(bytes([number]) * 16)),
+            job_id(key, nonce),
+            nonce,
             "train",
             UserName("ada"),
             submitter.node,
@@ -68,6 +70,6 @@ def signed(office: Office) -> Callable[..., tuple[JobSpec, Signed]]:
             WALL_S,
         )
         spec = replace(spec, **changes)  # type: ignore[arg-type]  # names and types are JobSpec's
-        return spec, office.notaries[1].sign(submitter.accounts[UserName("ada")], spec)
+        return spec, office.notaries[1].sign(key, spec)
 
     return make

@@ -25,6 +25,7 @@ LEFT_OUT = {
     gossip.Sighting: "travels as a TXT record",
     job.Draft: "stays in its agent",
     job.AttemptPlan: "stays in its agent",
+    job.JobView: "made of what a SignedView says, once that is verified",
     pairing.InviteString: "travels as text",
 }
 CLASSES = [

@@ -3,16 +3,21 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from meshgpu.core.effects import Answered, Effect, Send, TellWatchers
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import JobId, KeyId, NodeId, base32
+from meshgpu.model.ids import JobId, KeyId, NodeId, UserName, base32
 from meshgpu.model.job import Action, JobRequest, JobView, Register
-from meshgpu.model.messages import Answer, Ask, JobUpdate
+from meshgpu.model.messages import Answer, Ask, JobUpdate, SignedView
 from meshgpu.model.trust import Notary, Signed
+
+_WATCH: Final = "watch-"
+"""Begins the query of a watch; a question's is a number of its agent's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,7 @@ class AskTiming:
 @dataclass(slots=True)
 class _Question:
     action: Action
+    user: UserName | None
     give_up_at: float
     waiting: set[NodeId]
     views: list[JobView] = field(default_factory=list)
@@ -49,6 +55,7 @@ class Asking:
         self,
         node: NodeId,
         log: MeshLog,
+        rules: RequestRules,
         notary: Notary,
         rng: random.Random,
         linked: Callable[[], list[NodeId]],
@@ -56,6 +63,7 @@ class Asking:
     ) -> None:
         self._node = node
         self._log = log
+        self._rules = rules
         self._notary = notary
         self._rng = rng
         self._linked = linked
@@ -86,19 +94,35 @@ class Asking:
             ]
         except TrustError as error:
             return [Answered(query, code=error.code, reason=error.message, hint=error.hint)]
-        self._open[query] = _Question(action, now.boot_s + wait_s, set(nodes))
+        self._open[query] = _Question(action, self._log.user_of(key), now.boot_s + wait_s, set(nodes))
         return asks
 
     def answered(self, node: NodeId, answer: Answer) -> list[Effect]:
-        watched = [TellWatchers(view.register) for view in answer.views if self._is_steward_of(node, view.register)]
         question = self._open.get(answer.query)
-        if question is None or node not in question.waiting:
-            return list(watched)
+        is_open = question is not None and node in question.waiting
+        views = self._verified(node, answer.views) if is_open or answer.query.startswith(_WATCH) else []
+        watched: list[Effect] = [
+            TellWatchers(view.register) for view in views if self._is_steward_of(node, view.register)
+        ]
+        if question is None or not is_open:
+            return watched
         question.waiting.discard(node)
-        question.views.extend(view for view in answer.views if node in view.spec.stewards)
+        question.views.extend(view for view in views if view.spec.user == question.user)
         if answer.code and question.action is not Action.LIST:
             question.failure = (answer.code, answer.reason)
         return [*watched, *(self._close(answer.query, question) if not question.waiting else [])]
+
+    def _verified(self, node: NodeId, views: tuple[SignedView, ...]) -> list[JobView]:
+        """The jobs that their users really signed, and gave to `node` to hold."""
+        found: list[JobView] = []
+        for view in views:
+            try:
+                spec = self._rules.verify_spec(view.spec)
+            except TrustError:
+                continue
+            if node in spec.stewards and view.register.job == spec.job:
+                found.append(JobView(spec, view.register))
+        return found
 
     def _is_steward_of(self, node: NodeId, register: Register) -> bool:
         watch = self._watches.get(register.job)
@@ -131,7 +155,7 @@ class Asking:
                     request = self.sign_request(now, watch.key, Action.WATCH, job, watch.steward)
                 except TrustError:
                     continue  # the account left the mesh: its watch simply tells no more
-                effects.append(Send(watch.steward, Ask(f"watch-{job}", request)))
+                effects.append(Send(watch.steward, Ask(f"{_WATCH}{job}", request)))
         return effects
 
     def deadline(self) -> float | None:

@@ -235,8 +235,8 @@ class Attempts:
         if spec.job != cancel.job or steward not in spec.stewards:
             return [Reject(steward, "cannot stop a job: the request does not come from a machine that holds it")]
         if attempt is None or attempt.state is AttemptState.HELD:
-            # Without its hold a Commit that is still on its way is refused: the attempt can no longer start.
-            self._live.pop((cancel.job, cancel.epoch), None)
+            if attempt is not None:  # without its hold a Commit that is still on its way is refused: it cannot start
+                del self._live[cancel.job, cancel.epoch]
             never = Result(AttemptState.ABANDONED, None, "stopped before it started")
             return [Send(steward, AttemptReport(cancel.job, cancel.epoch, None, "", None, now.wall_s, never))]
         if attempt.state is AttemptState.ACCEPTED:

@@ -6,8 +6,8 @@ from meshgpu.core.effects import Effect, Persist, Send
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import KeyId, NodeId
-from meshgpu.model.job import JobSpec, JobState, JobView, PlacingVote, Register
-from meshgpu.model.messages import Cancel, Commit, JobUpdate, Offer, OfferAnswer
+from meshgpu.model.job import JobSpec, JobState, PlacingVote, Register
+from meshgpu.model.messages import Cancel, Commit, JobUpdate, Offer, OfferAnswer, SignedView
 from meshgpu.model.records import JobRecord
 from meshgpu.model.trust import Notary, Signed
 
@@ -36,8 +36,8 @@ class HeldJob:
     def state(self) -> JobState:
         return self.register.state
 
-    def view(self) -> JobView:
-        return JobView(self.spec, self.register)
+    def view(self) -> SignedView:
+        return SignedView(self.signed, self.register)
 
     def change(self, now: Now, *, durable: bool = True, **changes: object) -> list[Effect]:
         """Compare-and-set of the register; watchers are told. A final register never changes."""

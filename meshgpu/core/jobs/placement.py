@@ -87,15 +87,16 @@ def find_room(
     resources: Resources, inventory: Inventory, readings: Iterable[GpuReading], allocations: Sequence[Allocation]
 ) -> Room:
     """Whether the resources are free now, and on which GPUs. Counts reservations, never measured load."""
-    for what, asked, total, taken in (
-        ("processors", wanted_cpus(resources), inventory.cpus, sum(a.cpus for a in allocations)),
-        ("bytes of memory", resources.memory_bytes, inventory.memory_bytes, sum(a.memory_bytes for a in allocations)),
+    for what, unit, asked, total, taken in (
+        ("processors", 1, wanted_cpus(resources), inventory.cpus, sum(a.cpus for a in allocations)),
+        ("GB of memory", GB, resources.memory_bytes, inventory.memory_bytes, sum(a.memory_bytes for a in allocations)),
     ):
+        asks = f"the job asks for {asked / unit:.4g}"
         if asked > total:
-            return Room(rule=Rule.LACKS, refusal=f"has {total} {what}, the job asks for {asked}")
+            return Room(rule=Rule.LACKS, refusal=f"has {total / unit:.4g} {what}, {asks}")
         if asked > total - taken:
-            refusal = f"is busy: {total - taken} of {total} {what} free, the job asks for {asked}"
-            return Room(rule=Rule.BUSY, refusal=refusal)
+            free = (total - taken) / unit
+            return Room(rule=Rule.BUSY, refusal=f"is busy: {free:.4g} of {total / unit:.4g} {what} free, {asks}")
     request = resources.gpus
     if request.count == 0:
         return Room()
@@ -115,6 +116,11 @@ def find_room(
     reserved = request.memory_bytes if request.shared else 0
     chosen = sorted(free[: request.count], key=lambda gpu: gpu.index)
     return Room(gpus=tuple(GpuShare(gpu.uuid, reserved) for gpu in chosen))
+
+
+def never_fits(resources: Resources, inventory: Inventory) -> str:
+    """Why this machine cannot take the job even when it is idle; empty if it can."""
+    return find_room(resources, inventory, (), ()).refusal
 
 
 def lacking(request: GpuRequest, inventory: Inventory) -> str:
@@ -179,7 +185,7 @@ def explain_each(
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
     """The name that was probably meant."""
-    return next(iter(difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(name.lower(), sorted(names), n=1, cutoff=0.5)), None)
 
 
 def _room(resources: Resources, candidate: Candidate) -> Room:

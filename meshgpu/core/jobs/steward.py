@@ -6,7 +6,7 @@ epoch is offered only after the node of the last one said that it ended, or befo
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
@@ -41,6 +41,7 @@ from meshgpu.model.messages import (
     OfferAnswer,
     Release,
     ReportAck,
+    SignedView,
     Submit,
     SubmitAnswer,
 )
@@ -53,11 +54,17 @@ UNFINISHED_LIMIT: Final = 5_000
 SPEC_LIMIT_BYTES: Final = 256 * 1024
 """A signed spec at most: environment variables and a requirements file fit, data does not."""
 
+USER_LIMIT_BYTES: Final = 64 * 2**20
+"""Of all specs of one user that are kept: sixty thousand ordinary jobs."""
+
+REASON_CHARACTERS: Final = 2_000
+"""Of what a node tells about an attempt: the last lines of a failed build; a register must fit a frame."""
+
 VIEWS_LIMIT_BYTES: Final = 700_000
 """Of the specs in one answer, newest first: with their registers they fit a frame of 1 MiB."""
 
-REGISTER_BYTES: Final = 1_000
-"""What a register adds to its spec in an answer, generously."""
+REGISTER_BYTES: Final = 6_000
+"""What a register with its detail and reason adds to its spec in an answer, at most."""
 
 UNSTARTED_TRIES: Final = 3
 """Attempts that may die before they start (a machine that reboots) before the job is given up."""
@@ -123,9 +130,9 @@ class Stewardship:
 
     def view(self, job: JobId) -> JobView | None:
         found = self._jobs.get(job) or self._final.get(job)
-        return found.view() if found else None
+        return JobView(found.spec, found.register) if found else None
 
-    def views_of(self, user: UserName) -> tuple[JobView, ...]:
+    def views_of(self, user: UserName) -> tuple[SignedView, ...]:
         mine = [
             job
             for job in (*self._final.values(), *self._jobs.values())
@@ -171,6 +178,9 @@ class Stewardship:
             raise TrustError("not-allowed", "cannot hold a job: it names other machines to hold it")
         if sum(job.spec.user == spec.user for job in self._jobs.values()) >= UNFINISHED_LIMIT:
             raise TrustError("too-many-jobs", f"cannot hold a job: {UNFINISHED_LIMIT} of yours are here already")
+        held = (*self._jobs.values(), *self._final.values())
+        if sum(len(job.signed.payload) for job in held if job.spec.user == spec.user) >= USER_LIMIT_BYTES:
+            raise TrustError("too-many-jobs", "cannot hold a job: your jobs of the last 30 days fill what is kept here")
         if len(submit.spec.payload) > SPEC_LIMIT_BYTES:
             raise TrustError("too-large", f"cannot hold a job: its request has more than {SPEC_LIMIT_BYTES} bytes")
 
@@ -254,6 +264,7 @@ class Stewardship:
     # -- while it runs ------------------------------------------------------------------------------------------------
 
     def reported(self, now: Now, node: NodeId, report: AttemptReport) -> list[Effect]:
+        report = _clipped(report)
         job = self._jobs.get(report.job)
         if job is None or job.register.node != node or job.register.epoch != report.epoch:
             return self._answer_stale(node, report)
@@ -330,7 +341,7 @@ class Stewardship:
 
     def _obey(
         self, now: Now, peer: NodeId, request: JobRequest, signed: Signed
-    ) -> tuple[tuple[JobView, ...], list[Effect]]:
+    ) -> tuple[tuple[SignedView, ...], list[Effect]]:
         if request.action is Action.LIST:
             return self.views_of(request.user), []
         job = self._jobs.get(request.job or JobId("")) or self._final.get(request.job or JobId(""))
@@ -410,3 +421,9 @@ class Stewardship:
     def _name(self, node: NodeId | None) -> str:
         member = self._log.members.get(node) if node else None
         return member.name if member else "the machine"
+
+
+def _clipped(report: AttemptReport) -> AttemptReport:
+    """A node may say much; what is kept of it is bounded."""
+    result = report.result and replace(report.result, reason=report.result.reason[:REASON_CHARACTERS])
+    return replace(report, detail=report.detail[:REASON_CHARACTERS], result=result)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from meshgpu.core.effects import Answered, Effect, QueryProgressed, Send
-from meshgpu.core.jobs.placement import Candidate, explain, lacking, nearest_name, rank
+from meshgpu.core.jobs.placement import Candidate, explain, nearest_name, never_fits, rank
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, UserName, random_id
+from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, UserName, job_id
 from meshgpu.model.job import Draft, JobSpec, JobState, JobView, Register
 from meshgpu.model.messages import Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources
@@ -124,9 +124,11 @@ class Submissions:
         candidates = self._candidates(user.user, machine.node if machine else None)
         resources = draft.resources or self._default_resources(draft, candidates)
         self._check_possible(resources, machine, candidates)
+        nonce = self._rng.randbytes(RANDOM_ID_BYTES)
         return JobSpec(
             self._log.mesh,
-            JobId(random_id(self._rng.randbytes(RANDOM_ID_BYTES))),
+            job_id(user.key, nonce),
+            nonce,
             draft.name,
             user.user,
             self._node,
@@ -163,7 +165,7 @@ class Submissions:
         known = [candidate for candidate in candidates if candidate.record is not None]
         if machine is not None:
             refusal = next((c.refusal for c in known if c.node == machine.node and c.is_closed), "")
-            lacks = next((lacking(resources.gpus, c.record.inventory) for c in known if c.record), "")
+            lacks = next((never_fits(resources, c.record.inventory) for c in known if c.record), "")
             if refusal or lacks:
                 raise MeshgpuError(
                     "impossible", f"cannot run on {machine.name}: it {refusal or lacks}", "meshgpu machines"
@@ -172,11 +174,9 @@ class Submissions:
         open_to_me = [c for c in known if not c.is_closed]
         if known and not open_to_me:
             raise MeshgpuError("impossible", f"cannot run: {explain(resources, known)}", "meshgpu machines")
-        if open_to_me and all(c.record and lacking(resources.gpus, c.record.inventory) for c in open_to_me):
+        if open_to_me and all(c.record and never_fits(resources, c.record.inventory) for c in open_to_me):
             reasons = explain(resources, open_to_me)
-            raise MeshgpuError(
-                "impossible", f"cannot run: no machine has {resources.gpus} GPUs: {reasons}", "meshgpu machines"
-            )
+            raise MeshgpuError("impossible", f"cannot run anywhere: {reasons}", "meshgpu machines")
 
     def _steward(self, user: UserName, resources: Resources, machine: Member | None) -> NodeId:
         """Who holds the job: the machine named by -m, else the best-ranked rig, else any that answers, else we."""

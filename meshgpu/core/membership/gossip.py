@@ -6,6 +6,7 @@ pushes all of its (two) entries, and because an answer to a digest carries all t
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -18,6 +19,13 @@ from meshgpu.model.gossip import Capacity, GossipEntry, Incarnation, NodeRecord
 from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.messages import GossipDelta, GossipDigest, Known, LogDelta
 from meshgpu.model.trust import Notary, Signed
+
+DELTA_BYTES: Final = 700_000
+"""Of the entries in one message: they fit a frame of 1 MiB."""
+
+ENTRY_BYTES: Final = 64 * 1024
+ENTRY_PARTS: Final = 256
+"""Bytes of one entry, and GPUs, allocations or addresses in it: more is no desktop, and every steward reads it."""
 
 DELTA_ENTRIES: Final = 512
 """Entries in one message at most: two for each of 256 owners, far below a frame's 1 MiB."""
@@ -133,7 +141,7 @@ class Gossip:
         effects: list[Effect] = []
         lacking_log = self._log.beyond(digest.heads)
         if lacking_log:
-            effects.append(Send(peer, LogDelta(lacking_log[:DELTA_ENTRIES])))
+            effects.append(Send(peer, LogDelta(fitting(lacking_log))))
         newer = self._newer_than(digest.known)
         if newer:
             effects.append(Send(peer, GossipDelta(newer)))
@@ -194,10 +202,12 @@ class Gossip:
             for entry, signed in owner.in_order():
                 if (owner.incarnation, entry.version) > seen:
                     newer.append(signed)
-        return tuple(newer[:DELTA_ENTRIES])
+        return fitting(newer)
 
     def _accept(self, now: Now, signed: Signed) -> bool:
         """Whether the entry was news. Raises TrustError for what no member signed as its own."""
+        if len(signed.payload) > ENTRY_BYTES:
+            raise TrustError("too-large", f"cannot take in an entry of {len(signed.payload)} bytes")
         member = self._log.members.get(NodeId(signed.key))
         if member is None:
             raise TrustError("not-allowed", "cannot take in an entry: its owner is no member of this mesh")
@@ -207,6 +217,8 @@ class Gossip:
         entry = self._notary.read(signed, member.public_key, GossipEntry)
         if entry.mesh != self._log.mesh or entry.owner != member.node:
             raise TrustError("not-allowed", f"cannot take in an entry of {member.name}: it speaks for somebody else")
+        if not is_of_a_desktop(entry.value):
+            raise TrustError("too-large", f"cannot take in an entry of {member.name}: no desktop has that many parts")
         if entry.owner == self._node:
             self._outbid(now, entry.incarnation)
             return False
@@ -230,3 +242,23 @@ class Gossip:
         for value in values:
             self._write(own, value)
         self._schedule_push(now)
+
+
+def fitting(entries: Iterable[Signed]) -> tuple[Signed, ...]:
+    """As many of the first entries as one message carries; at least one."""
+    taken: list[Signed] = []
+    room = DELTA_BYTES
+    for signed in entries:
+        room -= len(signed.payload) + len(signed.signature) + len(signed.key)
+        if taken and (room < 0 or len(taken) >= DELTA_ENTRIES):
+            break
+        taken.append(signed)
+    return tuple(taken)
+
+
+def is_of_a_desktop(value: NodeRecord | Capacity) -> bool:
+    """Whether an entry has a size that placement can look at for every job."""
+    if isinstance(value, NodeRecord):
+        return max(len(value.addresses), len(value.inventory.gpus), len(value.trusts)) <= ENTRY_PARTS
+    shares = sum(len(allocation.gpus) for allocation in value.allocations)
+    return max(len(value.readings), len(value.allocations), shares) <= ENTRY_PARTS

@@ -75,6 +75,15 @@ def transcript(introduction: Introduction, greeting: Greeting, certificate: Dige
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
+def greet(invite: InviteString, protocol: int, nonce: bytes, certificate: Digest) -> Greeting:
+    """The newcomer's first step, to whoever shows `certificate`."""
+    return Greeting(protocol, nonce, prove(invite.secret, _greeting_text(nonce, certificate)))
+
+
+def _greeting_text(nonce: bytes, certificate: Digest) -> bytes:
+    return b"meshgpu greeting 1" + nonce + certificate.encode()
+
+
 def prove(secret: str, about: bytes) -> bytes:
     return hmac.new(secret.encode(), about, hashlib.sha256).digest()
 
@@ -116,6 +125,13 @@ class Invites:
     def is_empty(self) -> bool:
         return not self._open
 
+    def check_greeting(self, now: Now, greeting: Greeting, certificate: Digest) -> None:
+        """Raises `bad-invite` unless an open invite's secret made it for this certificate. Uses nothing up."""
+        about = _greeting_text(greeting.nonce, certificate)
+        self.drop_expired(now)
+        if not any(hmac.compare_digest(prove(secret, about), greeting.proof) for secret in self._open):
+            raise _not_invited()
+
     def redeem(self, now: Now, proof: bytes, transcripts: dict[bytes, bytes]) -> tuple[bytes, Invite]:
         """Use up the invite whose secret made `proof` over one of `transcripts`; {our nonce: transcript}.
 
@@ -127,9 +143,12 @@ class Invites:
                 if hmac.compare_digest(prove(invite.secret, about), proof):
                     del self._open[invite.secret]
                     return nonce, invite
-        raise TrustError(
-            "bad-invite", "cannot join: the invite was used before, has expired, or is not from here", "meshgpu invite"
-        )
+        raise _not_invited()
+
+
+def _not_invited() -> TrustError:
+    reason = "cannot join: the invite was used before, has expired, or is not from here"
+    return TrustError("bad-invite", reason, "meshgpu invite")
 
 
 def apply(
@@ -152,6 +171,13 @@ def check_possession(notary: Notary, log: MeshLog, application: Application, abo
             raise TrustError("bad-invite", "cannot admit a machine: its keys were not there when it asked")
     if node_id(newcomer.public_key) in log.members or key_id(newcomer.user_key) in log.users:
         raise TrustError("bad-invite", "cannot admit a machine: one of its keys is a member's already")
+
+
+def check_name(log: MeshLog, name: str) -> None:
+    """No newcomer takes the name under which people know a machine. Raises TrustError `name-taken`."""
+    if log.member_named(name) is not None:
+        taken = f"cannot join as {name}: the mesh {log.mesh_name} has a machine of that name"
+        raise TrustError("name-taken", taken, "meshgpu join --name ANOTHER …")
 
 
 def admit(log: MeshLog, invite: Invite, newcomer: Newcomer) -> tuple[Signed, ...]:

@@ -185,11 +185,10 @@ def found(notary: Notary, admin: KeyId, genesis: Genesis) -> tuple[MeshId, Signe
 
 
 def _with_unique_names(members: dict[NodeId, Member]) -> dict[NodeId, Member]:
-    """Of equal names the lowest id keeps it; the others show with the first characters of their id."""
+    """Of equal names the one that was added first keeps it; the others show with the first characters of their id."""
     taken: set[str] = set()
     named: dict[NodeId, Member] = {}
-    for node in sorted(members):
-        member = members[node]
+    for node, member in members.items():
         name = member.name if member.name not in taken else f"{member.name}-{node[:4]}"
         taken.add(name)
         named[node] = Member(node, name, member.public_key, member.device_ca, member.role, member.owner)

@@ -5,7 +5,7 @@ from typing import Final
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
-from meshgpu.model.ids import KeyId, NodeId
+from meshgpu.model.ids import KeyId, NodeId, job_id
 from meshgpu.model.job import Action, JobRequest, JobSpec, PlacingVote
 from meshgpu.model.trust import Notary, Signed, T, UserKey
 
@@ -25,6 +25,10 @@ class RequestRules:
         user, spec = self._read_as_user(signed, JobSpec)
         if spec.mesh != self._log.mesh:
             raise TrustError("not-allowed", "cannot accept a job: it was signed for another mesh")
+        if spec.job != job_id(signed.key, spec.nonce):
+            raise TrustError("not-allowed", "cannot accept a job: its id is another user's to choose")
+        if not spec.command or (spec.shell and len(spec.command) != 1):
+            raise TrustError("bad-request", "cannot accept a job: it has no proper command")
         if spec.user != user.user or spec.submitter != user.node:
             raise TrustError("not-allowed", f"cannot accept a job of {spec.user}: it was signed by {user.user}")
         stewards = set(spec.stewards)

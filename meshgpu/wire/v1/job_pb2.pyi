@@ -100,6 +100,7 @@ class JobSpec(_message.Message):
     STEWARDS_FIELD_NUMBER: _builtins.int
     ISSUED_WALL_S_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id."""
     job: _builtins.str
@@ -124,6 +125,8 @@ class JobSpec(_message.Message):
     """Unix time in seconds."""
     image: _builtins.str
     """Container image that the command runs in; empty for none."""
+    nonce: _builtins.bytes
+    """16 random bytes from which, with the signing key, the job id follows."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """argv; with `shell`, one string."""
@@ -164,10 +167,11 @@ class JobSpec(_message.Message):
         stewards: _abc.Iterable[_builtins.str] | None = ...,
         issued_wall_s: _builtins.float = ...,
         image: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "environment", b"environment", "machine", b"machine", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "resources", b"resources", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "resources", b"resources", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__machine: _TypeAlias = _typing.Literal["machine"]  # noqa: Y015
     _WhichOneofArgType__machine: _TypeAlias = _typing.Literal["_machine", b"_machine"]  # noqa: Y015
@@ -327,36 +331,6 @@ class Register(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stop) -> _WhichOneofReturnType__stop | None: ...
 
 Global___Register: _TypeAlias = Register  # noqa: Y015
-
-@_typing.final
-class JobView(_message.Message):
-    """A job as its user may see it."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SPEC_FIELD_NUMBER: _builtins.int
-    REGISTER_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def spec(self) -> Global___JobSpec:
-        """Required."""
-
-    @_builtins.property
-    def register(self) -> Global___Register:
-        """Required."""
-
-    def __init__(
-        self,
-        *,
-        spec: Global___JobSpec | None = ...,
-        register: Global___Register | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["register", b"register", "spec", b"spec"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["register", b"register", "spec", b"spec"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___JobView: _TypeAlias = JobView  # noqa: Y015
 
 @_typing.final
 class PlacingVote(_message.Message):

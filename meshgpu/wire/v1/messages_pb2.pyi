@@ -584,6 +584,36 @@ class Ask(_message.Message):
 Global___Ask: _TypeAlias = Ask  # noqa: Y015
 
 @_typing.final
+class SignedView(_message.Message):
+    """A job as its steward holds it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    REGISTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> _trust_pb2.Signed:
+        """JobSpec, signed by its user; required."""
+
+    @_builtins.property
+    def register(self) -> _job_pb2.Register:
+        """Required."""
+
+    def __init__(
+        self,
+        *,
+        spec: _trust_pb2.Signed | None = ...,
+        register: _job_pb2.Register | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["register", b"register", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["register", b"register", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedView: _TypeAlias = SignedView  # noqa: Y015
+
+@_typing.final
 class Answer(_message.Message):
     """Steward to agent: the jobs concerned, or why not."""
 
@@ -600,14 +630,14 @@ class Answer(_message.Message):
     reason: _builtins.str
     """One line; empty if answered."""
     @_builtins.property
-    def views(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.JobView]:
+    def views(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedView]:
         """One for each job."""
 
     def __init__(
         self,
         *,
         query: _builtins.str = ...,
-        views: _abc.Iterable[_job_pb2.JobView] | None = ...,
+        views: _abc.Iterable[Global___SignedView] | None = ...,
         code: _builtins.str = ...,
         reason: _builtins.str = ...,
     ) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from meshgpu.wire.v1 import trust_pb2 as meshgpu_dot_wire_dot_v1_dot_trust__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshgpu/wire/v1/pairing.proto\x12\x0fmeshgpu.wire.v1\x1a\x1bmeshgpu/wire/v1/trust.proto\"+\n\x08Greeting\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05nonce\x18\x02 \x01(\x0c\"{\n\x0cIntroduction\x12$\n\x03log\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12(\n\x07\x62inding\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"T\n\x0ePairingBinding\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\t\x12\x16\n\x0enewcomer_nonce\x18\x02 \x01(\x0c\x12\x15\n\rinviter_nonce\x18\x03 \x01(\x0c\"^\n\x08Newcomer\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x11\n\tdevice_ca\x18\x02 \x01(\x0c\x12\x10\n\x08user_key\x18\x03 \x01(\x0c\x12\x0b\n\x03uid\x18\x04 \x01(\r\x12\x0c\n\x04name\x18\x05 \x01(\t\"\x9d\x01\n\x0b\x41pplication\x12+\n\x08newcomer\x18\x01 \x01(\x0b\x32\x19.meshgpu.wire.v1.Newcomer\x12\r\n\x05proof\x18\x02 \x01(\x0c\x12(\n\x07\x62y_node\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12(\n\x07\x62y_user\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"\x1b\n\nPossession\x12\r\n\x05\x61\x62out\x18\x01 \x01(\t\"P\n\x07Welcome\x12$\n\x03log\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04user\x18\x02 \x01(\t\x12\x11\n\taddresses\x18\x03 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshgpu/wire/v1/pairing.proto\x12\x0fmeshgpu.wire.v1\x1a\x1bmeshgpu/wire/v1/trust.proto\":\n\x08Greeting\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\r\n\x05proof\x18\x03 \x01(\x0c\"{\n\x0cIntroduction\x12$\n\x03log\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12(\n\x07\x62inding\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"T\n\x0ePairingBinding\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\t\x12\x16\n\x0enewcomer_nonce\x18\x02 \x01(\x0c\x12\x15\n\rinviter_nonce\x18\x03 \x01(\x0c\"^\n\x08Newcomer\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x11\n\tdevice_ca\x18\x02 \x01(\x0c\x12\x10\n\x08user_key\x18\x03 \x01(\x0c\x12\x0b\n\x03uid\x18\x04 \x01(\r\x12\x0c\n\x04name\x18\x05 \x01(\t\"\x9d\x01\n\x0b\x41pplication\x12+\n\x08newcomer\x18\x01 \x01(\x0b\x32\x19.meshgpu.wire.v1.Newcomer\x12\r\n\x05proof\x18\x02 \x01(\x0c\x12(\n\x07\x62y_node\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12(\n\x07\x62y_user\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"\x1b\n\nPossession\x12\r\n\x05\x61\x62out\x18\x01 \x01(\t\"P\n\x07Welcome\x12$\n\x03log\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04user\x18\x02 \x01(\t\x12\x11\n\taddresses\x18\x03 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,17 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshgpu.wire.v1.pairing_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GREETING']._serialized_start=79
-  _globals['_GREETING']._serialized_end=122
-  _globals['_INTRODUCTION']._serialized_start=124
-  _globals['_INTRODUCTION']._serialized_end=247
-  _globals['_PAIRINGBINDING']._serialized_start=249
-  _globals['_PAIRINGBINDING']._serialized_end=333
-  _globals['_NEWCOMER']._serialized_start=335
-  _globals['_NEWCOMER']._serialized_end=429
-  _globals['_APPLICATION']._serialized_start=432
-  _globals['_APPLICATION']._serialized_end=589
-  _globals['_POSSESSION']._serialized_start=591
-  _globals['_POSSESSION']._serialized_end=618
-  _globals['_WELCOME']._serialized_start=620
-  _globals['_WELCOME']._serialized_end=700
+  _globals['_GREETING']._serialized_end=137
+  _globals['_INTRODUCTION']._serialized_start=139
+  _globals['_INTRODUCTION']._serialized_end=262
+  _globals['_PAIRINGBINDING']._serialized_start=264
+  _globals['_PAIRINGBINDING']._serialized_end=348
+  _globals['_NEWCOMER']._serialized_start=350
+  _globals['_NEWCOMER']._serialized_end=444
+  _globals['_APPLICATION']._serialized_start=447
+  _globals['_APPLICATION']._serialized_end=604
+  _globals['_POSSESSION']._serialized_start=606
+  _globals['_POSSESSION']._serialized_end=633
+  _globals['_WELCOME']._serialized_start=635
+  _globals['_WELCOME']._serialized_end=715
 # @@protoc_insertion_point(module_scope)

@@ -27,19 +27,23 @@ class Greeting(_message.Message):
 
     PROTOCOL_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """Version of the wire that the newcomer speaks; 1."""
     nonce: _builtins.bytes
     """32 random bytes."""
+    proof: _builtins.bytes
+    """HMAC-SHA256 with the invite's secret over certificate and nonce, 32 bytes."""
     def __init__(
         self,
         *,
         protocol: _builtins.int = ...,
         nonce: _builtins.bytes = ...,
+        proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "proof", b"proof", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,17 +2,18 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from meshgpu.core.effects import Answered, Effect, Send, TellWatchers
 from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.core.trust.requests import RequestRules
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import JobId, KeyId, NodeId, UserName
 from meshgpu.model.job import Action, JobRequest, JobSpec, JobState, JobView, Register
-from meshgpu.model.messages import Answer, Ask, JobUpdate
+from meshgpu.model.messages import Answer, Ask, JobUpdate, SignedView
 from meshgpu.model.trust import Signed
 from meshgpu.sim.office import Office
 
@@ -27,13 +28,17 @@ class Bench:
     log: MeshLog
     at: Clock
     view: JobView
+    told: SignedView
     linked: list[NodeId] = field(default_factory=list)
     asking: Asking = field(init=False)
 
     def __post_init__(self) -> None:
         me = self.office.setups[1].node
         self.linked = [setup.node for setup in self.office.setups[:3]]
-        self.asking = Asking(me, self.log, self.office.notaries[1], random.Random(1), lambda: self.linked, TIMING)
+        rules = RequestRules(self.office.notaries[1], self.log, me)
+        self.asking = Asking(
+            me, self.log, rules, self.office.notaries[1], random.Random(1), lambda: self.linked, TIMING
+        )
 
     @property
     def key(self) -> KeyId:
@@ -52,8 +57,9 @@ class Bench:
 
 @pytest.fixture
 def bench(office: Office, log: MeshLog, at: Clock, signed: Sign) -> Bench:
-    spec, _ = signed()
-    return Bench(office, log, at, JobView(spec, Register(spec.job, JobState.QUEUED)))
+    spec, envelope = signed()
+    register = Register(spec.job, JobState.QUEUED)
+    return Bench(office, log, at, JobView(spec, register), SignedView(envelope, register))
 
 
 def test_all_live_members_are_asked_each_with_a_request_of_its_own(bench: Bench) -> None:
@@ -66,7 +72,7 @@ def test_all_live_members_are_asked_each_with_a_request_of_its_own(bench: Bench)
 
 def test_list_ends_with_the_last_answer_and_names_who_was_not_reached(bench: Bench) -> None:
     bench.asking.list_jobs(bench.at(0), "q", bench.key)
-    assert bench.asking.answered(bench.linked[0], Answer("q", (bench.view,))) == []
+    assert bench.asking.answered(bench.linked[0], Answer("q", (bench.told,))) == []
     assert bench.asking.answered(bench.linked[1], Answer("q", ())) == []
     (answer,) = bench.asking.answered(bench.linked[2], Answer("q", ()))
     assert isinstance(answer, Answered)
@@ -76,34 +82,34 @@ def test_list_ends_with_the_last_answer_and_names_who_was_not_reached(bench: Ben
 
 def test_list_does_not_wait_for_slow_members(bench: Bench) -> None:
     bench.asking.list_jobs(bench.at(0), "q", bench.key)
-    bench.asking.answered(bench.linked[0], Answer("q", (bench.view,)))
+    bench.asking.answered(bench.linked[0], Answer("q", (bench.told,)))
     (answer,) = bench.asking.step(bench.at(TIMING.list_s))
     assert isinstance(answer, Answered)
     assert answer.views == (bench.view,)
     assert set(answer.silent) == {bench.linked[1], bench.linked[2], bench.office.setups[3].node}
-    assert bench.asking.answered(bench.linked[1], Answer("q", (bench.view,))) == []
+    assert bench.asking.answered(bench.linked[1], Answer("q", (bench.told,))) == []
 
 
 def test_only_stewards_speak_for_a_job(bench: Bench) -> None:
     bench.asking.list_jobs(bench.at(0), "q", bench.key)
     for node in bench.linked[1:]:
-        effects = bench.asking.answered(node, Answer("q", (bench.view,)))
+        effects = bench.asking.answered(node, Answer("q", (bench.told,)))
     effects += bench.asking.answered(bench.linked[0], Answer("q", ()))
     assert [effect.views for effect in effects if isinstance(effect, Answered)] == [()]
 
 
 def test_second_answer_of_one_node_counts_for_nothing(bench: Bench) -> None:
     bench.asking.list_jobs(bench.at(0), "q", bench.key)
-    bench.asking.answered(bench.linked[0], Answer("q", (bench.view,)))
-    assert bench.asking.answered(bench.linked[0], Answer("q", (bench.view,))) == []
-    assert bench.asking.answered(NodeId("x" * 52), Answer("q", (bench.view,))) == []
+    bench.asking.answered(bench.linked[0], Answer("q", (bench.told,)))
+    assert bench.asking.answered(bench.linked[0], Answer("q", (bench.told,))) == []
+    assert bench.asking.answered(NodeId("x" * 52), Answer("q", (bench.told,))) == []
 
 
 def test_stop_is_asked_of_the_steward_alone(bench: Bench) -> None:
     (effect,) = bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, bench.steward)
     request = bench.request(effect)
     assert (request.action, request.job, request.node) == (Action.STOP, bench.view.spec.job, bench.steward)
-    (answer,) = bench.asking.answered(bench.steward, Answer("q", (bench.view,)))
+    (answer,) = bench.asking.answered(bench.steward, Answer("q", (bench.told,)))
     assert isinstance(answer, Answered)
     assert answer.views == (bench.view,)
 
@@ -161,6 +167,30 @@ def test_watchers_believe_only_the_steward(bench: Bench) -> None:
     bench.asking.watch(bench.at(0), bench.key, job, bench.steward)
     assert bench.asking.updated(bench.linked[2], JobUpdate(register)) == []
     assert bench.asking.updated(bench.steward, JobUpdate(register)) == [TellWatchers(register)]
-    assert bench.asking.answered(bench.steward, Answer(f"watch-{job}", (bench.view,))) == [TellWatchers(register)]
+    assert bench.asking.answered(bench.steward, Answer(f"watch-{job}", (bench.told,))) == [TellWatchers(register)]
     bench.asking.unwatch(job)
     assert bench.asking.updated(bench.steward, JobUpdate(register)) == []
+
+
+def test_job_that_a_steward_invented_is_not_believed(bench: Bench, signed: Sign) -> None:
+    """Ada's own key must have signed it: a rig that holds jobs could otherwise show her any result."""
+    spec, envelope = signed(name="invented")
+    forged = bench.office.ring.forge(bench.key, spec)
+    bench.asking.list_jobs(bench.at(0), "q", bench.key)
+    for told in (
+        SignedView(forged, bench.told.register),
+        SignedView(replace(envelope, payload=b""), bench.told.register),
+    ):
+        bench.asking.answered(bench.linked[0], Answer("q", (told,)))
+    (answer,) = bench.asking.step(bench.at(TIMING.list_s))
+    assert isinstance(answer, Answered)
+    assert answer.views == ()
+
+
+def test_register_of_another_job_is_not_believed(bench: Bench) -> None:
+    bench.asking.list_jobs(bench.at(0), "q", bench.key)
+    other = SignedView(bench.told.spec, replace(bench.told.register, job=JobId("b" * 26)))
+    bench.asking.answered(bench.linked[0], Answer("q", (other,)))
+    (answer,) = bench.asking.step(bench.at(TIMING.list_s))
+    assert isinstance(answer, Answered)
+    assert answer.views == ()

@@ -203,11 +203,10 @@ def test_open_offers_are_limited(bench: Bench, signed: Sign) -> None:
     bench.attempts.machine_read(inventory, ())
     resources = replace(bench.spec.resources, gpus=replace(bench.spec.resources.gpus, count=0))
     for number in range(HOLDS_LIMIT):
-        job = JobId(f"{number:026d}")
-        spec, envelope = signed(job=job, resources=resources)
-        bench.attempts.offered(bench.at(0), bench.steward, Offer(job, 1, envelope))
+        spec, envelope = signed(number, resources=resources)
+        bench.attempts.offered(bench.at(0), bench.steward, Offer(spec.job, 1, envelope))
     assert len(bench.attempts.allocations()) == HOLDS_LIMIT
-    spec, envelope = signed(resources=resources)
+    spec, envelope = signed(HOLDS_LIMIT, resources=resources)
     effects = bench.attempts.offered(bench.at(0), bench.steward, Offer(spec.job, 1, envelope))
     assert only(effects, OfferAnswer).refusal == "has too many open offers"
 
@@ -460,3 +459,17 @@ def test_unfenced_machine_runs_jobs_of_trusted_users_unfenced(bench: Bench, sign
     bench.accept()
     start = only(bench.activate(), StartAttempt)
     assert not start.plan.fenced
+
+
+def test_job_of_another_user_is_not_ended_by_a_spec_with_its_id(bench: Bench) -> None:
+    """Ids are gossiped with allocations; only the key that chose one can sign a job of that id."""
+    bench.run()
+    setup, user = bench.office.setups[2], UserName("ada")  # another key of hers is another's key as well
+    key, notary = setup.accounts[user], bench.office.notaries[bench.office.setups.index(setup)]
+    spec = replace(bench.spec, user=user, submitter=setup.node, stewards=(setup.node,))
+    request = JobRequest(bench.office.mesh, user, Action.KILL, setup.node, 0.0, "nonce", spec.job)
+    message = Cancel(spec.job, 1, notary.sign(key, spec), notary.sign(key, request))
+    effects = bench.attempts.cancelled(bench.at(1), setup.node, message)
+    assert [type(effect) for effect in effects] == [Reject]
+    assert bench.state is AttemptState.RUNNING
+    assert len(bench.attempts.allocations()) == 1

@@ -100,7 +100,7 @@ def test_processors_and_memory_are_counted() -> None:
     asks = Resources(NO_GPU, cpus=4, memory_bytes=32 * GB)
     assert find_room(asks, MIXED, (), [used(cpus=4, memory_bytes=32 * GB)]).refusal == ""
     assert "is busy: 3 of 8 processors" in find_room(asks, MIXED, (), [used(cpus=5)]).refusal
-    assert "bytes of memory free" in find_room(asks, MIXED, (), [used(memory_bytes=40 * GB)]).refusal
+    assert "GB of memory free" in find_room(asks, MIXED, (), [used(memory_bytes=40 * GB)]).refusal
     assert find_room(Resources(NO_GPU, cpus=9), MIXED, (), ()).refusal == "has 8 processors, the job asks for 9"
 
 

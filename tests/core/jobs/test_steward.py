@@ -544,7 +544,7 @@ def test_user_lists_own_jobs_from_any_machine(bench: Bench) -> None:
     bench.queue()
     ((_, answer),) = sent(bench.ask(Action.LIST, seat=3), Answer)
     assert isinstance(answer, Answer)
-    assert [view.spec.job for view in answer.views] == [bench.spec.job]
+    assert [view.register.job for view in answer.views] == [bench.spec.job]
     assert bench.stewardship.views_of(UserName("bob")) == ()
 
 

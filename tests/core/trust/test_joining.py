@@ -1,6 +1,7 @@
 """Invites: strings that survive copying or are refused, and a right that is used once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,9 @@ from meshgpu.core.trust.joining import (
     admit,
     apply,
     check_introduction,
+    check_name,
     check_possession,
+    greet,
     new_secret,
     prove,
     read_invite,
@@ -33,7 +36,7 @@ Clock = Callable[[float], Now]
 STRING = InviteString(
     MeshId("ab" * 32), NodeId("a" * 52), new_secret(bytes(range(SECRET_BYTES))), (Address("10.0.0.1:7444"),)
 )
-GREETING = Greeting(1, b"n" * 32)
+GREETING = Greeting(1, b"n" * 32, b"p" * 32)
 CERTIFICATE = digest(b"certificate")
 
 
@@ -130,7 +133,9 @@ def test_answer_of_another_member_is_refused(office: Office) -> None:
 
 def test_old_introduction_is_no_answer_to_a_new_nonce(office: Office) -> None:
     with pytest.raises(TrustError):
-        check_introduction(office.notaries[1], invited(office), introduce(office), Greeting(1, b"m" * 32), CERTIFICATE)
+        check_introduction(
+            office.notaries[1], invited(office), introduce(office), Greeting(1, b"m" * 32, b"p" * 32), CERTIFICATE
+        )
 
 
 def test_mesh_of_another_genesis_is_refused(office: Office) -> None:
@@ -189,3 +194,28 @@ def test_transcripts_of_two_conversations_differ(office: Office) -> None:
     assert transcript(introduction, GREETING, CERTIFICATE, one) != transcript(
         introduction, GREETING, CERTIFICATE, moved
     )
+
+
+def test_stranger_without_an_invite_is_not_even_greeted(office: Office, at: Clock) -> None:
+    """The introduction shows the whole mesh log: names, accounts, keys."""
+    invites = Invites()
+    created = invites.create(at(0), "s" * 20, UserName("ada"), KeyId("k"))
+    invite = replace(invited(office), secret=created.secret)
+    greeting = greet(invite, 1, b"n" * 32, CERTIFICATE)
+    invites.check_greeting(at(1), greeting, CERTIFICATE)
+    for wrong, certificate in (
+        (replace(greeting, proof=b"p" * 32), CERTIFICATE),
+        (replace(greeting, nonce=b"m" * 32), CERTIFICATE),
+        (greeting, digest(b"another certificate")),
+    ):
+        with pytest.raises(TrustError, match="was used before"):
+            invites.check_greeting(at(1), wrong, certificate)
+    with pytest.raises(TrustError, match="has expired"):
+        invites.check_greeting(at(INVITE_LIFE_S), greeting, CERTIFICATE)
+
+
+def test_name_of_a_machine_cannot_be_taken_over(log: MeshLog) -> None:
+    (name, *_) = [member.name for member in log.members.values()]
+    with pytest.raises(TrustError, match="has a machine of that name"):
+        check_name(log, name)
+    check_name(log, "newcomer")
