@@ -1,6 +1,7 @@
 """Configuration: file, environment and flags become one frozen value; an unknown key names the nearest valid one."""
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -56,8 +57,9 @@ def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Conf
     names = [field.name for field in fields(Config)]
     for key in settings:
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-            raise MeshgpuError("bad-config", f"cannot use {path}: there is no setting {key!r}", f"did you mean {near}?")
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(names)}"
+            raise MeshgpuError("bad-config", f"cannot use {path}: there is no setting {key!r}", hint)
     for name in names:
         text = environment.get(f"MESHGPU_{name.upper()}")
         if text is not None:
@@ -67,6 +69,8 @@ def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Conf
     for name in ("link_port", "pairing_port"):
         if not 0 <= getattr(config, name) <= 65_535:
             raise MeshgpuError("bad-config", f"cannot use {name} = {getattr(config, name)}: expected 0 to 65535")
+    if config.keep_free_gb is not None and not 0 <= config.keep_free_gb < math.inf:
+        raise MeshgpuError("bad-config", f"cannot use keep_free_gb = {config.keep_free_gb}: expected 0 or more")
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             found = f"{name} = {getattr(config, name)!r}"

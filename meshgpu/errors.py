@@ -51,6 +51,7 @@ HTTP_STATUS: Final[dict[str, int]] = {
     "missing-chunks": 409,
     "too-large": 413,
     "disk-full": 507,
+    "busy": 503,
     "no-answer": 504,
     "broken-invariant": 500,
 }
@@ -63,6 +64,7 @@ GRPC_STATUS: Final[dict[str, str]] = {
     "unknown-job": "NOT_FOUND",
     "unknown-file": "NOT_FOUND",
     "disk-full": "RESOURCE_EXHAUSTED",
+    "busy": "RESOURCE_EXHAUSTED",
     "no-answer": "DEADLINE_EXCEEDED",
 }
 """gRPC status name by error code; a code that is not listed is answered with FAILED_PRECONDITION."""

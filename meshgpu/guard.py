@@ -55,7 +55,7 @@ class Request(TypedDict):
 
     directory: the attempt's own, for guard.json, log and exit.json. work: where the job starts.
     own_shm: gets an empty /dev/shm where there is a namespace for it. enclosed: argv begins with bubblewrap, which does
-    not pass signals on.
+    not pass signals on. after: argv of what takes away what the job's tree cannot take along; empty for nothing.
     """
 
     directory: str
@@ -65,6 +65,7 @@ class Request(TypedDict):
     grace_s: float
     own_shm: bool
     enclosed: bool
+    after: list[str]
 
 
 class GuardRecord(TypedDict):
@@ -340,6 +341,37 @@ class Ledger:
                     pass
 
 
+class Sweeper:
+    """A process beside the guard that becomes `argv` when told to, or when the guard is killed.
+
+    It is no child of the guard, and made before the guard's children get a PID namespace: that ends with its init.
+    """
+
+    def __init__(self, argv: list[str]) -> None:
+        begin, self._begin = os.pipe()
+        self._ended, ended = os.pipe()
+        os.waitpid(_fork(self._detach, argv, begin, ended), 0)
+        os.close(begin)
+        os.close(ended)
+
+    def sweep(self) -> None:
+        """Let it begin, and wait until it has ended."""
+        os.close(self._begin)
+        os.read(self._ended, 1)
+
+    def _detach(self, argv: list[str], begin: int, ended: int) -> int:
+        os.close(self._begin)
+        os.setsid()
+        _fork(self._become, argv, begin, ended)
+        return 0
+
+    @staticmethod
+    def _become(argv: list[str], begin: int, ended: int) -> int:
+        os.read(begin, 1)
+        os.set_inheritable(ended, True)
+        os.execve(argv[0], argv, {})  # noqa: S606 - becoming it is the purpose
+
+
 class Guard:
     """One job's guard; `watch` is its life."""
 
@@ -352,6 +384,7 @@ class Guard:
         self._stopped_by: str | None = None
         self._kill_at: float | None = None
         self._reason = ""
+        self._sweeper: Sweeper | None = None
 
     def watch(self) -> int:
         """Claim the attempt, run the job to its end, write exit.json. Leaves an attempt that is claimed alone."""
@@ -370,12 +403,16 @@ class Guard:
             traceback.print_exc()
             self._reason = f"cannot run the job: {error}"
         self._end_tree()
+        if self._sweeper:
+            self._sweeper.sweep()
         self._write_exit()
         return 0
 
     def _run(self, channel: int) -> None:
         ledger = Ledger(f"{self._directory}/log")
         wake = _wake_on(*_ORDERS)
+        if self._request["after"]:
+            self._sweeper = Sweeper(self._request["after"])
         out, err, report, control = os.pipe(), os.pipe(), os.pipe(), os.pipe()
         enter_isolation(self._isolation)
         init = Init(self._request, self._isolation, out[1], err[1], report[1], control[0])

@@ -285,12 +285,16 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """A built Python environment: `python` lies in `bin_path`. tag: 4 characters of its key, as people see it."""
+    """A built Python environment: `python` lies in `bin_path`. tag: 4 characters of its key, as people see it.
+
+    interpreter: what it was made of; None where `python` in `bin_path`, not in a job's reach, leads there.
+    """
 
     bin_path: Path
     tag: str
     cached: bool
     source: str
+    interpreter: Path | None = None
 
 
 class Environments(Protocol):

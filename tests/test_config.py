@@ -29,6 +29,9 @@ def test_unknown_key_names_the_nearest_valid_one(tmp_path: Path) -> None:
     with pytest.raises(MeshgpuError, match="no setting 'advertize'") as caught:
         load_config(written(tmp_path, 'advertize = "off"\n'), {})
     assert caught.value.hint == "did you mean advertise?"
+    with pytest.raises(MeshgpuError) as caught:
+        load_config(written(tmp_path, "zzz = 1\n"), {})
+    assert str(caught.value.hint).startswith("the settings are seeds, advertise, ")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,8 @@ def test_unknown_key_names_the_nearest_valid_one(tmp_path: Path) -> None:
         "seeds = [1]",
         "loopback = 1",
         'keep_free_gb = "much"',
+        "keep_free_gb = -1",
+        "keep_free_gb = nan",
         "this is not toml",
     ],
 )

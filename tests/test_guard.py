@@ -102,6 +102,7 @@ def make_request(attempt: Path, *argv: str, grace_s: float = LIMIT_S) -> Request
         grace_s=grace_s,
         own_shm=False,
         enclosed=False,
+        after=[],
     )
 
 

@@ -39,8 +39,10 @@ class ChunkFiles:
         self._directory = directory
         self._incoming = directory / "incoming"
         self._serial = itertools.count()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
         shutil.rmtree(self._incoming, ignore_errors=True)
-        self._incoming.mkdir(mode=0o700, parents=True)
+        self._incoming.mkdir(mode=0o700)
         self._keep_free_bytes = keep_free_bytes
         self._libc = ctypes.CDLL(None, use_errno=True)
 
@@ -114,8 +116,13 @@ class ChunkFiles:
         # Symlinks come last: until then no path below `directory` can lead out of it.
         parents = {file.path.rpartition("/")[0] for file in manifest.files}
         parents |= {file.path for file in manifest.files if file.kind is FileKind.DIRECTORY}
+        made: set[str] = set()
         for path in sorted(parents):
-            (directory / path).mkdir(parents=True, exist_ok=True)
+            # Name by name, for `mkdir(parents=True)` recurses.
+            for above in itertools.accumulate(path.split("/"), "{}/{}".format):
+                if above and above not in made:
+                    (directory / above).mkdir()
+                    made.add(above)
         for file in manifest.files:
             if file.kind is FileKind.FILE:
                 self._write_file(file, f"{directory}/{file.path}")

@@ -29,8 +29,9 @@ from typing import Final
 
 UNPRIVILEGED_ID: Final = 65534
 """`nobody` runs other users' jobs where the agent is root: even without capabilities root may write /proc/sys."""
-LANDLOCK_ABI: Final = 3
-"""The first that keeps a job from truncating files elsewhere (Linux 6.2)."""
+LANDLOCK_ABI: Final = 6
+"""The first that holds back signals and abstract sockets (Linux 6.12). With an older one a job kills its guard, and
+what it left behind then commands the agent as any process of the account may."""
 TRIAL_LIMIT_S: Final = 5.0
 DOOR_LIMIT_S: Final = 0.5
 CLEAN_ENVIRONMENT: Final = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -66,11 +67,15 @@ _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """name: `bubblewrap`, `landlock` or empty. reason: why it is nothing stronger. options: for bubblewrap."""
+    """name: `bubblewrap`, `landlock` or empty. reason: why it is nothing stronger. options: for bubblewrap.
+
+    is_scoped: whether Landlock closes abstract sockets to a job in bubblewrap, which shares the machine's network.
+    """
 
     name: str
     reason: str = ""
     options: tuple[str, ...] = ()
+    is_scoped: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +100,13 @@ def find_fence() -> Fence:
     """Try the fences, strongest first. Blocks for some 50 ms, at worst 5 s for each."""
     reason = "bubblewrap is not installed"
     if shutil.which("bwrap"):
-        for options in ((),) if _is_root() else (("--disable-userns",), ()):
-            fence = Fence("bubblewrap", options=options)
-            if not (reason := _try_fence(fence)):
-                return fence
+        unscoped = ""
+        for is_scoped in (True, False):
+            for options in ((),) if _is_root() else (("--disable-userns",), ()):
+                fence = Fence("bubblewrap", unscoped, options, is_scoped)
+                if not (reason := _try_fence(fence)):
+                    return fence
+            unscoped = f"it leaves abstract sockets open, as an X server's: {reason}"
     if _is_root():
         return Fence("", f"{reason}; Landlock does not hold root")
     if door := _open_door():
@@ -176,10 +184,15 @@ def hand_over(fence: Fence, enclosure: Enclosure, env: Mapping[str, str]) -> Non
     for path in enclosure.readable:
         if path.exists() and path.stat().st_mode & 0o005 != 0o005:
             raise PermissionError(f"{path} is not readable for {account(fence)}, who runs other users' jobs here")
-    paths = [str(enclosure.environment)]
-    for top in (enclosure.work, enclosure.home, enclosure.tmp):
+    give_away(enclosure.environment, enclosure.work, enclosure.home, enclosure.tmp)
+
+
+def give_away(*tops: Path) -> None:
+    """Give these files, and all that lies below these directories, to `nobody`. Needs root. Blocks."""
+    paths = [str(top) for top in tops]
+    for top in tops:
         for directory, directories, files in os.walk(top):
-            paths += [directory, *(f"{directory}/{entry}" for entry in (*directories, *files))]
+            paths += (f"{directory}/{entry}" for entry in (*directories, *files))
     for name in paths:
         os.chown(name, UNPRIVILEGED_ID, UNPRIVILEGED_ID, follow_symlinks=False)
 
@@ -193,20 +206,20 @@ def account(fence: Fence) -> str:
         return str(uid)
 
 
-def interpreter_paths(bin_path: Path) -> tuple[Path, ...]:
+def interpreter_paths(bin_path: Path, interpreter: Path | None = None) -> tuple[Path, ...]:
     """What the Python in `bin_path` reads: its environment, and the libraries of the interpreter that it came from.
 
-    Of the latter only bin, lib and include: an interpreter below ~/.local must not open the rest of it.
+    Of the latter only bin, lib and include: an interpreter below ~/.local must not open the rest of it. Without
+    `interpreter` it is what `python` leads to. What pyvenv.cfg says counts for nothing: a package may write it.
     """
     root = bin_path.parent
-    bins = [Path(os.path.realpath(bin_path / "python")).parent]
+    python = interpreter or bin_path / "python"
+    bins = [Path(os.path.realpath(python)).parent]
+    if interpreter is not None:
+        bins += [interpreter.parent, Path(os.path.realpath(interpreter.parent))]
     paths: list[Path] = []
-    if (root / "pyvenv.cfg").is_file():
+    if interpreter is not None or (root / "pyvenv.cfg").is_file():
         paths.append(root)
-        for line in (root / "pyvenv.cfg").read_text().splitlines():
-            name, _, value = line.partition("=")
-            if name.strip() == "home":
-                bins += [Path(value.strip()), Path(os.path.realpath(value.strip()))]
     else:
         bins.append(bin_path)
     for directory in bins:
@@ -246,7 +259,8 @@ def _drops_root(fence: Fence) -> bool:
 
 
 def _bubblewrap(fence: Fence, enclosure: Enclosure) -> list[str]:
-    argv = [shutil.which("bwrap") or "bwrap", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
+    argv = _confined_by({}) if fence.is_scoped else []
+    argv += [shutil.which("bwrap") or "bwrap", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
     argv += ["--new-session", "--cap-drop", "ALL"]
     if _drops_root(fence):
         argv += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_SETPCAP"]
@@ -280,8 +294,7 @@ _ALL: Final = (1 << 15) - 1
 _OF_FILES: Final = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14
 """EXECUTE, WRITE_FILE, READ_FILE, TRUNCATE: the only ones allowed in a rule for something that is no directory."""
 _SCOPES: Final = 1 << 0 | 1 << 1
-"""From ABI 6: no abstract sockets and no signals out of the fence."""
-_SCOPES_ABI: Final = 6
+"""No abstract sockets and no signals out of the fence."""
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _CAPABILITY_VERSION_3: Final = 0x20080522
 
@@ -290,6 +303,11 @@ def _landlock(_: Fence, enclosure: Enclosure) -> list[str]:
     read = (*SYSTEM_PATHS, *ETC_PATHS, *SYS_PATHS, "/proc", *enclosure.readable, enclosure.environment)
     write = (enclosure.work, enclosure.home, enclosure.tmp, *PLAIN_DEVICES, *enclosure.devices)
     rules = {"read": [str(path) for path in read], "write": [str(path) for path in write], "shm": _device("/dev/shm")}
+    return _confined_by(rules)
+
+
+def _confined_by(rules: Mapping[str, object]) -> list[str]:
+    """Runs a command under `rules`; without any it loses only signals to, and abstract sockets of, what is outside."""
     return [sys.executable, "-I", "-S", "-X", "utf8", __file__, json.dumps(rules), "--"]
 
 
@@ -302,20 +320,7 @@ def _device(path: str) -> int:
 
 def restrict(read: Iterable[str], write: Iterable[str]) -> None:
     """Confine this process and its children for good, and drop its capabilities. Raises OSError where that fails."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def call(name: str, *arguments: int | bytes | None) -> int:
-        converted = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
-        result: int = getattr(libc, name)(*converted)
-        if result < 0:
-            raise OSError(ctypes.get_errno(), f"Landlock: {name}: {os.strerror(ctypes.get_errno())}")
-        return result
-
-    abi = call("syscall", _CREATE_RULESET, None, 0, 1)
-    if abi < LANDLOCK_ABI:
-        raise OSError(f"Landlock has version {abi} here, expected {LANDLOCK_ABI} (Linux 6.2)")
-    attributes = struct.pack("=QQQ", _ALL, 0, _SCOPES) if abi >= _SCOPES_ABI else struct.pack("=Q", _ALL)
-    rules = call("syscall", _CREATE_RULESET, attributes, len(attributes), 0)
+    rules = _new_rules(_ALL)
     for access, paths in ((_READ, read), (_ALL, write)):
         for path in paths:
             try:
@@ -323,22 +328,54 @@ def restrict(read: Iterable[str], write: Iterable[str]) -> None:
             except FileNotFoundError:
                 continue
             allowed = access if stat.S_ISDIR(os.fstat(handle).st_mode) else access & _OF_FILES
-            call("syscall", _ADD_RULE, rules, _RULE_PATH_BENEATH, struct.pack("=Qi", allowed, handle), 0)
+            _call("syscall", _ADD_RULE, rules, _RULE_PATH_BENEATH, struct.pack("=Qi", allowed, handle), 0)
             os.close(handle)
-    call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    call("capset", struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24))
-    call("syscall", _RESTRICT_SELF, rules, 0)
+    _call("capset", struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24))
+    _enforce(rules)
+
+
+def scope() -> None:
+    """Keep this process and its children from outside signals and abstract sockets. Raises OSError where that fails.
+
+    Rules for files would keep bubblewrap from mounting; these do not.
+    """
+    _enforce(_new_rules(0))
+
+
+def _new_rules(handled: int) -> int:
+    """A ruleset, as a descriptor, that denies these rights to files and what _SCOPES says."""
+    abi = _call("syscall", _CREATE_RULESET, None, 0, 1)
+    if abi < LANDLOCK_ABI:
+        raise OSError(f"Landlock has version {abi} here, expected {LANDLOCK_ABI} (Linux 6.12)")
+    attributes = struct.pack("=QQQ", handled, 0, _SCOPES)
+    return _call("syscall", _CREATE_RULESET, attributes, len(attributes), 0)
+
+
+def _enforce(rules: int) -> None:
+    _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _call("syscall", _RESTRICT_SELF, rules, 0)
     os.close(rules)
+
+
+def _call(name: str, *arguments: int | bytes | None) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    converted = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
+    result: int = getattr(libc, name)(*converted)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"Landlock: {name}: {os.strerror(ctypes.get_errno())}")
+    return result
 
 
 def main(arguments: list[str]) -> None:
     """Confine this process by RULES, then become COMMAND."""
     rules, _, *command = arguments
-    allowed = json.loads(rules)
-    write = list(allowed["write"])
-    if _device("/dev/shm") != allowed["shm"]:  # it is the job's own
-        write.append("/dev/shm")
-    restrict(allowed["read"], write)
+    if allowed := json.loads(rules):
+        write = list(allowed["write"])
+        if _device("/dev/shm") != allowed["shm"]:  # it is the job's own
+            write.append("/dev/shm")
+        restrict(allowed["read"], write)
+    else:
+        scope()
     os.execv(command[0], command)  # noqa: S606 - becoming the job is the purpose
 
 

@@ -37,11 +37,10 @@ class GpuLocks:
         if directory is None:
             return True  # nowhere to agree: better lent twice by name than never
         safe = "".join(c if c.isalnum() or c == "-" else "_" for c in uuid)
-        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            descriptor = os.open(directory / f"meshgpu-{safe}.lock", flags, 0o666)
+            descriptor = _open(directory / f"meshgpu-{safe}.lock")
         except OSError:
-            return False  # another account's agent made it
+            return False  # another account's, and closed to this one
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -54,3 +53,15 @@ class GpuLocks:
         for descriptor in self._held.values():
             os.close(descriptor)
         self._held.clear()
+
+
+def _open(path: Path) -> int:
+    """The lock file, whoever made it: what counts is who holds it, not that it is there. Raises OSError.
+
+    An account of this computer can keep a GPU from being lent, by holding or hiding its lock, as it can by using it.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # it may be a fifo
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        return os.open(path, flags | os.O_CREAT, 0o644)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
 from typing import Final
 
+from zeroconf import Error as ZeroconfError
 from zeroconf import IPVersion, NotRunningException, ServiceInfo, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
@@ -27,6 +28,7 @@ MAX_TXT_BYTES: Final = 400
 """RFC 6763 §6.2: larger records do not fit beside the others in one packet; what is larger is not ours."""
 
 MAX_MESH_NAME_CHARACTERS: Final = 40
+"""As many bytes: names of meshes are of a-z, 0-9 and hyphens. Others' are cut, for zeroconf raises at 255."""
 MAX_GPUS_BYTES: Final = 160
 """With the other keys at their longest (152 bytes) the record stays below MAX_TXT_BYTES."""
 
@@ -92,7 +94,7 @@ class Mdns:
         try:
             async with self._announcing, asyncio.timeout(ANNOUNCE_TIMEOUT_S):
                 await self._replace(sighting)
-        except (TimeoutError, OSError) as error:
+        except (TimeoutError, OSError, ValueError, ZeroconfError) as error:
             found = str(error) or "the network did not take it in time"
             raise MeshgpuError("no-mdns", f"cannot announce this machine by mDNS: {found}") from error
 
@@ -178,7 +180,7 @@ def announcement(sighting: Sighting) -> ServiceInfo | None:
         "txtvers": "1",
         "id": sighting.node,
         "mesh": sighting.mesh_tag,
-        "name": sighting.mesh_name,
+        "name": _cut(sighting.mesh_name, MAX_MESH_NAME_CHARACTERS),
         "p": str(sighting.protocol),
         "gpus": _cut(sighting.gpus, MAX_GPUS_BYTES),
     }

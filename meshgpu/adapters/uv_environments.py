@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 
 import uv
 
-from meshgpu.adapters.requirements import LOCAL_LINE, REQUIREMENTS_FILE, Origin, Wanted, find_wanted
+from meshgpu.adapters.requirements import LOCAL_LINE, Origin, Wanted, find_wanted, unsafe_source
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.job import AttemptPlan
 from meshgpu.ports import Environment
@@ -31,10 +31,13 @@ TAG_CHARACTERS: Final = 4
 KEY_CHARACTERS: Final = 32
 """128 bits of a digest: short, as the path stands in the first line of every console script."""
 
-COMPLETE: Final = ".complete"
-"""Written into an environment last; one without it is what a crash left."""
+COMPLETE: Final = "complete"
+"""Directory with a file for each whole environment, which names its interpreter; one without is what a crash left.
 
-_FORMAT: Final = 1
+Not in the environment: packages may write anything there.
+"""
+
+_FORMAT: Final = 2
 """Raised when environments are built in another way: none of before is used again."""
 
 _DROPPED: Final = frozenset(
@@ -44,8 +47,13 @@ _DROPPED: Final = frozenset(
 )
 """Variables of the agent's own environment that would make uv work on another one."""
 
-_FENCED_KEEP: Final = re.compile(r"PATH|HOME|TMPDIR|LANG|LC_.*|SSL_CERT_.*|(?i:(http|https|all|no)_proxy)|UV_.*")
-"""What uv gets to see for another user's job: requirements may name variables and send them anywhere."""
+_FENCED_KEEP: Final = re.compile(
+    r"PATH|HOME|TMPDIR|LANG|LC_.*|SSL_CERT_.*|(?i:(http|https|all|no)_proxy)"
+    r"|UV_(CACHE_DIR|DEFAULT_INDEX|INDEX|INDEX_URL|EXTRA_INDEX_URL|FIND_LINKS|NO_INDEX|INSECURE_HOST|HTTP_TIMEOUT)"
+    r"|UV_(OFFLINE|NATIVE_TLS|SYSTEM_CERTS|LINK_MODE|CONCURRENT_[A-Z]+)"
+)
+"""What uv gets to see for another user's job: where this machine gets packages. Credentials of indexes that a project
+names (UV_INDEX_<NAME>_PASSWORD) are not among it, as another user's project may name them too."""
 
 _NOISE: Final = (
     "warning:",
@@ -72,7 +80,8 @@ class UvEnvironments:
 
     Requirements without a lock are resolved once: the same text gives the same environment from then on.
 
-    wrap shuts in builds for fenced plans. Without it these install wheels only: no code of theirs runs before the job.
+    Fenced plans get wheels only, from this machine's indexes or those of a lock, so no code of theirs runs before the
+    job; wrap shuts their builds in besides.
     Packages are hard links into uv's cache where the disk allows, so a job of another user must see them read-only.
     """
 
@@ -80,16 +89,17 @@ class UvEnvironments:
         self, directory: Path, uv_path: Path | None = None, python: Path | None = None, wrap: Wrap | None = None
     ) -> None:
         self._built = directory / "built"
+        self._complete = directory / COMPLETE
         self._known = directory / "known"
         self._cache = directory / "cache"
         self._uv = uv_path or Path(uv.find_uv_bin())
         self._python = python or Path(getattr(sys, "_base_executable", "") or sys.executable)
         self._wrap = wrap
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        for made in (self._built, self._known):
+        for made in (self._built, self._complete, self._known):
             made.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left in self._built.iterdir():
-            if not (left / COMPLETE).exists():
+            if not (self._complete / left.name).exists():
                 shutil.rmtree(left, ignore_errors=True)
 
     async def build(self, plan: AttemptPlan, tree: Path, progress: Callable[[str], None]) -> Environment:
@@ -97,63 +107,70 @@ class UvEnvironments:
 
         Raises MeshgpuError `environment`. Cancelling it ends uv and all its children, and leaves nothing behind.
         """
-        wanted = find_wanted(plan.spec, tree)
+        wanted, fingerprint = await asyncio.to_thread(self._read, plan, tree)
         try:
             async with asyncio.timeout(BUILD_DEADLINE_S):
-                return await self._find_or_build(plan, tree, wanted, progress)
+                return await self._find_or_build(plan, tree, wanted, fingerprint, progress)
         except TimeoutError as error:
             raise _failure(wanted, f"it was not ready after {BUILD_DEADLINE_S / 60:.0f} min") from error
         except OSError as error:
             raise _failure(wanted, f"{error.strerror}: {error.filename}") from error
 
     async def _find_or_build(
-        self, plan: AttemptPlan, tree: Path, wanted: Wanted, progress: Callable[[str], None]
+        self, plan: AttemptPlan, tree: Path, wanted: Wanted, fingerprint: str, progress: Callable[[str], None]
     ) -> Environment:
-        if plan.fenced and wanted.unsafe_words:
-            words = " and ".join(wanted.unsafe_words)
-            raise _failure(wanted, f"requirements with {words} are refused on another user's machine")
-        fingerprint = self._fingerprint(plan, wanted)
         async with self._lock(fingerprint):
             key = self._key_of(fingerprint)
-            if key is not None and self._is_complete(key):
-                return self._environment(key, wanted, cached=True)
+            if key is not None and (made_of := self._interpreter_of(key)):
+                return self._environment(key, wanted, made_of, cached=True)
+            if plan.fenced:
+                await asyncio.to_thread(_refuse_unsafe, wanted)
             build = _Build(self._uv_for(plan), tree, wanted, progress)
             python = await build.interpreter(self._python)
             lock = await build.resolve(python)
             key = _key(plan, wanted, python, lock)
             async with self._lock(key):
-                cached = self._is_complete(key)
-                if not cached:
-                    await self._make(build, key, python, lock)
-            self._remember(fingerprint, key)
-            return self._environment(key, wanted, cached=cached)
+                made_of = self._interpreter_of(key)
+                cached = made_of is not None
+                if made_of is None:
+                    made_of = await self._make(build, key, python, lock)
+            _store(self._known / fingerprint, key)
+            return self._environment(key, wanted, made_of, cached=cached)
 
-    async def _make(self, build: "_Build", key: str, python: Path, lock: str) -> None:
-        path = self._built / key
+    async def _make(self, build: "_Build", key: str, python: Path, lock: str) -> Path:
+        """The interpreter of the environment made."""
+        path, complete = self._built / key, self._complete / key
+        complete.unlink(missing_ok=True)
         await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
         try:
+            made_of = await build.create(python, path)
             await build.install(python, lock, path)
-            (path / COMPLETE).write_text(lock)
+            _store(complete, str(made_of))
+            return made_of
         finally:
-            if not (path / COMPLETE).exists():
+            if not complete.exists():
                 # In a thread that a second cancellation does not stop; the loop must not wait for a thousand files.
                 await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
-    def _environment(self, key: str, wanted: Wanted, *, cached: bool) -> Environment:
-        return Environment(self._built / key / "bin", key[:TAG_CHARACTERS], cached, wanted.source)
+    def _environment(self, key: str, wanted: Wanted, made_of: Path, *, cached: bool) -> Environment:
+        return Environment(self._built / key / "bin", key[:TAG_CHARACTERS], cached, wanted.source, made_of)
 
-    def _is_complete(self, key: str) -> bool:
-        """An environment whose interpreter was removed meanwhile is none."""
-        path = self._built / key
-        return (path / COMPLETE).exists() and (path / "bin/python").exists()
+    def _interpreter_of(self, key: str) -> Path | None:
+        """What a whole environment was made of; one whose interpreter was removed meanwhile is none."""
+        try:
+            made_of = Path((self._complete / key).read_text())
+        except FileNotFoundError:
+            return None
+        return made_of if (self._built / key / "bin/python").exists() else None
 
     # -- what is known -----------------------------------------------------------------------------------------------
 
-    def _fingerprint(self, plan: AttemptPlan, wanted: Wanted) -> str:
-        """Names everything that decides what is installed, as far as it is known before it is resolved."""
-        facts = [plan.fenced, wanted.origin, wanted.text, wanted.files, wanted.options, wanted.python]
+    def _read(self, plan: AttemptPlan, tree: Path) -> tuple[Wanted, str]:
+        """What is asked for, and a fingerprint of all that decides what is installed before it is resolved. Blocks."""
+        wanted = find_wanted(plan.spec, tree)
+        facts = [plan.fenced, wanted.origin, wanted.text, wanted.constraints, wanted.files, wanted.python]
         local = plan.spec.tree if wanted.reads_local_files else ""
-        return _digest([_FORMAT, plan.spec.user, _identity(self._python), *facts, local])
+        return wanted, _digest([_FORMAT, plan.spec.user, _identity(self._python), *facts, local])
 
     def _key_of(self, fingerprint: str) -> str | None:
         try:
@@ -161,11 +178,6 @@ class UvEnvironments:
         except FileNotFoundError:
             return None
         return key if re.fullmatch(r"[0-9a-f]+", key) else None
-
-    def _remember(self, fingerprint: str, key: str) -> None:
-        temporary = self._known / f"{fingerprint}.new"
-        temporary.write_text(key)
-        temporary.replace(self._known / fingerprint)
 
     def _lock(self, name: str) -> asyncio.Lock:
         """One for each name while somebody uses it."""
@@ -176,10 +188,8 @@ class UvEnvironments:
 
     def _uv_for(self, plan: AttemptPlan) -> "_Uv":
         variables = {name: value for name, value in os.environ.items() if name not in _DROPPED}
-        wheels_only = plan.fenced and self._wrap is None
         if plan.fenced:
             variables = {name: value for name, value in variables.items() if _FENCED_KEEP.fullmatch(name)}
-        if wheels_only:
             variables |= _machine_settings()
         variables = {
             "UV_CACHE_DIR": str(self._cache),
@@ -188,7 +198,24 @@ class UvEnvironments:
             "UV_NO_PROGRESS": "1",
             "UV_PYTHON_DOWNLOADS": "never",
         }
-        return _Uv(self._uv, variables, self._wrap if plan.fenced else None, wheels_only)
+        return _Uv(self._uv, variables, self._wrap if plan.fenced else None, self._known, wheels_only=plan.fenced)
+
+
+def _store(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _refuse_unsafe(wanted: Wanted) -> None:
+    """Raises MeshgpuError `environment` for what another user's machine does not install. Blocks."""
+    if wanted.unsafe:
+        line = wanted.unsafe[:_LINE_CHARACTERS]
+        reason = f"`{line}` is refused on another user's machine, which takes names, versions, markers and hashes only"
+        raise _failure(wanted, reason)
+    if package := unsafe_source(wanted):
+        reason = f"{package[:_LINE_CHARACTERS]} is no wheel from an index, the only kind another user's machine takes"
+        raise _failure(wanted, reason)
 
 
 def _machine_settings() -> dict[str, str]:
@@ -221,11 +248,15 @@ def _identity(python: Path) -> list[str | int]:
 
 @dataclass(frozen=True, slots=True)
 class _Uv:
-    """How uv is run for one plan. wheels_only: nothing is built, so no code of a package runs."""
+    """How uv is run for one plan. wheels_only: nothing is built, so no code of a package runs.
+
+    own: a directory in which no name is another user's choice.
+    """
 
     path: Path
     variables: Mapping[str, str]
     wrap: Wrap | None
+    own: Path
     wheels_only: bool
 
 
@@ -245,9 +276,12 @@ class _Build:
         if not wanted.python:
             return base
         search = {"PATH": f"{base.parent}:{self._uv.variables.get('PATH', '')}"}
-        arguments = ["python", "find", "--no-project", "--system", "--python-preference", "system", wanted.python]
+        options = ["--no-project", "--system", "--python-preference", "system"]
         try:
-            found = await self._run(arguments, variables=search)
+            # Elsewhere, as uv runs a file of the tree that is called like a version it does not understand.
+            found = await self._run(
+                ["python", "find", *options, "--", wanted.python], variables=search, at=self._uv.own
+            )
         except MeshgpuError as error:
             raise MeshgpuError(
                 "environment",
@@ -265,17 +299,26 @@ class _Build:
         if wanted.origin is Origin.NOTHING or (wanted.origin is Origin.TEXT and not wanted.text):
             return ""
         self._progress(f"environment: resolving {wanted.source}")
-        name = REQUIREMENTS_FILE if wanted.origin is Origin.FILE else "-"
         hashes = ["--generate-hashes"] if wanted.has_hashes else []
         options = ["--no-header", "--no-annotate", *self._build_options, *hashes, "--python", str(python)]
-        pinned = await self._run(["pip", "compile", *options, name], stdin=wanted.text)
+        with tempfile.NamedTemporaryFile("w", dir=self._uv.own, suffix=".txt") as constraints:
+            constraints.write(wanted.constraints)
+            constraints.flush()
+            limits = ["--constraints", constraints.name] if wanted.constraints else []
+            pinned = await self._run(["pip", "compile", *options, *limits, "-"], stdin=wanted.text)
         # The job's own code is where it runs; an environment that other jobs share cannot hold it.
         lines = [line for line in pinned.splitlines() if not LOCAL_LINE.fullmatch(line) or _ARCHIVE.fullmatch(line)]
         return "\n".join(lines)
 
-    async def install(self, python: Path, lock: str, path: Path) -> None:
-        """Make the environment at `path`, where it stays: console scripts name it."""
+    async def create(self, python: Path, path: Path) -> Path:
+        """Make an empty environment at `path`, where it stays: console scripts name it. Returns its interpreter.
+
+        Asked now, as packages may replace pyvenv.cfg and bin/python: what they say opens directories to the job.
+        """
         await self._run(["venv", "--no-project", "--no-config", "--python", str(python), str(path)])
+        return path / "bin" / (path / "bin/python").readlink()
+
+    async def install(self, python: Path, lock: str, path: Path) -> None:
         if self._wanted.origin is Origin.UV_LOCK:
             self._progress("environment: installing from uv.lock")
             options = ["--frozen", "--no-install-workspace", "--no-install-local", *self._build_options]
@@ -289,18 +332,23 @@ class _Build:
             self._progress("environment: installing from pylock.toml")
             await self._run([*pip_sync, "pylock.toml"])
         elif packages:
-            self._progress(f"environment: installing {packages} packages")
+            self._progress(f"environment: installing {packages} package{'' if packages == 1 else 's'}")
             options = [_expand(word, self._uv.variables) for pair in self._wanted.options for word in pair if word]
             await self._run([*pip_sync, *options, "-"], stdin=lock)
 
     async def _run(
-        self, arguments: Sequence[str], *, stdin: str = "", variables: Mapping[str, str] | None = None
+        self,
+        arguments: Sequence[str],
+        *,
+        stdin: str = "",
+        variables: Mapping[str, str] | None = None,
+        at: Path | None = None,
     ) -> str:
         """Output of uv; raises MeshgpuError with the last lines of its complaint. It never outlives this call."""
         argv: Sequence[str] = [str(self._uv.path), *arguments]
         if self._uv.wrap is not None:
             argv = self._uv.wrap(argv, self._tree)
-        process = await self._start(argv, stdin, {**self._uv.variables, **(variables or {})})
+        process = await self._start(argv, stdin, {**self._uv.variables, **(variables or {})}, at or self._tree)
         try:
             assert process.stdout is not None
             assert process.stderr is not None
@@ -312,14 +360,16 @@ class _Build:
             raise _failure(self._wanted, _last_words(complaint) or f"uv ended with {code}")
         return output.decode("utf-8", "replace")
 
-    async def _start(self, argv: Sequence[str], stdin: str, variables: Mapping[str, str]) -> asyncio.subprocess.Process:
+    async def _start(
+        self, argv: Sequence[str], stdin: str, variables: Mapping[str, str], at: Path
+    ) -> asyncio.subprocess.Process:
         with tempfile.TemporaryFile() as given:
             given.write(stdin.encode("utf-8", "replace"))
             given.seek(0)
             starting = asyncio.get_running_loop().create_task(
                 asyncio.create_subprocess_exec(
                     *argv,
-                    cwd=self._tree,
+                    cwd=at,
                     env=variables,
                     stdin=given,
                     stdout=asyncio.subprocess.PIPE,

@@ -37,4 +37,4 @@ def open_beneath(root: Path, path: str) -> BinaryIO:
 
 
 def _unknown(path: str) -> MeshgpuError:
-    return MeshgpuError("unknown-file", f"cannot fetch {path}: the job left no such file", "meshgpu ls runs/ID")
+    return MeshgpuError("unknown-file", f"cannot fetch {path}: the job left no such file")

@@ -11,7 +11,7 @@ from meshgpu.agent.views import display_names
 from meshgpu.core import events as ev
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.bulk import BulkRequest, FilesWanted, FileWanted, LogsWanted
-from meshgpu.model.ids import JobId, KeyId, NodeId
+from meshgpu.model.ids import JobId, KeyId, NodeId, display_name
 from meshgpu.model.job import Action, Draft, JobState, JobView, Register, StopMode
 from meshgpu.model.logs import LogRecord
 from meshgpu.model.trust import Signed
@@ -88,11 +88,12 @@ class Jobs:
         if len(matches) == 1:
             return matches[0]
         if matches:
-            shown = ", ".join(job.display for job in matches[:8])
+            shown = ", ".join(job.display for job in matches[:8]) + (", …" if len(matches) > 8 else "")
             raise MeshgpuError("ambiguous", f"cannot tell which job {text} is: it fits {shown}", "meshgpu ps -a")
         names = ", ".join(sorted(self._node.log.members[node].name for node in silent))
         missing = f" ({names} did not answer)" if names else ""
-        raise MeshgpuError("unknown-job", f"cannot find a job {text} among yours{missing}", "meshgpu ps -a")
+        hint = "meshgpu machines" if names else "meshgpu ps -a"
+        raise MeshgpuError("unknown-job", f"cannot find a job {text} among yours{missing}", hint)
 
     async def stop(self, key: KeyId, job: JobView, mode: StopMode) -> JobView:
         steward, action = job.spec.stewards[0], Action(mode.value)
@@ -178,7 +179,8 @@ class Jobs:
         """Size and bytes of one file of the job's working directory."""
         node = job.register.node
         if node is None:
-            raise MeshgpuError("unknown-file", f"cannot fetch {path}: the job has not run yet", "meshgpu wait ID")
+            hint = f"meshgpu wait {display_name(job.spec.name, job.spec.job)}"
+            raise MeshgpuError("unknown-file", f"cannot fetch {path}: the job has not run yet", hint)
         stream = self._open(node, FileWanted(self._signed(key, Action.FILES, job.spec.job, node), path))
         return int(await anext(stream)), stream
 

@@ -163,6 +163,7 @@ class Agent:
             self._executor.fence(),
             lambda: list(self._addresses),
             getattr(sys, "_base_executable", sys.executable),
+            wanted_port=self._config.link_port,
         )
 
     def _hosts(self) -> list[str]:

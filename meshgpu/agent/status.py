@@ -42,6 +42,7 @@ class Status:
     sightings: dict[NodeId, Sighting] = field(default_factory=dict)
     discovery_fault: str = ""
     pairing_port: int = 0
+    wanted_port: int = 0
     started_wall_s: float = field(default_factory=time.time)
 
     def sighted(self, sighting: Sighting) -> None:
@@ -76,6 +77,7 @@ class Status:
             "mesh": {"id": log.mesh, "name": log.mesh_name} if log.mesh else None,
             "user": account.user if account else None,
             "link_port": self.link_port,
+            "wanted_port": self.wanted_port,
             "addresses": self.addresses(),
             "fence": self.fence,
             "gpus": self.gpu_names(),
@@ -143,14 +145,19 @@ class Status:
             return _check("mesh", None, "in no mesh yet", "meshgpu init, or meshgpu join INVITE")
         if log.frozen:
             return _check("mesh", False, f"an admin of {log.mesh_name} signed two different entries: it is frozen")
-        return _check("mesh", True, f"{log.mesh_name} ({mesh_tag(log.mesh)}), {len(log.members)} machines")
+        return _check("mesh", True, f"{log.mesh_name} ({mesh_tag(log.mesh)}), {_count(len(log.members), 'machine')}")
 
     def _links_check(self) -> Document:
         machines = [view for view in self.node.machines(self.clock.now()) if not view.is_self]
         away = [view.member.name for view in machines if view.state is MemberState.DOWN]
         where = f"port {self.link_port} at {', '.join(self.addresses()) or 'no address'}"
         if not away:
-            return _check("links", True, f"{where}; {len(machines)} of {len(machines)} machines answer")
+            total = _count(len(machines), "other machine")
+            found = f"{where}; {len(machines)} of {total} {'answers' if len(machines) == 1 else 'answer'}"
+            if self.wanted_port in (0, self.link_port):
+                return _check("links", True, found)
+            hint = f"ss -ltnp 'sport = :{self.wanted_port}'; then meshgpu down && meshgpu up"
+            return _check("links", None, f"{found}; port {self.wanted_port} was taken", hint)
         hint = f"is it on, and may it reach port {self.link_port} here?"
         return _check("links", False, f"{where}; no answer from {', '.join(away)}", hint)
 
@@ -158,7 +165,7 @@ class Status:
         if self.discovery_fault:
             return _check("discovery", False, self.discovery_fault, 'list machines as seeds = ["host"] in config.toml')
         count = len(self.sightings)
-        return _check("discovery", True if count else None, f"mDNS works here; {count} other machines seen")
+        return _check("discovery", True if count else None, f"mDNS works here; {_count(count, 'other machine')} seen")
 
     def _gpu_check(self) -> Document:
         inventory = self.inventory
@@ -178,6 +185,10 @@ class Status:
         return _check(
             "disk", usage.free >= LOW_DISK_BYTES, found, None if usage.free >= LOW_DISK_BYTES else "free some"
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _check(name: str, ok: bool | None, found: str, hint: str | None = None) -> Document:  # noqa: FBT001  # a verdict

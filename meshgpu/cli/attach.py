@@ -8,7 +8,7 @@ from typing import Final
 
 from meshgpu.cli.progress import StatusLine
 from meshgpu.cli.render import ago, count, note, plain, size
-from meshgpu.cli.words import ending, headline, is_final, waiting
+from meshgpu.cli.words import ending, goes_on, headline, is_final, waiting
 from meshgpu.client.agent import STREAM_TIMEOUT_S, AgentClient
 from meshgpu.client.views import FollowEvent, JobView, LogEvent, OutOfTouchEvent
 from meshgpu.errors import AgentUnreachable, MeshgpuError
@@ -17,6 +17,12 @@ RECONNECT_LIMIT_S: Final = 10.0
 """How long an agent may be away: an upgrade restarts it within seconds."""
 
 RECONNECT_PAUSE_S: Final = 0.2
+SILENCES_S: Final = (2.0, 10.0, 60.0)
+"""When a machine's silence is told; what is shorter is an agent that restarts."""
+
+LONG_SILENCE_S: Final = 600.0
+"""How often a longer silence is told again."""
+
 TAIL_BYTES: Final = 4096
 """How much of stderr is kept to find out why a job failed: the end of a traceback."""
 
@@ -38,6 +44,7 @@ def events(client: AgentClient, job: str, *, logs: bool = True, until_s: float |
     Raises MeshgpuError `agent-gone` where the agent stays away for RECONNECT_LIMIT_S.
     """
     position = 0
+    name, state = job, "goes on"
     away_since_s: float | None = None
     while until_s is None or time.monotonic() < until_s:
         silence_s = STREAM_TIMEOUT_S if until_s is None else min(STREAM_TIMEOUT_S, until_s - time.monotonic())
@@ -47,6 +54,8 @@ def events(client: AgentClient, job: str, *, logs: bool = True, until_s: float |
                 away_since_s = None
                 if event["type"] == "log":
                     position = event["position"]
+                elif event["type"] == "job":
+                    name, state = event["job"]["display"], goes_on(event["job"])
                 yield event
                 if event["type"] == "end":
                     return
@@ -59,8 +68,8 @@ def events(client: AgentClient, job: str, *, logs: bool = True, until_s: float |
         if away_since_s is None:
             away_since_s = time.monotonic()
         if time.monotonic() - away_since_s > RECONNECT_LIMIT_S:
-            hint = f"meshgpu up && meshgpu logs -f {job}"
-            raise MeshgpuError("agent-gone", f"cannot follow {job} any more: {error.message}; the job goes on", hint)
+            hint = f"meshgpu up && meshgpu logs -f {name}"
+            raise MeshgpuError("agent-gone", f"cannot follow {name} any more: {error.message}; the job {state}", hint)
         time.sleep(RECONNECT_PAUSE_S)
 
 
@@ -69,22 +78,23 @@ class Attachment:
 
     def __init__(self, job: JobView, *, speak: bool = True) -> None:
         """speak: whether to say where it runs and why it waits."""
-        self._job = job
+        self.job = job
         self._speak = speak
         self._headline_said = False
         self._last_said = ""
         self._silent_machine = ""
+        self._next_silence_s = SILENCES_S[0]
         self._line = StatusLine()
         self._tail = b""
 
     def follow(self, client: AgentClient) -> JobView:
         """Until the job is final; returns it as it ended."""
         try:
-            for event in events(client, self._job["id"]):
+            for event in events(client, self.job["id"]):
                 self.take(event)
         finally:
             self._line.clear()
-        return self._job
+        return self.job
 
     def take(self, event: FollowEvent) -> None:
         if event["type"] == "log":
@@ -92,7 +102,10 @@ class Attachment:
         elif event["type"] == "out-of-touch":
             self._tell_silence(event)
         else:
-            self._job = event["job"]
+            was_unknown = self.job["state"] == "unknown"
+            self.job = event["job"]
+            if was_unknown and self.job["state"] != "unknown":
+                self._tell_return()
             self._tell_job()
 
     def missing_module(self) -> str:
@@ -102,9 +115,7 @@ class Attachment:
         return _DISTRIBUTIONS.get(module, module)
 
     def _tell_job(self) -> None:
-        job = self._job
-        if job["state"] != "unknown":
-            self._tell_return()
+        job = self.job
         if not self._speak:
             return
         if job["started_at"] is not None or (is_final(job) and job["machine"]):
@@ -121,17 +132,19 @@ class Attachment:
     def _tell_headline(self) -> None:
         if self._speak and not self._headline_said:
             self._headline_said = True
-            self._say(headline(self._job))
+            self._say(headline(self.job))
 
     def _tell_silence(self, event: OutOfTouchEvent) -> None:
-        if self._silent_machine:
+        seconds = event["seconds"]
+        if seconds < self._next_silence_s:
             return
+        later = (moment for moment in SILENCES_S if moment > seconds)
+        self._next_silence_s = next(later, (seconds // LONG_SILENCE_S + 1) * LONG_SILENCE_S)
         self._silent_machine = event["machine"]
-        self._say(
-            plain(f"{event['machine']} has been out of touch for {ago(event['seconds'])}; the job is taken to run on")
-        )
+        self._say(plain(f"{event['machine']} has been out of touch for {ago(seconds)}; the job is taken to run on"))
 
     def _tell_return(self) -> None:
+        self._next_silence_s = SILENCES_S[0]
         if self._silent_machine:
             self._say(plain(f"{self._silent_machine} is back"))
             self._silent_machine = ""
@@ -156,7 +169,7 @@ class Attachment:
 def detached(job: JobView) -> None:
     """Say what can be done with a job that goes on without this terminal."""
     name = job["display"]
-    note(f"{name} goes on. To see its log: meshgpu logs -f {name}   to stop it: meshgpu stop {name}")
+    note(f"{name} {goes_on(job)}. To see its log: meshgpu logs -f {name}   to stop it: meshgpu stop {name}")
 
 
 def conclude(client: AgentClient, job: JobView, missing_module: str, *, tell_outputs: bool = True) -> None:
@@ -167,6 +180,8 @@ def conclude(client: AgentClient, job: JobView, missing_module: str, *, tell_out
         note(
             f"hint: this environment has no {missing_module}: add --pip {missing_module}, or --pip-req requirements.txt"
         )
+    if job["state"] == "failed" and job["exit_code"] is None and job["detail"].startswith("environment: "):
+        note("hint: is everything spelt right that --pip, --pip-req or the project's own files ask for?")
     if job["output_files"] and tell_outputs:
         note(outputs(client, job))
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Final
 
 from meshgpu.cli.progress import Progress
-from meshgpu.cli.render import count
+from meshgpu.cli.render import count, note, plain
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.views import FileView
-from meshgpu.errors import MeshgpuError
+from meshgpu.errors import AgentUnreachable, MeshgpuError
 
 PREFIX: Final = "runs/"
+ENDS_ALL: Final = frozenset({"cannot-write", "no-answer"})
+"""Errors after which the next file would fare no better."""
 
 
 def parse_source(text: str) -> tuple[str, str]:
@@ -47,18 +49,31 @@ def inside(directory: Path, path: str) -> Path:
 
 def fetch(
     client: AgentClient, job: str, plan: list[tuple[FileView, Path]], place: Callable[[Path, Path], None]
-) -> None:
-    """Bring each file to its path. `place(part, target)` moves the whole file from beside `target` to its name.
+) -> list[FileView]:
+    """Bring each file to its path; returns those that came. `place(part, target)` moves a whole file to its name.
 
-    Raises MeshgpuError `cannot-write` for what the disk refuses; files that were whole by then stay.
+    A file that cannot be had is told and left out. Raises MeshgpuError where no other could be had either:
+    `cannot-write` for what the disk refuses, `no-answer`, `agent-gone`; files that were whole by then stay.
     """
+    came: list[FileView] = []
+    errors: list[MeshgpuError] = []
     total_bytes = sum(file["size_bytes"] for file, _ in plan)
     progress = Progress(f"fetching {count(len(plan), 'file')}", total_bytes)
     try:
         for file, target in plan:
-            _fetch_one(client.file(job, file["path"]), target, place, progress)
+            try:
+                _check_carriable(file["path"])
+                _fetch_one(client.file(job, file["path"]), target, place, progress)
+                came.append(file)
+            except MeshgpuError as error:
+                if isinstance(error, AgentUnreachable) or error.code in ENDS_ALL:
+                    raise
+                errors.append(error)
     finally:
         progress.close()
+        for missed in errors:
+            note(plain(missed.message))
+    return came
 
 
 def replace(part: Path, target: Path) -> None:
@@ -80,6 +95,14 @@ def keep_both(suffix: str, told: Callable[[str], None]) -> Callable[[Path, Path]
             told(f"{target} is different here and stays; the job's is {beside}")
 
     return place
+
+
+def _check_carriable(path: str) -> None:
+    """Raise MeshgpuError for a name whose bytes are not UTF-8 (lone surrogates, PEP 383): no message carries it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise MeshgpuError("unknown-file", f"cannot fetch {path!r}: its name is not UTF-8") from error
 
 
 def _fetch_one(blocks: Iterable[bytes], target: Path, place: Callable[[Path, Path], None], progress: Progress) -> None:

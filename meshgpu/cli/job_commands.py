@@ -17,6 +17,7 @@ from meshgpu.cli.words import (
     EXIT_TIME_LIMIT,
     ending,
     exit_code,
+    goes_on,
     gpus,
     is_final,
     run_time,
@@ -54,7 +55,7 @@ def logs(
     try:
         view = attachment.follow(client)
     except KeyboardInterrupt:
-        detached(view)
+        detached(attachment.job)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     conclude(client, view, attachment.missing_module())
     raise typer.Exit(exit_code(view))
@@ -101,7 +102,7 @@ def wait(
     for job in [client.job(name) for name in jobs]:
         last = _await_end(client, job, until_s)
         if not is_final(last):
-            note(plain(f"{last['display']} still goes on ({status(last)}) after {timeout}"))
+            note(plain(f"{last['display']} still {goes_on(last)} ({status(last)}) after {timeout}"))
             raise typer.Exit(EXIT_TIME_LIMIT)
         ended.append(last)
         if not as_json:

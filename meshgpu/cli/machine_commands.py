@@ -1,24 +1,21 @@
 """Commands about machines and this machine's agent: up, down, machines, doctor, version."""
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Final
 
 import typer
 
 from meshgpu import __version__
-from meshgpu.cli.launch import ensure_agent, running_agent
+from meshgpu.cli.launch import ensure_agent, listening_s, running_agent, stop_agent
 from meshgpu.cli.render import ago, count, note, plain, print_table
 from meshgpu.cli.watch import Json, Watch, repeat
 from meshgpu.cli.words import EXIT_FAILED_CHECK, short_gpu, sold_gigabytes
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.home import find_home
 from meshgpu.client.views import AgentView, CheckView, GpuView, MachineView, SightingView
-from meshgpu.errors import AgentUnreachable, MeshgpuError
+from meshgpu.errors import AgentUnreachable
 
-UP_DISCOVER_S: Final = 1.5
-DOWN_LIMIT_S: Final = 10.0
 COLUMNS: Final = ("MACHINE", "GPU", "TEMP", "UTIL", "MEMORY", "STATE")
 NUMBERS: Final = frozenset({"TEMP", "UTIL", "MEMORY"})
 
@@ -26,30 +23,16 @@ NUMBERS: Final = frozenset({"TEMP", "UTIL", "MEMORY"})
 def up() -> None:
     """Start this machine's agent if none answers, and show what is around."""
     client, agent = ensure_agent()
-    nearby = client.discover(UP_DISCOVER_S)
+    nearby = client.discover(listening_s(agent))
     for line in around(agent, nearby):
         print(plain(line))
 
 
 def down() -> None:
     """Stop this machine's agent; jobs that run go on."""
-    home = find_home()
-    client = AgentClient(home)
-    try:
-        client.down()
-    except AgentUnreachable as error:
-        if error.code != "no-agent":  # it may go before its answer does
-            note("the agent broke off its answer")
-        elif running_agent(home) is None:
-            note("no agent runs here")
-            return
-    deadline = time.monotonic() + DOWN_LIMIT_S
-    while running_agent(home) is not None:
-        if time.monotonic() > deadline:
-            raise MeshgpuError(
-                "agent-stays", f"the agent in {home} still answers after {DOWN_LIMIT_S:.0f} s", f"less {home}/agent.log"
-            )
-        time.sleep(0.05)
+    if not stop_agent(find_home()):
+        note("no agent runs here")
+        return
     note("the agent is stopped; jobs run on (meshgpu up brings it back)")
 
 
@@ -97,6 +80,8 @@ def around(agent: AgentView, nearby: list[SightingView]) -> Iterator[str]:
     mesh = agent["mesh"]
     gpus = ", ".join(agent["gpus"]) or agent["gpu_note"] or "no GPU"
     yield f"this machine: {agent['name']} · {gpus} · agent {agent['version']} in {agent['home']}"
+    if agent["wanted_port"] not in (0, agent["link_port"]):
+        yield f"port {agent['wanted_port']} was taken: the other machines reach this one at port {agent['link_port']}"
     meshes: dict[str, list[SightingView]] = {}
     for machine in nearby:
         if not machine["self"] and not machine["ours"]:

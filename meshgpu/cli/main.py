@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from meshgpu import __version__
 from meshgpu.cli.render import show_error
-from meshgpu.cli.words import EXIT_MESH_FAILED, EXIT_USAGE
+from meshgpu.cli.words import EXIT_INTERRUPTED, EXIT_MESH_FAILED, EXIT_USAGE
 from meshgpu.errors import MeshgpuError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Commands(TyperGroup):
             show_error(error)
             raise typer.Exit(EXIT_USAGE if error.code == "bad-request" else EXIT_MESH_FAILED) from error
         except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+            raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def load(name: str) -> Any:
@@ -138,6 +138,13 @@ def root(
 
 def main() -> None:
     """Run the command line of this process and leave it."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _run() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may not know every character
     if COMPLETION_VARIABLE in os.environ:

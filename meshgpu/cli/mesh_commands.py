@@ -4,37 +4,42 @@ import json
 import os
 import pwd
 import socket
+import sys
 import time
 from typing import Annotated, Final
 
 import typer
 
-from meshgpu.cli.launch import confirmed, ensure_agent
+from meshgpu.cli.launch import confirmed, ensure_agent, is_attended, listening_s
 from meshgpu.cli.render import ago, note, plain, print_table
 from meshgpu.cli.watch import Json
 from meshgpu.cli.words import EXIT_FAILED_CHECK
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.views import AgentView, JoinedView, SightingView
-from meshgpu.errors import MeshgpuError
+from meshgpu.core.trust.joining import read_invite
+from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import as_name, is_name
 
 DEFAULT_MESH: Final = "lab"
-DISCOVER_S: Final = 1.5
-"""Two mDNS announcements are a second apart (RFC 6762, section 8.3)."""
+INVITE_CHARACTERS: Final = 4096
+"""More than any invite has."""
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-MachineName = Annotated[str, typer.Option("--name", metavar="MACHINE", help="This machine's name (its host name).")]
+MachineName = Annotated[
+    str | None, typer.Option("--name", metavar="MACHINE", help="This machine's name (its host name).")
+]
 
 
 def init(
     mesh: Annotated[str, typer.Option("--mesh", metavar="NAME", help="The mesh's name.")] = DEFAULT_MESH,
-    name: MachineName = "",
-    user: Annotated[str, typer.Option("--user", metavar="NAME", help="Your name (your account's).")] = "",
+    name: MachineName = None,
+    user: Annotated[str | None, typer.Option("--user", metavar="NAME", help="Your name (your account's).")] = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Start a mesh with this machine as its first."""
-    machine, person = checked_name(name or host_name(), "--name"), checked_name(user or account_name(), "--user")
+    machine = checked_name(host_name() if name is None else name, "--name")
+    person = checked_name(account_name() if user is None else user, "--user")
     mesh = checked_name(mesh, "--mesh")
     client, _ = ensure_agent()
     if not confirmed(f"Start the mesh {mesh} with this machine as {machine} and you as {person}?", yes=yes or as_json):
@@ -49,8 +54,11 @@ def init(
 
 
 def join(
-    invite: Annotated[str, typer.Argument(metavar="STRING", help="What `meshgpu invite` printed.")],
-    name: MachineName = "",
+    invite: Annotated[
+        str | None,
+        typer.Argument(metavar="[STRING]", help="What `meshgpu invite` printed; a line of stdin if left out."),
+    ] = None,
+    name: MachineName = None,
     seed: Annotated[
         list[str] | None,
         typer.Option("--seed", metavar="HOST[:PORT]", help="Where a member answers, if it is not found by itself."),
@@ -59,7 +67,11 @@ def join(
     as_json: Json = False,
 ) -> None:
     """Make this machine a member of a mesh and lend it."""
-    machine = checked_name(name or host_name(), "--name")
+    machine = checked_name(host_name() if name is None else name, "--name")
+    invite = asked_invite() if invite is None else invite
+    check_invite(invite)
+    if not (yes or as_json or is_attended()):
+        raise MeshgpuError("bad-request", "cannot ask whether to lend this machine: no terminal is here", "--yes")
     client, agent = ensure_agent()
     for line in consent(machine, agent):
         note(line)
@@ -91,13 +103,21 @@ def invite(
 
 def discover(as_json: Json = False) -> None:
     """Show the machines that announce themselves on this network."""
-    machines = AgentClient.found().discover(DISCOVER_S)
+    client = AgentClient.found()
+    machines = client.discover(listening_s(client.agent()))
     if as_json:
         print(json.dumps({"machines": machines}))
     elif machines:
         print_table(("MESH", "MACHINE", "GPUS", "ADDRESS", "STATE"), [_sighting_row(machine) for machine in machines])
     else:
         note("no machine announces itself on this network")
+
+
+def asked_invite() -> str:
+    """A line of stdin: what stands among the arguments every account of this computer can read."""
+    if is_attended():
+        note("Paste what `meshgpu invite` printed, then press Enter:")
+    return sys.stdin.readline(INVITE_CHARACTERS)
 
 
 def host_name() -> str:
@@ -121,6 +141,14 @@ def checked_name(text: str, flag: str) -> str:
             f"{flag} {as_name(text, 'lab')}",
         )
     return text
+
+
+def check_invite(text: str) -> None:
+    """Raise MeshgpuError `bad-request` for what cannot be an invite's string."""
+    try:
+        read_invite(text)
+    except TrustError as error:
+        raise MeshgpuError("bad-request", error.message, error.hint) from error
 
 
 def consent(machine: str, agent: AgentView) -> list[str]:

@@ -14,6 +14,8 @@ from meshgpu.client.views import JobView
 
 COLUMNS: Final = ("ID", "USER", "GPU", "ST", "TIME", "WHERE(REASON)", "CMD")
 RIGHT: Final = frozenset({"TIME"})
+WHERE_CHARACTERS: Final = 60
+"""A longer reason would push the command off every terminal; `info` and --json have it whole."""
 
 
 def ps(
@@ -29,23 +31,27 @@ def ps(
         if as_json:
             print(json.dumps(view), flush=True)
             return
+        silent = ", ".join(view["silent"])
         if view["jobs"]:
             print_table(COLUMNS, [row(job, time.time()) for job in view["jobs"]], RIGHT)
+            if silent:
+                note(plain(f"did not answer in time: {silent}"))
+        elif silent:
+            note(plain(f"no {'jobs' if everything else 'unfinished jobs'} found; {silent} did not answer"))
         else:
             note("no jobs" if everything else "no unfinished jobs (meshgpu ps -a shows all)")
-        if view["silent"]:
-            note(plain(f"did not answer in time: {', '.join(view['silent'])}"))
 
     repeat(show, watch=watch)
 
 
 def row(job: JobView, now: float) -> tuple[str, ...]:
+    place = where(job)
     return (
         job["display"],
         job["user"],
         gpus(job) or "-",
         status(job),
         run_time(job, now),
-        where(job),
+        place if len(place) <= WHERE_CHARACTERS else f"{place[: WHERE_CHARACTERS - 1]}…",
         " ".join(job["command"].split()),
     )

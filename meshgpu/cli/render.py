@@ -37,9 +37,11 @@ def note(text: str) -> None:
 
 
 def show_error(error: MeshgpuError) -> None:
-    note(f"{colour('error:', RED, sys.stderr)} {error.message}")
+    """Tell of an error, in lines as its author broke them."""
+    lines = [plain(line) for line in error.message.split("\n")]
+    note("\n".join([f"{colour('error:', RED, sys.stderr)} {lines[0]}", *lines[1:]]))
     if error.hint:
-        note(f"hint: {error.hint}")
+        note("\n".join(plain(line) for line in f"hint: {error.hint}".split("\n")))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[str] = frozenset()) -> list[str]:

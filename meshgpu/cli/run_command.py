@@ -15,10 +15,10 @@ from meshgpu.cli.attach import Attachment, conclude, detached, events
 from meshgpu.cli.complete import machine_names
 from meshgpu.cli.files import fetch, inside, keep_both
 from meshgpu.cli.launch import confirmed, running_agent, start_agent
-from meshgpu.cli.render import count, note, plain, size
+from meshgpu.cli.render import count, note, plain, show_error, size
 from meshgpu.cli.ship import ship, submit
 from meshgpu.cli.watch import Json
-from meshgpu.cli.words import EXIT_INTERRUPTED, exit_code
+from meshgpu.cli.words import EXIT_INTERRUPTED, EXIT_MESH_FAILED, exit_code
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.home import find_home
 from meshgpu.client.tree import capture
@@ -35,8 +35,8 @@ _SCRIPT: Final = re.compile(r"(?:.*/)?([^/]+)\.(?:py|sh|ipynb|jl|R)")
 def run(
     command: Annotated[list[str], typer.Argument(metavar="CMD…", help="What to run; a quoted string runs in a shell.")],
     machine: Annotated[
-        str, typer.Option("-m", "--machine", metavar="NAME", help="Only there.", autocompletion=machine_names)
-    ] = "",
+        str | None, typer.Option("-m", "--machine", metavar="NAME", help="Only there.", autocompletion=machine_names)
+    ] = None,
     gpus: Annotated[
         str | None,
         typer.Option("-g", "--gpus", metavar="GPUS", help="2, 8GB, 2x24GB, 4090:2 or 0 (one if there is one)."),
@@ -49,9 +49,12 @@ def run(
     no_env: Annotated[
         bool, typer.Option("--no-env", help="Not the environment that the project's files ask for.")
     ] = False,
+    image: Annotated[
+        str, typer.Option("--image", metavar="IMAGE", help="Run in a container of this image, not in an environment.")
+    ] = "",
     cpus: Annotated[int, typer.Option("--cpus", min=0, metavar="N", help="Processors to reserve.")] = 0,
     memory: Annotated[str, typer.Option("--memory", metavar="8GB", help="Main memory to reserve.")] = "",
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="The job's name (the script's).")] = "",
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="The job's name (the script's).")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Print the id and return.")] = False,
     fetch_here: Annotated[bool, typer.Option("--fetch", help="Bring back what the job left.")] = False,
     fetch_to: Annotated[Path | None, typer.Option("--fetch-to", metavar="DIR", help="--fetch, into DIR.")] = None,
@@ -60,11 +63,11 @@ def run(
 ) -> None:
     """Run a command on a machine of the mesh, in a copy of this directory, and follow it.
 
-    Options end at CMD or at --. The exit code is the job's; 125: the mesh failed, 124: out of time, 130: Ctrl-C, after
-    which the job goes on.
+    Options end at CMD or at --. Standard input is not passed on. The exit code is the job's; 125: the mesh failed,
+    124: out of time, 130: Ctrl-C, after which the job goes on.
     """
     request = JobRequest(
-        name=as_name(name or job_name(command), "job"),
+        name=as_name(job_name(command) if name is None else _not_empty(name, "--name"), "job"),
         command=command,
         shell=is_shell(command),
         env=parse_env(env or []),
@@ -72,10 +75,11 @@ def run(
         requirements=_read(pip_req) if pip_req else "",
         from_project=not no_env,
         tree="",
-        machine=machine,
+        machine="" if machine is None else _not_empty(machine, "-m"),
         gpus=None if gpus is None else str(parse_gpus(gpus)),
         cpus=cpus,
         memory_bytes=parse_memory(memory) if memory else 0,
+        image=_checked_image(image, has_packages=bool(pip or pip_req)),
     )
     client = _agent(yes=yes)
     job = _submit(client, request)
@@ -84,23 +88,37 @@ def run(
         return
     target = fetch_to or (Path() if fetch_here else None)
     job = _follow(client, job, as_json=as_json, will_fetch=target is not None)
+    code = exit_code(job)
     if target is not None and job["output_files"]:
-        _bring_back(client, job, target)
-    raise typer.Exit(exit_code(job))
+        try:
+            _bring_back(client, job, target)
+        except MeshgpuError as error:
+            show_error(error)
+            code = code or EXIT_MESH_FAILED
+    raise typer.Exit(code)
 
 
 def job_name(command: list[str]) -> str:
     """The script's name, else the module's of `python -m`, else the program's."""
-    try:
-        words = shlex.split(command[0]) if is_shell(command) else command
-    except ValueError:  # an unclosed quotation mark: the shell will say so
-        words = command[0].split()
+    words = _shell_words(command[0]) if is_shell(command) else command
+    is_python = False
     for index, word in enumerate(words):
         if match := _SCRIPT.fullmatch(word):
             return match[1]
-        if word == "-m" and index and index + 1 < len(words):
+        if word == "-m" and is_python and index + 1 < len(words):
             return words[index + 1].rpartition(".")[2]
-    return Path(words[0]).name if words else "job"
+        is_python = is_python or Path(word).name.startswith("python")
+    return next((name for name in (Path(word).name for word in words) if re.search(r"[A-Za-z0-9]", name)), "job")
+
+
+def _shell_words(text: str) -> list[str]:
+    """The words of a shell's command line; its operators are words of their own."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    try:
+        return list(lexer)
+    except ValueError:  # an unclosed quotation mark: the shell will say so
+        return text.split()
 
 
 def is_shell(command: list[str]) -> bool:
@@ -133,12 +151,31 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * _MEMORY_UNITS[match[2].lower()])
 
 
+def _checked_image(image: str, *, has_packages: bool) -> str:
+    """An image brings its own Python: what --pip names would be installed nowhere, so it is refused, not ignored."""
+    if image and has_packages:
+        raise MeshgpuError(
+            "bad-request",
+            "cannot install packages into an image: --image excludes --pip and --pip-req",
+            "--image IMAGE",
+        )
+    return image
+
+
+def _not_empty(text: str, flag: str) -> str:
+    """A variable that is not set must not silently mean any machine."""
+    if not text.strip():
+        raise MeshgpuError("bad-request", f"cannot use {flag} '': it is empty", f"leave {flag} out")
+    return text
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
+        found = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise MeshgpuError(
-            "bad-request", f"cannot read the requirements in {path}: {error}", f"ls -l {path}"
+            "bad-request", f"cannot read the requirements in {path}: {found}", f"ls -l {path}"
         ) from error
 
 
@@ -157,7 +194,7 @@ def _agent(*, yes: bool) -> AgentClient:
 
 def _submit(client: AgentClient, request: JobRequest) -> JobView:
     try:
-        tree = capture(Path.cwd(), _cache())
+        tree = capture(_here(), _cache())
         for warning in tree.warnings:
             note(plain(f"note: {warning}"))
         request["tree"] = ship(client, tree)
@@ -165,6 +202,13 @@ def _submit(client: AgentClient, request: JobRequest) -> JobView:
     except KeyboardInterrupt:
         note("interrupted before the job was taken; nothing runs unless `meshgpu ps` shows it")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        raise MeshgpuError("not-a-project", "cannot ship the working directory: it was deleted", "cd …") from error
 
 
 def _cache() -> Path:
@@ -185,17 +229,17 @@ def _hand_over(job: JobView, *, as_json: bool) -> None:
 
 def _follow(client: AgentClient, job: JobView, *, as_json: bool, will_fetch: bool) -> JobView:
     """Until it ends; Ctrl-C lets it go on."""
+    attachment = Attachment(job)
     try:
         if as_json:
             for event in events(client, job["id"]):
                 print(json.dumps(event), flush=True)
-                if event["type"] == "end":
+                if event["type"] in ("job", "end"):
                     job = event["job"]
             return job
-        attachment = Attachment(job)
         job = attachment.follow(client)
     except KeyboardInterrupt:
-        detached(job)
+        detached(job if as_json else attachment.job)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     conclude(client, job, attachment.missing_module(), tell_outputs=not will_fetch)
     return job
@@ -204,5 +248,6 @@ def _follow(client: AgentClient, job: JobView, *, as_json: bool, will_fetch: boo
 def _bring_back(client: AgentClient, job: JobView, target: Path) -> None:
     files = client.files(job["id"])
     told: Callable[[str], None] = lambda line: note(plain(line))  # noqa: E731
-    fetch(client, job["id"], [(file, inside(target, file["path"])) for file in files], keep_both(job["display"], told))
-    note(plain(f"{count(len(files), 'file')}, {size(sum(file['size_bytes'] for file in files))} fetched to {target}"))
+    plan = [(file, inside(target, file["path"])) for file in files]
+    came = fetch(client, job["id"], plan, keep_both(job["display"], told))
+    note(plain(f"{count(len(came), 'file')}, {size(sum(file['size_bytes'] for file in came))} fetched to {target}"))

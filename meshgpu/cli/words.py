@@ -14,11 +14,17 @@ EXIT_INTERRUPTED: Final = 130
 """128 + SIGINT: what a shell expects of a program that Ctrl-C ended."""
 
 FINAL_STATES: Final = frozenset({"succeeded", "failed", "cancelled", "expired", "lost"})
+WAITING_STATES: Final = frozenset({"draft", "queued", "placing"})
 _SHARED_REQUEST: Final = re.compile(r"(\d+(?:\.\d+)?)GB")
 
 
 def is_final(job: JobView) -> bool:
     return job["state"] in FINAL_STATES
+
+
+def goes_on(job: JobView) -> str:
+    """What a job does that nobody looks at any more."""
+    return "waits on" if job["state"] in WAITING_STATES else "goes on"
 
 
 def exit_code(job: JobView) -> int:
@@ -87,7 +93,7 @@ def headline(job: JobView) -> str:
     parts = [f"{job['display']} → {job['machine'] or 'no machine yet'}", gpus(job) or "no GPU"]
     if job["tree_files"]:
         parts.append(f"{count(job['tree_files'], 'file')} {size(job['tree_bytes'])}")
-    if job["detail"]:
+    if job["detail"] and ": " not in job["detail"]:  # with a colon it is progress: see waiting
         parts.append(job["detail"])
     if len(job["held_by"]) == 1:
         parts.append(f"held by {job['held_by'][0]} only")
@@ -97,7 +103,7 @@ def headline(job: JobView) -> str:
 def waiting(job: JobView) -> str:
     """Why nothing runs yet: `train-k7q waits: rig-b is busy`; what is being made ready; empty where it runs or ran."""
     name = job["display"]
-    if job["state"] in ("draft", "queued", "placing"):
+    if job["state"] in WAITING_STATES:
         return plain(f"{name} waits: {job['reason']}") if job["reason"] else ""
     if job["state"] == "cancelling":
         return plain(f"{name} is being stopped")

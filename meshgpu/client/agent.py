@@ -23,6 +23,7 @@ from meshgpu.client.views import (
     SightingView,
     SubmitEvent,
     TreeView,
+    WhyView,
 )
 from meshgpu.errors import MeshgpuError
 
@@ -95,6 +96,10 @@ class AgentClient:
         """`job`: an id, a display name or any unique part of one."""
         return cast(JobView, self._get(f"/v1/jobs/{_part(job)}")["job"])
 
+    def why(self, job: str) -> WhyView:
+        """What each machine and each GPU would say to the job now."""
+        return cast(WhyView, self._get(f"/v1/jobs/{_part(job)}/why"))
+
     def follow(
         self, job: str, position: int = 0, *, logs: bool = True, timeout_s: float = STREAM_TIMEOUT_S
     ) -> Iterator[FollowEvent]:
@@ -152,8 +157,8 @@ class AgentClient:
 
 
 def _part(text: str) -> str:
-    """`text` as one part of a URL's path: an id with a slash must not reach another call."""
-    return quote(text, safe="", errors="surrogateescape")
+    """A job's id, also as `runs/ID`, as one part of a URL's path: one with a slash must not reach another call."""
+    return quote(text.removeprefix("runs/").rstrip("/") or text, safe="", errors="surrogateescape")
 
 
 def _encode(document: object) -> bytes:

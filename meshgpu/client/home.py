@@ -20,8 +20,17 @@ SOCKET_PATH_LIMIT_BYTES: Final = 107
 def find_home(
     environ: Mapping[str, str] = os.environ, system_home: Path = SYSTEM_HOME, machine_id: Path = MACHINE_ID
 ) -> Path:
-    """MESHGPU_HOME, else the user's own home if an agent was started there, else the system's, else the user's own."""
+    """MESHGPU_HOME, else the user's own home if an agent was started there, else the system's, else the user's own.
+
+    Raises MeshgpuError `bad-home` for a `~` that no shell has expanded.
+    """
     if chosen := environ.get("MESHGPU_HOME"):
+        if chosen.startswith("~"):
+            raise MeshgpuError(
+                "bad-home",
+                f"cannot use MESHGPU_HOME={chosen}: the shell left its ~ as it is",
+                f'export MESHGPU_HOME="$HOME{chosen[1:]}"',
+            )
         return Path(chosen).absolute()
     own = _user_home(environ, machine_id)
     if not (own / SOCKET_NAME).exists() and (system_home / SOCKET_NAME).exists():
@@ -30,7 +39,12 @@ def find_home(
 
 
 def socket_path(home: Path) -> Path:
-    """The control socket of `home`; raises MeshgpuError `socket-path` where the kernel could not hold its name."""
+    """The control socket of `home`.
+
+    Raises MeshgpuError: `socket-path` where the kernel could not hold its name, `bad-home` where `home` is a file.
+    """
+    if home.exists() and not home.is_dir():
+        raise MeshgpuError("bad-home", f"cannot keep an agent in {home}: it is no directory", f"ls -l {home}")
     path = home / SOCKET_NAME
     size = len(os.fsencode(path))
     if size > SOCKET_PATH_LIMIT_BYTES:

@@ -9,7 +9,10 @@ class MeshView(TypedDict):
 
 
 class AgentView(TypedDict):
-    """The agent itself. mesh and user are None before `init` or `join`; fence is empty where nothing shuts jobs in."""
+    """The agent itself. mesh and user are None before `init` or `join`; fence is empty where nothing shuts jobs in.
+
+    wanted_port: what the configuration says, which link_port is unless it was taken; 0: any.
+    """
 
     version: str
     pid: int
@@ -19,6 +22,7 @@ class AgentView(TypedDict):
     mesh: MeshView | None
     user: str | None
     link_port: int
+    wanted_port: int
     addresses: list[str]
     fence: str
     gpus: list[str]
@@ -155,8 +159,44 @@ class JobsView(TypedDict):
     silent: list[str]
 
 
+class GpuVerdictView(TypedDict):
+    """Whether one GPU would serve the job now. rule: `lacks faulty busy`, None where it would, as takes says."""
+
+    index: int
+    uuid: str
+    name: str
+    memory_total_bytes: int
+    takes: bool
+    rule: str | None
+    refusal: str
+    remedy: str
+
+
+class MachineVerdictView(TypedDict):
+    """Whether a machine would take the job now, and on which GPUs (gives: uuids).
+
+    rule: that of a GPU, or `elsewhere closed down unknown`. remedy: what would change the refusal.
+    gpus: empty where the job asks for none, or the machine has not said yet what it has.
+    """
+
+    name: str
+    takes: bool
+    rule: str | None
+    refusal: str
+    remedy: str
+    gives: list[str]
+    gpus: list[GpuVerdictView]
+
+
+class WhyView(TypedDict):
+    """machines: of the whole mesh, by name, as the asked agent knows them."""
+
+    job: JobView
+    machines: list[MachineVerdictView]
+
+
 class JobRequest(TypedDict):
-    """What `run` asks for. machine: empty without `-m`; gpus: the text of `-g`, None without; 0 where not said."""
+    """What `run` asks for. gpus: the text of `-g`, None without; machine, image: empty without; 0 where not said."""
 
     name: str
     command: list[str]
@@ -170,6 +210,7 @@ class JobRequest(TypedDict):
     gpus: str | None
     cpus: int
     memory_bytes: int
+    image: str
 
 
 class ShippingEvent(TypedDict):

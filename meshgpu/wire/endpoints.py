@@ -94,6 +94,8 @@ async def certificate_at(address: Address, timeout_s: float) -> bytes:
     try:
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname="")
+    except UnicodeError as error:  # `a..b`: what IDNA cannot spell has no address
+        raise MeshgpuError("no-answer", f"cannot reach {address}: name not found") from error
     except (OSError, TimeoutError) as error:
         raise MeshgpuError("no-answer", f"cannot reach {address}: {_reason(error)}") from error
     try:

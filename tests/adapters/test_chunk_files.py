@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,6 +278,26 @@ def test_what_a_crash_left_half_done_is_replaced(chunks: ChunkFiles, tmp_path: P
     chunks.materialise(tree_of(chunks, keep(chunks, "a", b"x")), tmp_path / "work")
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["a"]
     assert not (tmp_path / "work.partial").exists()
+
+
+def test_a_tree_deeper_than_recursion_is_laid_out(
+    chunks: ChunkFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = Manifest((TreeFile("a/" * 1500 + "a", FileKind.FILE), TreeFile("a/b", FileKind.DIRECTORY)))
+    monkeypatch.setattr(chunks, "manifest", lambda tree: deep)
+    try:
+        chunks.materialise(digest(b""), tmp_path / "work")
+        assert (tmp_path / "work" / deep.files[0].path).is_file()
+        assert (tmp_path / "work" / "a" / "b").is_dir()
+    finally:
+        subprocess.run(["rm", "-rf", *map(str, tmp_path.glob("work*"))], check=True)
+
+
+def test_chunks_are_closed_to_other_accounts(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir(mode=0o755)
+    for name in ("old", "new"):
+        ChunkFiles(tmp_path / name, 0)
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o700
 
 
 # -- the disk --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -105,6 +106,26 @@ def test_kernel_settings_cannot_be_opened_for_writing(fence: Fence, enclosure: E
     assert run(fence, enclosure, "python", "-c", script).stdout.strip() in ("13", "30")
 
 
+def test_abstract_sockets_outside_are_out_of_reach(fence: Fence, enclosure: Enclosure) -> None:
+    """The X server has one, and bubblewrap does not hide it: the network is the machine's."""
+    script = "import socket,sys\nwith socket.socket(socket.AF_UNIX) as client:\n"
+    script += " try: client.connect(chr(0) + sys.argv[1])\n except OSError as error: print(error.errno)\n"
+    script += " else: print('open')"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"\0meshgpu-test-{os.getpid()}")
+        server.listen()
+        done = run(fence, enclosure, "python", "-c", script, f"meshgpu-test-{os.getpid()}")
+    assert done.stdout == f"{errno.EPERM}\n", done.stderr
+
+
+def test_processes_outside_get_no_signal(fence: Fence, enclosure: Enclosure) -> None:
+    """Or a job kills its guard, and what it leaves behind may command the agent."""
+    with subprocess.Popen(["sleep", str(LIMIT_S)]) as outside:
+        done = shell(fence, enclosure, 'kill -9 "$1"', outside.pid)
+        outside.kill()
+    assert done.returncode != 0
+
+
 def test_no_capability_is_left(fence: Fence, enclosure: Enclosure) -> None:
     status = shell(fence, enclosure, "grep -E 'Cap(Inh|Prm|Eff|Amb)|NoNewPrivs' /proc/self/status").stdout.split()
     assert dict(zip(status[::2], status[1::2], strict=True)) == {
@@ -205,7 +226,7 @@ def test_bubblewrap_works_where_its_needs_are_met() -> None:
 
 def test_landlock_works_where_the_kernel_has_it() -> None:
     if ctypes.CDLL(None).syscall(fences._CREATE_RULESET, None, 0, 1) < fences.LANDLOCK_ABI:
-        pytest.skip("needs Linux 6.2 with Landlock")
+        pytest.skip("needs Linux 6.12 with Landlock")
     assert fences._try_fence(Fence("landlock")) == ""
 
 
@@ -213,6 +234,15 @@ def test_bubblewrap_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fences, "_try_fence", lambda fence: "")
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert fences.find_fence().name == "bubblewrap"
+
+
+def test_bubblewrap_without_landlock_says_what_it_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fences, "_try_fence", lambda fence: "Landlock is old" if fence.is_scoped else "")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    found = fences.find_fence()
+    assert (found.name, found.is_scoped) == ("bubblewrap", False)
+    assert found.reason == "it leaves abstract sockets open, as an X server's: Landlock is old"
+    assert fences.__file__ not in fences._bubblewrap(found, Enclosure(Path("/w"), Path("/h"), Path("/t"), Path("/e")))
 
 
 def test_landlock_never_holds_root(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,15 +281,17 @@ def test_trial_says_why_a_fence_does_not_start(monkeypatch: pytest.MonkeyPatch) 
     assert "does not start" in fences._try_fence(Fence("bubblewrap"))
 
 
-def test_landlock_that_cannot_stop_truncation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_landlock_that_cannot_stop_signals_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Libc:
         @staticmethod
         def syscall(*_: object) -> int:
             return fences.LANDLOCK_ABI - 1
 
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Libc)
-    with pytest.raises(OSError, match="version 2 here, expected 3"):
+    with pytest.raises(OSError, match="version 5 here, expected 6"):
         fences.restrict([], [])
+    with pytest.raises(OSError, match="version 5 here, expected 6"):
+        fences.scope()
 
 
 # -- devices and interpreters ----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from meshgpu.wire.grpc_calls import Context, service
 MIB = 2**20
 HALF_A_DAY_S = 43_200.0
 LINK = "/meshgpu.wire.v1.Mesh/Link"
+INFINITE_DIAL = b'{"version": 1, "instance": "x", "dial": 1e999}'
 LinkCall = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
@@ -379,7 +380,7 @@ async def test_answerer_of_another_version_is_named_in_the_reason(mesh: Mesh) ->
 
 
 @pytest.mark.parametrize(
-    "hello", [b"", b"{", b"[]", b"7", b"\xff", b'{"version": 1}', b"[" * 9999, b'{"version":1}' * 999]
+    "hello", [b"", b"{", b"[]", b"7", b"\xff", b'{"version": 1}', b"[" * 9999, b'{"version":1}' * 999, INFINITE_DIAL]
 )
 async def test_junk_instead_of_a_hello_is_refused(mesh: Mesh, hello: bytes) -> None:
     low, high = await mesh(2)
@@ -587,6 +588,34 @@ async def test_slow_consumer_holds_the_producer_back(mesh: Mesh) -> None:
     await stream.aclose()
 
 
+async def test_peer_that_reads_nothing_holds_few_streams(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes some MiB here; another peer is served none the less."""
+    low, high = await mesh(2)
+    monkeypatch.setattr(transport, "BULK_WAIT_S", 0.2)
+    begun = 0
+
+    async def serve(peer: NodeId, request: bytes) -> AsyncIterator[bytes]:
+        nonlocal begun
+        begun += 1
+        while True:
+            yield bytes(1024)
+
+    high.bulk = serve
+    streams = [low.link.fetch(high.id, [high.address], b"") for _ in range(transport.BULK_STREAMS_PER_PEER + 1)]
+    for stream in streams[:-1]:
+        await anext(stream)
+    with pytest.raises(MeshgpuError) as refused:
+        await anext(streams[-1])
+    assert (refused.value.code, begun) == ("busy", transport.BULK_STREAMS_PER_PEER)
+    assert high.link._slots[low.id].locked()
+    await streams[0].aclose()
+    again = low.link.fetch(high.id, [high.address], b"")
+    await anext(again)
+    for stream in (*streams[1:-1], again):
+        await stream.aclose()
+    await eventually(lambda: not high.link._slots[low.id].locked())
+
+
 async def test_abandoned_fetch_ends_the_stream_at_its_source(mesh: Mesh) -> None:
     low, high = await mesh(2)
     ended = asyncio.Event()
@@ -697,6 +726,10 @@ async def test_identify_says_why_not(mesh: Mesh, monkeypatch: pytest.MonkeyPatch
             assert raised.value.code == "no-answer"
     talker.close()
     await talker.wait_closed()
+    for host in ("a..b", "x" * 70 + ".local"):  # what a seed may be
+        with pytest.raises(MeshgpuError, match="name not found") as raised:
+            await low.link.identify(Address(f"{host}:7443"))
+        assert raised.value.code == "no-answer"
 
 
 async def test_taken_port_gives_another(tmp_path: Path) -> None:

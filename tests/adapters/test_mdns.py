@@ -93,6 +93,24 @@ async def test_an_announcement_is_seen_as_it_was_made() -> None:
         assert await there.until(lambda one: one.node == announced.node) == announced
 
 
+async def test_a_name_that_does_not_fit_is_cut() -> None:
+    announced = sighting(mesh_name="ä" * 300)
+    async with listening() as here, listening() as there:
+        await here.mdns.announce(announced)
+        assert (await there.until(lambda one: one.node == announced.node)).mesh_name == "ä" * 20
+
+
+async def test_an_announcement_that_cannot_be_made_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Sighting) -> None:
+        raise ValueError("a record of 300 bytes")
+
+    monkeypatch.setattr(mdns_module, "announcement", refuse)
+    async with listening() as here:
+        with pytest.raises(MeshgpuError, match="300 bytes") as raised:
+            await here.mdns.announce(sighting())
+    assert raised.value.code == "no-mdns"
+
+
 async def test_who_comes_later_sees_what_was_announced_before() -> None:
     announced = sighting()
     async with listening() as here:

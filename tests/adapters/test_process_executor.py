@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from meshgpu import guard
+from meshgpu.adapters import guards
 from meshgpu.adapters.fences import Fence, _try_fence
 from meshgpu.adapters.log_ledger import follow, read_records
 from meshgpu.adapters.process_executor import ProcessExecutor
@@ -154,6 +155,7 @@ def plan(
     spec = JobSpec(
         mesh=MeshId("mesh"),
         job=JobId(job),
+        nonce=b"n" * 16,
         name="train",
         user="ada",  # type: ignore[arg-type]  # a UserName
         submitter=NodeId("node"),
@@ -552,6 +554,49 @@ async def test_environment_that_cannot_be_built_ends_the_attempt(rig: Rig) -> No
     done = await rig.run("true")
     assert done.result == Result(AttemptState.EXITED, None, "cannot build the environment: no torch==99")
     assert not any(isinstance(event, AttemptStarted) for event in done.events)
+
+
+async def test_fault_of_the_agent_ends_the_attempt(rig: Rig) -> None:
+    """Or the attempt holds its GPUs for ever. A shell without a command came from a member's own client."""
+    rig.submit(plan(shell=True))
+    done = await rig.ended()
+    assert done.result == Result(
+        AttemptState.CRASHED, None, "a fault of the agent: IndexError: tuple index out of range"
+    )
+    assert guards.guard_or_claim(rig.attempt("job")) is None
+    assert guards.read_guard(rig.attempt("job"))["pid"] == 0
+
+
+async def test_fault_of_the_agent_ends_the_job_first(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_: int) -> None:
+        raise RecursionError("too deep")
+
+    rig.submit(plan("python", "-c", DAEMON, "stay"))
+    await rig.says("ready")
+    fresh = Rig(rig.jobs_dir)
+    await fresh.start()
+    watched = guards.ended
+    calls = iter((fail, watched))
+    monkeypatch.setattr(guards, "ended", lambda descriptor: next(calls)(descriptor))
+    fresh.executor.adopt(plan("sh"))
+    done = await fresh.ended()
+    assert done.result == Result(AttemptState.CRASHED, None, "a fault of the agent: RecursionError: too deep")
+    assert processes_below(rig.attempt("job") / "work") == set()
+    await fresh.executor.close()
+    await rig.ended()
+
+
+async def test_job_that_digs_deep_ends_like_any_other(rig: Rig) -> None:
+    attempt = rig.attempt("job")
+    (attempt / "home").mkdir(parents=True)
+    dig = "import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')\n"
+    try:
+        done = await rig.run("python", "-c", f"{dig}os.chdir({str(attempt / 'home')!r})\n{dig}")
+        assert (done.result.outcome, done.result.exit_code, done.stderr) == (AttemptState.EXITED, 0, "")
+        assert not (attempt / "home").exists()
+    finally:
+        remove = await asyncio.create_subprocess_exec("rm", "-rf", str(attempt))
+        await asyncio.wait_for(remove.wait(), DEADLINE_S)
 
 
 async def test_close_during_staging_emits_nothing(rig: Rig) -> None:

@@ -56,12 +56,42 @@ def test_ls_shows_sizes_and_paths(cli: Cli, left: "StubAgent") -> None:
     }
 
 
+def test_ls_takes_the_bare_id_too(cli: Cli, left: "StubAgent") -> None:
+    assert cli("ls", "k7q/out").stdout == cli("ls", "runs/k7q/out").stdout
+    assert cli("ls", "k7q").exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [["k7q/model.pt", "."], ["runs/k7q/model.pt", "-"]])
+def test_cp_takes_from_runs_only_and_to_files_only(
+    cli: Cli, left: "StubAgent", here: Path, arguments: list[str]
+) -> None:
+    assert cli("cp", *arguments).exit_code == 2
+    assert tree(here) == {}
+
+
+def test_cp_goes_on_past_a_file_it_cannot_have(cli: Cli, left: "StubAgent", here: Path) -> None:
+    left.replies[f"{FILES}/out/a.txt"].clear()
+    left.on_failure(f"{FILES}/out/a.txt", 404, "unknown-file", "cannot fetch out/a.txt")
+    result = cli("cp", "-r", "runs/k7q/out", ".")
+    assert (result.exit_code, result.stderr) == (125, "cannot fetch out/a.txt\n1 file copied to .\n")
+    assert tree(here) == {"out/deep/b.txt": b"b"}
+
+
+def test_cp_of_two_files_of_one_name_copies_neither(cli: Cli, left: "StubAgent", here: Path) -> None:
+    left.on("GET /v1/jobs/abc/files", {"files": [{"path": "a.txt", "size_bytes": 1}]})
+    left.on("GET /v1/jobs/abc/files/a.txt", b"A")
+    result = cli("cp", "runs/k7q/out/a.txt", "runs/abc/a.txt", "o")
+    assert result.exit_code == 2
+    assert "two sources are called a.txt\nhint: copy them one by one" in result.stderr
+    assert tree(here) == {}
+
+
 def test_ls_of_what_is_not_there_is_an_error(cli: Cli, left: "StubAgent") -> None:
     result = cli("ls", "runs/k7q/nothing")
     assert (result.exit_code, result.stderr) == (125, "error: job k7q left no nothing\nhint: meshgpu ls runs/k7q\n")
 
 
-@pytest.mark.parametrize("place", ["k7q", "uploads/x", "runs/", "/etc/passwd"])
+@pytest.mark.parametrize("place", ["runs/", "/etc/passwd", "/"])
 def test_places_that_are_none_are_usage_errors(cli: Cli, left: "StubAgent", place: str) -> None:
     assert cli("ls", place).exit_code == 2
     assert left.seen == []

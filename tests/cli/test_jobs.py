@@ -57,6 +57,24 @@ def test_ps_without_jobs_keeps_stdout_empty(cli: Cli, stub: "StubAgent") -> None
     assert (result.stdout, result.stderr) == ("", "no unfinished jobs (meshgpu ps -a shows all)\n")
 
 
+def test_ps_without_jobs_names_those_who_did_not_answer(cli: Cli, stub: "StubAgent") -> None:
+    stub.on("GET /v1/jobs", {"jobs": [], "silent": ["rig-b"]})
+    assert cli("ps").stderr == "no unfinished jobs found; rig-b did not answer\n"
+
+
+def test_ps_cuts_long_reasons_and_info_does_not(cli: Cli, stub: "StubAgent", make_job: MakeJob) -> None:
+    job = make_job(state="queued", phase=None, machine=None, reason="x" * 100)
+    stub.on("GET /v1/jobs", {"jobs": [job], "silent": []})
+    stub.on("GET /v1/jobs/k7q", {"job": job})
+    assert f"  ({'x' * 58}…  python" in cli("ps").stdout
+    assert "x" * 100 in cli("info", "k7q").stdout
+
+
+def test_jobs_may_be_named_as_places(cli: Cli, stub: "StubAgent", make_job: MakeJob) -> None:
+    stub.on("GET /v1/jobs/train-k7q", {"job": make_job()})
+    assert cli("info", "runs/train-k7q").exit_code == cli("info", "runs/train-k7q/").exit_code == 0
+
+
 def test_watch_repeats_until_interrupted(
     cli: Cli, stub: "StubAgent", make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,9 @@
 """Commands about machines and meshes: machines, discover, init, invite, join, up, down, doctor, version; and errors."""
 
 import json
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,11 +12,17 @@ from typer.testing import Result
 from meshgpu import __version__
 from meshgpu.cli import mesh_commands
 from meshgpu.cli.main import COMMANDS
+from meshgpu.cli.render import show_error
+from meshgpu.core.trust.joining import write_invite
+from meshgpu.errors import MeshgpuError
+from meshgpu.model.ids import Address, MeshId, NodeId
+from meshgpu.model.pairing import InviteString
 
 if TYPE_CHECKING:
     from tests.cli.conftest import StubAgent
 
 Cli = Callable[..., Result]
+INVITE = write_invite(InviteString(MeshId("a" * 64), NodeId("b" * 52), "c" * 20, (Address("10.0.0.1:7444"),)))
 
 
 def gpu(index: int, **changes: Any) -> dict[str, Any]:
@@ -62,6 +70,7 @@ AGENT: dict[str, Any] = {
     "mesh": None,
     "user": None,
     "link_port": 7443,
+    "wanted_port": 7443,
     "addresses": [],
     "fence": "bubblewrap",
     "gpus": [],
@@ -139,6 +148,9 @@ def test_init_names_machine_mesh_and_user_and_shows_the_recovery_key_once(
 
 
 def test_init_refuses_invalid_names_before_anything_happens(cli: Cli, stub: "StubAgent") -> None:
+    for option in ("--name", "--user", "--mesh"):
+        assert cli("init", option, "").exit_code == 2
+    assert cli("invite", "--user", "").exit_code == 2
     result = cli("init", "--name", "Ada's PC")
     assert (result.exit_code, stub.seen) == (2, [])
     assert result.stderr.endswith("hint: --name ada-s-pc\n")
@@ -164,7 +176,7 @@ def test_join_says_what_is_lent_before_it_joins(cli: Cli, stub: "StubAgent") -> 
     stub.on("GET /v1/agent", AGENT | {"gpus": ["RTX 4090"]})
     joined = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "fence": "bubblewrap"}
     stub.on("POST /v1/join", joined | {"gpus": ["RTX 4090 24 GB"]})
-    result = cli("join", " mgpu1-abc\n", "--name", "rig-b", "--seed", "10.0.0.1", "--seed", "ada:7443")
+    result = cli("join", f" {INVITE}\n", "--yes", "--name", "rig-b", "--seed", "10.0.0.1", "--seed", "ada:7443")
     assert result.stderr.splitlines() == [
         "rig-b will lend: RTX 4090",
         "To: every user of the mesh",
@@ -172,16 +184,48 @@ def test_join_says_what_is_lent_before_it_joins(cli: Cli, stub: "StubAgent") -> 
         "To stop lending: meshgpu down (jobs that run go on; meshgpu kill ends yours)",
     ]
     assert "rig-b is in lab, let in by ada; you are bob." in result.stdout
-    assert stub.body("POST /v1/join") == {"invite": "mgpu1-abc", "name": "rig-b", "seeds": ["10.0.0.1", "ada:7443"]}
+    assert stub.body("POST /v1/join") == {"invite": INVITE, "name": "rig-b", "seeds": ["10.0.0.1", "ada:7443"]}
+
+
+def test_join_reads_the_invite_where_no_other_account_sees_it(cli: Cli, stub: "StubAgent") -> None:
+    stub.on("GET /v1/agent", AGENT | {"gpus": ["RTX 4090"]})
+    joined = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "fence": "bubblewrap"}
+    stub.on("POST /v1/join", joined | {"gpus": ["RTX 4090 24 GB"]})
+    assert cli("join", "--yes", "--name", "rig-b", input=f"{INVITE}\nmore").exit_code == 0
+    assert stub.body("POST /v1/join") == {"invite": INVITE, "name": "rig-b", "seeds": []}
+    assert cli("join", "--yes", input="").exit_code == 2
+
+
+def test_errors_of_others_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    show_error(MeshgpuError("failed", "cannot do it: \x1b]0;owned\x07\x1b[2J\n  second line\r", "pay\x9b31m"))
+    assert capsys.readouterr().err.splitlines() == [
+        "error: cannot do it: \\x1b]0;owned\\x07\\x1b[2J",
+        "  second line\\r",
+        "hint: pay\\x9b31m",
+    ]
 
 
 def test_join_declined_joins_nothing(cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh_commands, "is_attended", lambda: True)
     monkeypatch.setattr(mesh_commands, "confirmed", lambda question, *, yes: False)
     stub.on("GET /v1/agent", AGENT)
-    result = cli("join", "mgpu1-abc", "--name", "rig-b")
+    result = cli("join", INVITE, "--name", "rig-b")
     assert result.exit_code == 1
     assert "rig-b will lend: its processors (no GPU was found)" in result.stderr
     assert "POST /v1/join" not in stub.targets()
+
+
+def test_join_lends_nothing_unasked(cli: Cli, stub: "StubAgent") -> None:
+    result = cli("join", INVITE)
+    assert (result.exit_code, stub.seen) == (2, [])
+    assert result.stderr.endswith("no terminal is here\nhint: --yes\n")
+
+
+@pytest.mark.parametrize("text", ["", "hello", "mgpu1-abc"])
+def test_join_refuses_what_is_no_invite_before_it_says_what_is_lent(cli: Cli, stub: "StubAgent", text: str) -> None:
+    result = cli("join", "--yes", "--", text)
+    assert (result.exit_code, stub.seen) == (2, [])
+    assert "will lend" not in result.stderr
 
 
 def test_machine_without_a_fence_consents_to_its_owner_only() -> None:
@@ -191,6 +235,7 @@ def test_machine_without_a_fence_consents_to_its_owner_only() -> None:
 
 def test_discover_names_meshes_and_members(cli: Cli, stub: "StubAgent") -> None:
     stranger = sighting("cyd", mesh_name=None, name=None, gpus=None, pairing=True, addresses=[])
+    stub.on("GET /v1/agent", AGENT | {"started_at": time.time()})
     stub.on("GET /v1/discover", {"machines": [sighting("ada", ours=True), stranger]})
     assert cli("discover").stdout.splitlines() == [
         "MESH  MACHINE   GPUS              ADDRESS        STATE",
@@ -198,7 +243,10 @@ def test_discover_names_meshes_and_members(cli: Cli, stub: "StubAgent") -> None:
         "a3f9  cydcydcy  -                 -              takes in machines now",
     ]
     assert len(json.loads(cli("discover", "--json").stdout)["machines"]) == 2
-    assert stub.targets()[0] == "GET /v1/discover?seconds=1.5"
+    assert stub.targets()[1] == "GET /v1/discover?seconds=1.5"
+    stub.replies["GET /v1/agent"] = [AGENT]
+    cli("discover")
+    assert stub.targets()[-1] == "GET /v1/discover?seconds=0.3"
 
 
 def test_up_shows_who_is_there_and_what_to_type_next(cli: Cli, stub: "StubAgent") -> None:
@@ -217,6 +265,14 @@ def test_up_shows_who_is_there_and_what_to_type_next(cli: Cli, stub: "StubAgent"
         "mesh lab · you are ada · 1 other member seen",
         "next: meshgpu machines, meshgpu run -- python train.py, meshgpu invite",
     ]
+
+
+def test_up_says_that_a_port_was_taken(cli: Cli, stub: "StubAgent") -> None:
+    stub.on("GET /v1/agent", AGENT | {"link_port": 40001})
+    stub.on("GET /v1/discover", {"machines": []})
+    assert "port 7443 was taken: the other machines reach this one at port 40001\n" in cli("up").stdout
+    stub.replies["GET /v1/agent"] = [AGENT | {"link_port": 40001, "wanted_port": 0}]
+    assert "taken" not in cli("up").stdout
 
 
 def test_down_without_an_agent_is_no_error(cli: Cli) -> None:
@@ -278,6 +334,14 @@ def test_too_long_a_home_is_told_before_the_kernel_does(cli: Cli, monkeypatch: p
     assert result.exit_code == 125
     assert "136 bytes, 107 at most" in result.stderr
     assert "hint: export MESHGPU_HOME=" in result.stderr
+
+
+def test_home_that_is_no_directory_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MESHGPU_HOME", str(tmp_path / "file"))
+    assert f"error: cannot keep an agent in {tmp_path}/file: it is no directory" in cli("up").stderr
+    monkeypatch.setenv("MESHGPU_HOME", "~/mesh")
+    assert 'hint: export MESHGPU_HOME="$HOME/mesh"' in cli("up").stderr
 
 
 def test_bad_request_of_the_agent_is_usage(cli: Cli, stub: "StubAgent") -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import Result
 
-from meshgpu.cli import launch
+from meshgpu.cli import launch, main
 from meshgpu.client.views import JobView
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ JOB_CALL = "GET /v1/jobs/k7qaaaaaaaaaaaaaaaaaaaaaaa"
 DEADLINE_S = 20.0
 
 FAKE_AGENT = """
-    import pathlib, socket, sys
+    import os, pathlib, socket, sys, time
     home = pathlib.Path(sys.argv[sys.argv.index("--home") + 1])
     assert sys.argv[1:5] == ["-P", "-m", "meshgpu", "agent"], sys.argv
     print("fake agent speaks", flush=True)
@@ -42,10 +42,12 @@ FAKE_AGENT = """
                     pass
                 if b"/v1/down" in request:
                     (home / "agent.sock").unlink()
-                body = b'{{"version": "0.1.0", "pid": 1, "machines": []}}'
+                body = b'{{"version": "0.1.0", "pid": %d, "machines": []}}' % os.getpid()
                 connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
                 if b"/v1/down" in request:
                     break
+        listener.close()
+        {farewell}
 """
 
 
@@ -53,9 +55,11 @@ FAKE_AGENT = """
 def fake_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Put a program in the interpreter's place that behaves like an agent, after some `trouble`."""
 
-    def make(trouble: str = "") -> None:
+    def make(trouble: str = "", farewell: str = "") -> None:
         program = tmp_path / "python"
-        program.write_text(f"#!{sys.executable}\n" + textwrap.dedent(FAKE_AGENT.format(trouble=trouble)))
+        program.write_text(
+            f"#!{sys.executable}\n" + textwrap.dedent(FAKE_AGENT.format(trouble=trouble, farewell=farewell))
+        )
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
 
@@ -93,6 +97,17 @@ def test_ctrl_c_detaches_says_what_next_and_exits_130(
     assert b"meshgpu stop train-k7q" in told
     assert b"Traceback" not in told
     assert not any(target.startswith("POST") and target.endswith("/stop") for target in stub.targets())
+
+
+def test_run_in_a_directory_that_was_deleted_is_an_error(start: Start, stub: "StubAgent", tmp_path: Path) -> None:
+    stub.on("GET /v1/agent", {"version": "0.1.0"})
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    program = f"import os, sys; os.rmdir({str(gone)!r}); sys.argv = ['meshgpu', 'run', 'true']"
+    command = [sys.executable, "-P", "-c", f"{program}\nfrom meshgpu.cli.main import main\nmain()"]
+    done = subprocess.run(command, cwd=gone, capture_output=True, timeout=DEADLINE_S)
+    assert (done.returncode, b"Traceback" in done.stderr) == (125, False)
+    assert b"it was deleted" in done.stderr
 
 
 def test_ctrl_c_while_the_code_ships_says_that_nothing_runs(start: Start, stub: "StubAgent", tmp_path: Path) -> None:
@@ -189,6 +204,40 @@ def test_up_starts_an_agent_and_down_stops_it(cli: Cli, fake_agent: Callable[...
     assert launch.running_agent(home) is None
 
 
+def test_down_returns_only_when_the_agents_process_is_gone(
+    cli: Cli, fake_agent: Callable[..., None], tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    fake_agent(farewell=f"time.sleep(0.4); pathlib.Path({str(gone)!r}).touch()")
+    launch.start_agent(tmp_path / "home")
+    assert cli("down").exit_code == 0
+    assert gone.exists()
+
+
+def test_down_gives_up_on_an_agent_that_stays(
+    cli: Cli, fake_agent: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "STOP_LIMIT_S", 0.3)
+    fake_agent(farewell="time.sleep(60)")
+    pid = launch.start_agent(tmp_path / "home")["pid"]
+    try:
+        result = cli("down")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    assert result.exit_code == 125
+    assert "still runs after 0 s" in result.stderr
+
+
+def test_agent_that_refuses_its_settings_is_told_in_its_own_words(
+    cli: Cli, fake_agent: Callable[..., None], tmp_path: Path
+) -> None:
+    fake_agent("print('error: there is no setting x\\nhint: did you mean y?'); sys.exit(125)")
+    result = cli("up")
+    home = tmp_path / "home"
+    told = f"error: cannot start the agent in {home}: there is no setting x\nhint: did you mean y?\n"
+    assert (result.exit_code, result.stderr) == (125, f"starting the agent in {home}\n{told}")
+
+
 def test_agent_that_ends_at_once_is_told_with_its_last_words(
     cli: Cli, fake_agent: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -212,3 +261,13 @@ def test_agent_that_never_answers_is_given_up_and_ended(
     assert "did not answer within 1 s\n  fake agent speaks\n" in result.stderr
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
+
+
+def test_ctrl_c_before_a_command_begins_gives_130_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_run", interrupted)
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    assert left.value.code == 130

@@ -82,7 +82,17 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
         "gpus": "2x24GB",
         "cpus": 4,
         "memory_bytes": 8_000_000_000,
+        "image": "",
     }
+
+
+def test_image_is_passed_on_and_excludes_packages(cli: Cli, mesh: "StubAgent", ended: MakeJob) -> None:
+    mesh.on_stream(EVENTS_CALL, end(ended()))
+    assert cli("run", "--image", "pytorch/pytorch:2.4", "python", "train.py").exit_code == 0
+    assert mesh.body("POST /v1/jobs")["image"] == "pytorch/pytorch:2.4"
+    refused = cli("run", "--image", "pytorch/pytorch:2.4", "--pip", "einops", "python", "train.py")
+    assert refused.exit_code == 2
+    assert "--image excludes --pip" in refused.stderr
 
 
 def test_quoted_string_runs_in_a_shell_and_defaults_are_left_to_the_mesh(
@@ -160,6 +170,59 @@ def test_out_of_touch_is_said_once_with_its_seconds_and_so_is_the_return(
     ]
 
 
+def test_silence_is_told_when_it_is_worth_it_and_then_ever_more_rarely(
+    cli: Cli, mesh: "StubAgent", make_job: MakeJob, ended: MakeJob
+) -> None:
+    seconds = [0.0, 1.9, 2.1, 5.0, 10.5, 30.0, 61.0, 300.0, 600.5, 900.0, 1200.5]
+    silence = [{"type": "out-of-touch", "machine": "rig-b", "seconds": moment} for moment in seconds]
+    still = told(make_job())
+    mesh.on_stream(EVENTS_CALL, still, *silence[:4], still, *silence[4:], log("back\n", 5), silence[0], end(ended()))
+    lines = cli("run", "python", "train.py").stderr.splitlines()[1:]
+    assert [line.partition(" for ")[2].partition(";")[0] for line in lines[:-1]] == [
+        "2 s",
+        "10 s",
+        "61 s",
+        "10 m",
+        "20 m",
+    ]
+    assert lines[-1] == "rig-b is back"
+
+
+def test_environment_that_fails_hints_at_the_names(cli: Cli, mesh: "StubAgent", ended: MakeJob) -> None:
+    detail = "environment: resolving --pip"
+    mesh.on_stream(EVENTS_CALL, end(ended(None, state="failed", detail=detail, reason="no such package toch")))
+    lines = cli("run", "--pip", "toch", "python", "train.py").stderr.splitlines()
+    assert lines[0] == "train-k7q → rig-b · RTX 4090 24 GB · 12 files 41 kB"
+    assert lines[1] == "train-k7q failed without an exit code: no such package toch"
+    assert lines[2].startswith("hint: is everything spelt right that --pip, ")
+
+
+@pytest.mark.parametrize("code", [0, 4])
+def test_fetch_goes_on_past_a_file_it_cannot_have_and_keeps_the_jobs_exit_code(
+    cli: Cli, mesh: "StubAgent", project: Path, ended: MakeJob, code: int
+) -> None:
+    mesh.on_stream(EVENTS_CALL, end(ended(code, output_files=3, output_bytes=9)))
+    files = ["b\udcff", "gone", "good"]
+    mesh.on(f"{JOB_CALL}/files", {"files": [{"path": path, "size_bytes": 3} for path in files]})
+    mesh.on_failure(f"{JOB_CALL}/files/gone", 404, "unknown-file", "cannot fetch gone")
+    mesh.on(f"{JOB_CALL}/files/good", b"job")
+    result = cli("run", "--fetch-to", "results", "python", "train.py")
+    assert result.exit_code == code
+    assert [path.name for path in (project / "results").iterdir()] == ["good"]
+    assert "cannot fetch 'b\\udcff': its name is not UTF-8\ncannot fetch gone\n1 file, 3 B fetched" in result.stderr
+
+
+def test_fetch_that_cannot_be_done_at_all_is_no_success(
+    cli: Cli, mesh: "StubAgent", project: Path, ended: MakeJob
+) -> None:
+    mesh.on_failure(f"{JOB_CALL}/files", 504, "no-answer", "rig-b did not answer")
+    for code, expected in ((0, 125), (4, 4)):
+        mesh.replies[EVENTS_CALL] = []
+        mesh.on_stream(EVENTS_CALL, end(ended(code, output_files=3, output_bytes=9)))
+        result = cli("run", "--fetch", "python", "train.py")
+        assert (result.exit_code, "error: rig-b did not answer" in result.stderr) == (expected, True)
+
+
 def test_broken_stream_goes_on_at_the_last_position(
     cli: Cli, mesh: "StubAgent", make_job: MakeJob, ended: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,8 +247,8 @@ def test_agent_that_stays_away_gives_125_and_says_how_to_go_on(
     mesh.on_stream(EVENTS_CALL, broken=True)
     result = cli("run", "python", "train.py")
     assert (result.stdout, result.exit_code) == ("one\n", 125)
-    assert "error: cannot follow k7qaaaaaaaaaaaaaaaaaaaaaaa any more" in result.stderr
-    assert "hint: meshgpu up && meshgpu logs -f k7q" in result.stderr
+    assert "error: cannot follow train-k7q any more" in result.stderr
+    assert "hint: meshgpu up && meshgpu logs -f train-k7q" in result.stderr
 
 
 @pytest.mark.parametrize(("module", "package"), [("torch", "torch"), ("cv2.gapi", "opencv-python-headless")])
@@ -306,6 +369,8 @@ def test_submission_that_fails_half_way_is_an_error(cli: Cli, mesh: "StubAgent")
         ["--cpus", "-1", "true"],
         ["--cpus", "x", "true"],
         ["--nonsense", "true"],
+        ["-m", "", "true"],
+        ["--name", " ", "true"],
         [],
     ],
 )

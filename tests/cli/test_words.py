@@ -7,7 +7,7 @@ import pytest
 
 from meshgpu.cli.render import RED, ago, clock, colour, plain, size, table
 from meshgpu.cli.run_command import is_shell, job_name, parse_env, parse_memory
-from meshgpu.cli.words import ending, exit_code, gpus, headline, run_time, status, waiting, where
+from meshgpu.cli.words import ending, exit_code, goes_on, gpus, headline, run_time, status, waiting, where
 from meshgpu.client.views import JobView
 from meshgpu.errors import MeshgpuError
 
@@ -81,6 +81,17 @@ def test_headline_says_that_no_gpu_was_chosen_and_who_alone_holds_the_job(make_j
     assert line == "train-k7q → rig-b · no GPU · 1 file 41 kB · held by rig7 only"
 
 
+def test_headline_leaves_progress_out(make_job: MakeJob) -> None:
+    assert "resolving" not in headline(make_job(detail="environment: resolving --pip"))
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"), [("queued", "waits on"), ("placing", "waits on"), ("active", "goes on")]
+)
+def test_only_what_has_begun_goes_on(make_job: MakeJob, state: str, expected: str) -> None:
+    assert goes_on(make_job(state=state)) == expected
+
+
 def test_gpus_are_counted_and_shares_told_as_asked_for(make_job: MakeJob) -> None:
     card = {"uuid": "u", "name": "NVIDIA GeForce RTX 4090", "memory_bytes": 25_757_220_864}
     assert gpus(make_job(gpus=[card, card], gpu_request="2")) == "2 × RTX 4090 24 GB"
@@ -139,6 +150,11 @@ def test_colour_only_on_a_terminal_and_not_under_no_color(monkeypatch: pytest.Mo
         (["/usr/bin/make", "all"], "make"),
         (["cd src && python eval.py | tee log"], "eval"),
         (["echo 'unclosed"], "echo"),
+        (["git", "commit", "-m", "more"], "git"),
+        (["git commit -m 'much more'"], "git"),
+        (["true;/bin/ls -l"], "true"),
+        (["(cd x && ls)"], "cd"),
+        (["/opt/env/bin/python3.12 -u -m pkg.train x"], "train"),
     ],
 )
 def test_job_is_named_after_its_script_else_its_program(command: list[str], expected: str) -> None:

@@ -8,8 +8,9 @@ import asyncio
 import json
 import logging
 import secrets
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -35,6 +36,12 @@ HELLO_LIMIT_BYTES: Final = 1024
 IDENTIFY_TIMEOUT_S: Final = 3.0
 ABORT_TIMEOUT_S: Final = 0.3
 """A status waits behind what was written before it; who does not read gets it when he does."""
+
+BULK_STREAMS_PER_PEER: Final = 8
+"""Served at once: gRPC takes some MiB of each from us although nobody reads them."""
+
+BULK_WAIT_S: Final = 3.0
+"""For one of these to end; below the ACCEPT_TIMEOUT_S after which the peer gives up."""
 
 STOP_GRACE_S: Final = 0.3
 """For calls to strangers who are just being refused; ours are over."""
@@ -91,6 +98,9 @@ class GrpcLink:
         self._work: dict[asyncio.Task[Any], NodeId] = {}
         self._evicted: dict[asyncio.Task[Any], str] = {}
         self._dialling: set[asyncio.Task[None]] = set()
+        self._slots: defaultdict[NodeId, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(BULK_STREAMS_PER_PEER)
+        )
         self._server: grpc.aio.Server | None = None
         self._emit: Callable[[LinkEvent], None] = lambda _event: None
         self._serve_bulk: BulkHandler | None = None
@@ -297,8 +307,29 @@ class GrpcLink:
 
     # -- calls from others -------------------------------------------------------------------------------------------
 
+    @asynccontextmanager
+    async def _slot(self, peer: NodeId) -> AsyncIterator[None]:
+        """One of the peer's bulk streams. Raises MeshgpuError `busy` where there are too many."""
+        slots = self._slots[peer]
+        try:
+            async with asyncio.timeout(BULK_WAIT_S):
+                await slots.acquire()
+        except TimeoutError as error:
+            reason = (
+                f"cannot serve a bulk stream: {BULK_STREAMS_PER_PEER} to this machine are open, the most there may be"
+            )
+            raise MeshgpuError("busy", reason, "try again when one has ended") from error
+        try:
+            yield
+        finally:
+            slots.release()
+
     async def _answer_bulk(self, context: Context) -> None:
         async def serve(peer: NodeId) -> None:
+            async with self._slot(peer):
+                await stream(peer)
+
+        async def stream(peer: NodeId) -> None:
             async with asyncio.timeout(FIRST_MESSAGE_TIMEOUT_S):
                 request = await context.read()
             if self._serve_bulk is None or request is grpc.aio.EOF:
@@ -373,7 +404,7 @@ def _decode(frame: Any, side: str) -> _Hello:
         version = fields["version"]
         if version == PROTOCOL_VERSION:
             return _Hello(str(fields["instance"]), int(fields["dial"]))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise MeshgpuError("protocol", f"the {side}'s first frame is no hello") from error
     other = "answerer" if side == "dialler" else "dialler"
     raise MeshgpuError(

@@ -95,8 +95,8 @@ def find_room(
         if asked > total:
             return Room(rule=Rule.LACKS, refusal=f"has {total / unit:.4g} {what}, {asks}")
         if asked > total - taken:
-            free = (total - taken) / unit
-            return Room(rule=Rule.BUSY, refusal=f"is busy: {free:.4g} of {total / unit:.4g} {what} free, {asks}")
+            left = (total - taken) / unit
+            return Room(rule=Rule.BUSY, refusal=f"is busy: {left:.4g} of {total / unit:.4g} {what} free, {asks}")
     request = resources.gpus
     if request.count == 0:
         return Room()

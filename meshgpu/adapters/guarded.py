@@ -1,0 +1,260 @@
+"""An attempt's life under a guard, the same for every executor: staged, guarded, watched, concluded, told once."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from meshgpu import guard
+from meshgpu.adapters import guards, results
+from meshgpu.errors import MeshgpuError
+from meshgpu.guard import ExitRecord, GuardRecord, Notice, Request
+from meshgpu.model.ids import JobId
+from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Result, StopMode
+from meshgpu.ports import AttemptEnded, AttemptProgress, AttemptStarted, ExecutorEvent
+
+STOP_GRACE_S: Final = 30.0
+"""Between SIGTERM and SIGKILL: time to write a checkpoint, short enough for an owner who waits."""
+CLAIM_LIMIT_S: Final = 10.0
+"""A guard answers in some 5 ms; after this another one is tried, and only one of them can claim the attempt."""
+GUARD_TRIES: Final = 2
+JOBS_FAULTS: Final = ("environment", "image")
+"""Codes of what cannot be made ready anywhere: the job itself has failed."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One attempt while it is watched; `directory/work` is the job's tree."""
+
+    plan: AttemptPlan
+    directory: Path
+    is_adopted: bool
+    task: asyncio.Task[None] | None = None
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+    is_staging: bool = False
+    has_started: bool = False
+    stop: StopMode | None = None
+    pidfd: int | None = None
+
+    def pass_stop_on(self) -> None:
+        """Tell the guard of a stop that was asked for; without a guard, it is told once there is one."""
+        if self.stop is not None and self.pidfd is not None:
+            number = signal.SIGUSR1 if self.stop is StopMode.KILL else signal.SIGTERM
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, number)
+
+    @property
+    def work(self) -> Path:
+        return self.directory / "work"
+
+
+class GuardedExecutor(ABC):
+    """Runs attempts below `jobs_dir/<job>/<epoch>/`: `work` is the job's tree, the rest is written here.
+
+    A kind of executor says how an attempt is made ready, and what of it a guard cannot take along.
+    """
+
+    def __init__(self, jobs_dir: Path) -> None:
+        self._jobs_dir = jobs_dir.absolute()
+        self._server = guards.ForkServer(self._hear, self._server_gone)
+        self._attempts: dict[Path, Attempt] = {}
+        self._guards: dict[Path, GuardRecord] = {}
+        self._emit: Callable[[ExecutorEvent], None] = lambda _: None
+        self._is_closing = False
+
+    @abstractmethod
+    async def _stage(self, attempt: Attempt) -> Request:
+        """Make the attempt ready; told through `_progress`. Raises MeshgpuError or OSError; cancelled by a stop."""
+
+    @abstractmethod
+    async def _clear(self, attempt: Attempt, exited: ExitRecord | None) -> None:
+        """End and remove what was there for the job only. exited: None where no guard has seen to the job's end."""
+
+    def _verdict(self, attempt: Attempt, exited: ExitRecord) -> tuple[AttemptState, str]:  # noqa: ARG002
+        """What the attempt came to, and why."""
+        return AttemptState.CRASHED if exited["exit_code"] is None else AttemptState.EXITED, exited["reason"]
+
+    async def start(self, emit: Callable[[ExecutorEvent], None]) -> None:
+        self._emit = emit
+        self._guards = await asyncio.to_thread(guards.live_guards, self._jobs_dir)
+
+    def guards(self) -> frozenset[int]:
+        """Pids of live guards: what descends from one of them is a job, not a user of this machine."""
+        return frozenset(record["pid"] for record in self._guards.values() if guards.is_alive(record))
+
+    def run(self, plan: AttemptPlan, tree: Path) -> None:
+        if attempt := self._enter(plan, is_adopted=False):
+            assert tree.absolute() == attempt.work, f"{tree} is not the work directory of {attempt.directory}"
+            attempt.is_staging = True
+            self._begin(attempt, self._conduct(attempt))
+
+    def adopt(self, plan: AttemptPlan) -> None:
+        if attempt := self._enter(plan, is_adopted=True):
+            self._begin(attempt, self._take_up(attempt, "the agent stopped while the job was being prepared"))
+
+    def stop(self, job: JobId, epoch: int, mode: StopMode) -> None:
+        attempt = self._attempts.get(self._directory(job, epoch))
+        if attempt is None or attempt.stop in (mode, StopMode.KILL):
+            return
+        attempt.stop = mode
+        if attempt.is_staging and attempt.task is not None:
+            attempt.task.cancel()
+        else:
+            attempt.pass_stop_on()
+
+    async def close(self) -> None:
+        self._is_closing = True
+        tasks = [attempt.task for attempt in self._attempts.values() if attempt.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._server.close()
+
+    # -- bookkeeping ---------------------------------------------------------------------------------------------
+
+    def _directory(self, job: JobId, epoch: int) -> Path:
+        return self._jobs_dir / job / str(epoch)
+
+    def _enter(self, plan: AttemptPlan, *, is_adopted: bool) -> Attempt | None:
+        directory = self._directory(plan.spec.job, plan.epoch)
+        if directory in self._attempts:
+            return None
+        attempt = self._attempts[directory] = Attempt(plan, directory, is_adopted)
+        return attempt
+
+    def _begin(self, attempt: Attempt, life: Coroutine[None, None, None]) -> None:
+        attempt.task = asyncio.get_running_loop().create_task(self._live(attempt, life))
+        attempt.task.add_done_callback(_report_failure)
+
+    def _hear(self, notice: Notice) -> None:
+        directory, record = Path(notice["directory"]), notice["guard"]
+        if attempt := self._attempts.get(directory):
+            self._guards[directory] = record
+            attempt.answered.set()
+            if record["job_pid"] is not None:
+                self._started(attempt, record)
+
+    def _server_gone(self) -> None:
+        for attempt in self._attempts.values():
+            attempt.answered.set()
+
+    def _started(self, attempt: Attempt, record: GuardRecord) -> None:
+        if not attempt.has_started:
+            attempt.has_started = True
+            self._emit(AttemptStarted(attempt.plan.spec.job, attempt.plan.epoch, record["started_wall_s"]))
+
+    def _progress(self, attempt: Attempt, phase: Phase, detail: str) -> None:
+        self._emit(AttemptProgress(attempt.plan.spec.job, attempt.plan.epoch, phase, detail))
+
+    def _end(self, attempt: Attempt, result: Result, ended_wall_s: float | None = None) -> None:
+        del self._attempts[attempt.directory]
+        self._guards.pop(attempt.directory, None)
+        moment = time.time() if ended_wall_s is None else ended_wall_s
+        self._emit(AttemptEnded(attempt.plan.spec.job, attempt.plan.epoch, moment, result))
+
+    # -- an attempt's life ---------------------------------------------------------------------------------------
+
+    async def _live(self, attempt: Attempt, life: Coroutine[None, None, None]) -> None:
+        try:
+            await life
+        except Exception as error:
+            # The executor runs effects: whatever a job's spec or files made fail here ends this attempt, and no other.
+            # One that never ended would hold its GPUs for ever.
+            _log.exception("an attempt failed within the agent", extra={"directory": str(attempt.directory)})
+            await self._end_guard(attempt)
+            if self._attempts.get(attempt.directory) is attempt:
+                reason = f"a fault of the agent: {type(error).__name__}: {error}"
+                self._end(attempt, Result(AttemptState.CRASHED, None, reason))
+
+    async def _end_guard(self, attempt: Attempt) -> None:
+        """Return once the attempt's guard, and so its job, is gone and none can start."""
+        attempt.is_staging = False
+        attempt.stop = StopMode.KILL
+        record = await asyncio.to_thread(guards.guard_or_claim, attempt.directory)
+        if record is not None and (pidfd := guards.open_guard(record)) is not None:
+            attempt.pidfd = pidfd
+            try:
+                attempt.pass_stop_on()
+                await guards.ended(pidfd)
+            finally:
+                attempt.pidfd = None
+                os.close(pidfd)
+
+    async def _conduct(self, attempt: Attempt) -> None:
+        """Stage, start the guard, see the attempt to its end."""
+        try:
+            request = await self._stage(attempt)
+        except asyncio.CancelledError:
+            if attempt.stop is None or self._is_closing:
+                raise
+            self._end(attempt, Result(AttemptState.ABANDONED, None, "stopped before it started"))
+            return
+        except (MeshgpuError, OSError) as error:
+            is_the_jobs_fault = isinstance(error, MeshgpuError) and error.code in JOBS_FAULTS
+            outcome = AttemptState.EXITED if is_the_jobs_fault else AttemptState.CRASHED
+            hint = getattr(error, "hint", None)
+            self._end(attempt, Result(outcome, None, f"{error} ({hint})" if hint else str(error)))
+            return
+        attempt.is_staging = False
+        for _ in range(GUARD_TRIES):
+            attempt.answered.clear()
+            await self._server.send(request)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(attempt.answered.wait(), CLAIM_LIMIT_S)
+            if attempt.directory in self._guards:
+                break
+        await self._take_up(attempt, "no guard could be started for the job")
+
+    async def _take_up(self, attempt: Attempt, if_none: str) -> None:
+        """Watch the attempt's guard, then tell how the attempt ended. if_none: why there is no guard and never was."""
+        record = await asyncio.to_thread(guards.guard_or_claim, attempt.directory)
+        if record is None:
+            await self._clear(attempt, None)
+            self._end(attempt, Result(AttemptState.CRASHED, None, if_none))
+            return
+        attempt.pidfd = guards.open_guard(record)
+        if attempt.pidfd is not None:
+            self._guards[attempt.directory] = record
+            try:
+                attempt.pass_stop_on()
+                if attempt.is_adopted:
+                    self._started(attempt, record)
+                await guards.ended(attempt.pidfd)
+            finally:
+                os.close(attempt.pidfd)
+                attempt.pidfd = None
+        await self._conclude(attempt)
+
+    async def _conclude(self, attempt: Attempt) -> None:
+        """The guard has ended: make sure that its job has too, and tell what came of it."""
+        record = guards.read_guard(attempt.directory)
+        exited = guards.read_exit(attempt.directory)
+        if record["job_pid"] is not None and not attempt.is_adopted:
+            self._started(attempt, record)
+        if exited is None:
+            await self._clear(attempt, None)
+            is_same_boot = record["boot_id"] == guard.boot_id()
+            reason = "the job's guard was killed" if is_same_boot else "the machine restarted"
+            self._end(attempt, Result(AttemptState.CRASHED, None, reason))
+            return
+        self._progress(attempt, Phase.SAVING, "")
+        count, size = await asyncio.to_thread(results.list_outputs, attempt.directory)
+        await self._clear(attempt, exited)
+        outcome, reason = self._verdict(attempt, exited)
+        exit_code = exited["exit_code"] if outcome is AttemptState.EXITED else None
+        result = Result(outcome, exit_code, reason, count, size)
+        self._end(attempt, result, exited["ended_wall_s"])
+
+
+def _report_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        _log.error("an attempt is no longer watched", exc_info=error)
