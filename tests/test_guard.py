@@ -244,6 +244,34 @@ def test_killed_guard_takes_the_whole_tree_along(tmp_path: Path, isolation: str)
     server.close()
 
 
+def sweeping(attempt: Path, *argv: str) -> Request:
+    """A request whose sweeper leaves `swept`, and in `early` whether exit.json was there before it."""
+    tell = f"ls {attempt}/exit.json >{attempt}/early 2>/dev/null; echo >{attempt}/swept"
+    return make_request(attempt, *argv) | {"after": ["/bin/sh", "-c", tell]}
+
+
+def test_what_comes_after_the_job_has_ended_before_its_exit_is_told(server: Server, tmp_path: Path) -> None:
+    server.send(sweeping(tmp_path, "sh", "-c", "exit 3"))
+    assert ended(tmp_path)["exit_code"] == 3
+    assert (tmp_path / "swept").exists()
+    assert (tmp_path / "early").read_text() == ""
+
+
+@pytest.mark.parametrize("isolation", ["pid", "user", "subreaper"])
+def test_what_comes_after_the_job_is_done_although_its_guard_was_killed(tmp_path: Path, isolation: str) -> None:
+    if isolation != "subreaper" and os.waitpid(guard._fork(guard._try_isolation, isolation), 0)[1]:
+        pytest.skip(f"no {isolation} namespaces here")
+    server = Server(changed_guard(tmp_path, f"def find_isolation():\n    return {isolation!r}"))
+    attempt = tmp_path / "attempt"
+    server.send(sweeping(attempt, "sleep", "600"))
+    server.hear()
+    started = server.hear()["guard"]
+    assert not (attempt / "swept").exists()
+    os.kill(started["pid"], signal.SIGKILL)
+    wait_for((attempt / "swept").exists)
+    server.close()
+
+
 def test_stopped_guard_of_a_stubborn_job_names_the_grace(server: Server, tmp_path: Path) -> None:
     server.send(make_request(tmp_path, "sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done", grace_s=0.1))
     server.hear()

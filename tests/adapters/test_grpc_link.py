@@ -383,6 +383,8 @@ async def test_answerer_of_another_version_is_named_in_the_reason(mesh: Mesh) ->
     "hello", [b"", b"{", b"[]", b"7", b"\xff", b'{"version": 1}', b"[" * 9999, b'{"version":1}' * 999, INFINITE_DIAL]
 )
 async def test_junk_instead_of_a_hello_is_refused(mesh: Mesh, hello: bytes) -> None:
+    with pytest.raises(MeshgpuError):
+        transport._decode(hello, "dialler")
     low, high = await mesh(2)
     async with raw_channel(low, high) as channel:
         call: LinkCall = channel.stream_stream(LINK)()

@@ -55,6 +55,7 @@ def test_a_tree_of_any_depth_is_looked_through(top: Path) -> None:
 
 def test_removal_stays_inside(top: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
+    (tmp_path / "kept").chmod(0o755)
     (tmp_path / "kept" / "file").touch()
     (top / "link").symlink_to(tmp_path / "kept")
     (top / "sub").mkdir()
@@ -64,6 +65,7 @@ def test_removal_stays_inside(top: Path, tmp_path: Path) -> None:
     (tmp_path / "way").symlink_to(tmp_path / "kept")
     remove_tree(tmp_path / "way")
     assert (tmp_path / "kept" / "file").exists()
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o755
 
 
 def test_what_is_not_there_is_removed_already(tmp_path: Path) -> None:

@@ -8,8 +8,21 @@ from typing import Any
 IMAGE = "meshgpu-test:busybox"
 BUSYBOX = Path("/bin/busybox")
 TOOLS = (
-    *("cat", "dd", "echo", "env", "false", "grep", "head", "id", "kill", "ls", "pwd", "rm", "setsid", "sh", "sleep"),
-    *("tail", "touch", "true"),
+    "cat",
+    "dd",
+    "echo",
+    "env",
+    "grep",
+    "head",
+    "id",
+    "ls",
+    "pwd",
+    "setsid",
+    "sh",
+    "sleep",
+    "tail",
+    "touch",
+    "true",
 )
 
 
@@ -18,7 +31,7 @@ def make_image(client: Any) -> None:
     if not client.images.list(IMAGE):
         repository, _, tag = IMAGE.partition(":")
         client.api.import_image_from_data(
-            _root(), repository=repository, tag=tag, changes=["ENV FROM_IMAGE=1", 'ENTRYPOINT ["/bin/false"]']
+            _root(), repository=repository, tag=tag, changes=["ENV FROM_IMAGE=1", 'ENTRYPOINT ["/bin/true"]']
         )
 
 
@@ -36,6 +49,6 @@ def _root() -> bytes:
             add(directory, tarfile.DIRTYPE)
         add("tmp", tarfile.DIRTYPE, mode=0o1777)
         add("bin/busybox", data=BUSYBOX.read_bytes())
-        for tool in (*TOOLS, "touch", "true"):
+        for tool in TOOLS:
             add(f"bin/{tool}", tarfile.SYMTYPE, link="busybox")
     return buffer.getvalue()
