@@ -39,6 +39,10 @@ class ForkServer:
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
         self._listener = asyncio.get_running_loop().create_task(self._listen(reader))
 
+    def _is_deaf(self) -> bool:
+        """Whether the server has closed its channel, which it may have before its end shows."""
+        return self._listener is not None and self._listener.done()
+
     @staticmethod
     def _spawn(channel: socket.socket) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -63,7 +67,7 @@ class ForkServer:
         """Have a guard started; starts a new server where the last one is gone."""
         body = json.dumps(request).encode()
         async with self._lock:
-            if self._process is None or self._process.poll() is not None:
+            if self._process is None or self._process.poll() is not None or self._is_deaf():
                 await self.close()
                 await self.start()
             assert self._writer is not None

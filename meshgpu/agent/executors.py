@@ -34,6 +34,10 @@ class Executors:
     def fence(self) -> str:
         return self._processes.fence()
 
+    def fence_reason(self) -> str:
+        """Why the fence is not a stronger one, for people; empty for the strongest."""
+        return self._processes.fence_reason()
+
     def guards(self) -> frozenset[int]:
         """Pids of which every process of a job descends."""
         return self._processes.guards() | self._containers.guards()

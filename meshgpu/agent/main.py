@@ -5,7 +5,6 @@ import contextlib
 import logging
 import random
 import resource
-import shutil
 import signal
 import socket
 import sys
@@ -24,6 +23,7 @@ from meshgpu.adapters.gpu_locks import GpuLocks
 from meshgpu.adapters.grpc_link import GrpcLink
 from meshgpu.adapters.grpc_pairing import GrpcPairing, dial_pairing
 from meshgpu.adapters.interfaces import lan_addresses
+from meshgpu.adapters.job_trees import remove_tree
 from meshgpu.adapters.key_files import KeyFiles
 from meshgpu.adapters.mdns import Mdns
 from meshgpu.adapters.nvml_gpus import NvmlGpus
@@ -164,6 +164,7 @@ class Agent:
             lambda: list(self._addresses),
             getattr(sys, "_base_executable", sys.executable),
             wanted_port=self._config.link_port,
+            fence_reason=self._executor.fence_reason(),
         )
 
     def _hosts(self) -> list[str]:
@@ -260,7 +261,7 @@ class Agent:
         self._tasks.create_task(self._runtime.announce())
 
     def _discard(self, job: JobId, epoch: int) -> None:
-        shutil.rmtree(self._home.attempt(job, epoch), ignore_errors=True)
+        remove_tree(self._home.attempt(job, epoch))
 
 
 _KINDS = {

@@ -42,6 +42,7 @@ class Status:
     sightings: dict[NodeId, Sighting] = field(default_factory=dict)
     discovery_fault: str = ""
     pairing_port: int = 0
+    fence_reason: str = ""
     wanted_port: int = 0
     started_wall_s: float = field(default_factory=time.time)
 
@@ -176,8 +177,10 @@ class Status:
 
     def _fence_check(self) -> Document:
         if self.fence:
-            return _check("fence", True, f"{self.fence} shuts in other users' jobs")
-        return _check("fence", False, "nothing here can shut in another user's job", "apt install bubblewrap")
+            weaker = f" ({self.fence_reason})" if self.fence_reason else ""
+            return _check("fence", True, f"{self.fence} shuts in other users' jobs{weaker}")
+        found = self.fence_reason or "nothing works here"
+        return _check("fence", False, f"other users' jobs are refused: {found}", "apt install bubblewrap")
 
     def _disk_check(self) -> Document:
         usage = shutil.disk_usage(self.home.directory)

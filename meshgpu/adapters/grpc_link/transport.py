@@ -37,7 +37,7 @@ IDENTIFY_TIMEOUT_S: Final = 3.0
 ABORT_TIMEOUT_S: Final = 0.3
 """A status waits behind what was written before it; who does not read gets it when he does."""
 
-BULK_STREAMS_PER_PEER: Final = 8
+BULK_STREAMS_PER_PEER: Final = 16
 """Served at once: gRPC takes some MiB of each from us although nobody reads them."""
 
 BULK_WAIT_S: Final = 3.0
