@@ -337,7 +337,9 @@ async def test_job_without_gpu_sees_none(rig: Rig) -> None:
 
 async def test_job_inherits_three_descriptors_and_plain_signals(isolated_rig: Rig) -> None:
     done = await isolated_rig.run("grep", "-E", "SigBlk|SigIgn", "/proc/self/status", job="signals")
-    assert done.stdout == f"SigBlk:\t{0:016}\nSigIgn:\t{0:016}\n"
+    # 32 and 33 belong to libc, which ignores them in what posix_spawn starts: under make, in everything.
+    masks = [int(line.split()[1], 16) & ~(0b11 << 31) for line in done.stdout.splitlines()]
+    assert masks == [0, 0]
     script = "import os; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1], os.read(0, 1), os.umask(0))"
     done = await isolated_rig.run("python", "-c", script)
     assert done.stdout == f"[0, 1, 2] b'' {0o022}\n"
@@ -795,7 +797,7 @@ async def test_fenced_jobs_preloaded_library_stays_inside(fenced_rig: Rig) -> No
 
 
 async def test_fenced_job_has_a_home_tmp_and_shared_memory_of_its_own(fenced_rig: Rig) -> None:
-    script = 'echo "$HOME"; touch "$HOME/h" "$TMPDIR/t" /dev/shm/s && ls -A /dev/shm "$HOME" "$TMPDIR/t"; exit $?'
+    script = 'echo "$HOME"; touch "$HOME/h" "$TMPDIR/of-its-own" /dev/shm/s && ls -A /dev/shm "$HOME" "$TMPDIR/of-its-own"; exit $?'
     done = await fenced_rig.run(script, shell=True, fenced=True)
     assert done.result.exit_code == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(fenced_rig.attempt("job") / "home")
