@@ -797,7 +797,7 @@ async def test_fenced_jobs_preloaded_library_stays_inside(fenced_rig: Rig) -> No
 
 
 async def test_fenced_job_has_a_home_tmp_and_shared_memory_of_its_own(fenced_rig: Rig) -> None:
-    script = 'echo "$HOME"; touch "$HOME/h" "$TMPDIR/of-its-own" /dev/shm/s && ls -A /dev/shm "$HOME" "$TMPDIR/of-its-own"; exit $?'
+    script = 'echo "$HOME"; touch "$HOME/h" "$TMPDIR/own" /dev/shm/s && ls -A /dev/shm "$HOME" "$TMPDIR/own"; exit $?'
     done = await fenced_rig.run(script, shell=True, fenced=True)
     assert done.result.exit_code == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(fenced_rig.attempt("job") / "home")
