@@ -590,8 +590,15 @@ async def test_nothing_but_the_jobs_own_is_asked_for(tmp_path: Path) -> None:
 
 
 async def test_engine_without_root_maps_its_root_to_this_account(tmp_path: Path) -> None:
-    created, _, _ = await asked_of({"SecurityOptions": ["name=seccomp", "name=rootless"]}, tmp_path)
-    assert created["User"] == "0:0"
+    facts = {"SecurityOptions": ["name=seccomp", "name=rootless"]}
+    for security, user in ((facts, "0:0"), ({}, "4321:4321" if os.geteuid() == 0 else f"{os.getuid()}:{os.getgid()}")):
+        top = tmp_path / user
+        work = top / "jobs" / JOB / "1" / "work"
+        work.mkdir(parents=True)
+        if os.geteuid() == 0:
+            os.chown(work, 4321, 4321)
+        created, _, _ = await asked_of(security, top)
+        assert created["User"] == user
 
 
 # -- finding the engine ----------------------------------------------------------------------------------------------

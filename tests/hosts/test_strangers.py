@@ -131,7 +131,7 @@ def test_used_and_mistyped_invites_are_refused(lab: Any) -> None:
     ada, _, _, _, mallory = lab
     invite = ada.meshgpu("invite").stdout.split()[-1]
     wrong = invite[:-1] + ("a" if invite[-1] != "a" else "b")
-    done = mallory.meshgpu("join", "--name", "mallory", "--yes", wrong, code=125)
+    done = mallory.meshgpu("join", "--name", "mallory", "--yes", wrong, code=2)
     assert "a character of it is wrong" in done.stderr
     mallory.meshgpu("join", "--name", "mallory", "--yes", invite)
     again = mallory.meshgpu("join", "--name", "mallory", "--yes", invite, code=125)
