@@ -438,7 +438,7 @@ async def test_removed_member_is_cut_off_at_once(mesh: Mesh, dialler: int) -> No
     keeper, removed = nodes
     keeper.link.trust([keeper.anchor])
     assert keeper.events[-1] == LinkClosed(removed.id, "no longer trusted")
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(5):  # two shared cores may be busy; idle it takes some milliseconds
         await removed.until(lambda: not removed.has_open(keeper))
         removed.link.dial(keeper.id, keeper.address)
         await removed.until(lambda: isinstance(removed.events[-1], DialFailed))

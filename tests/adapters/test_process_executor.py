@@ -702,8 +702,11 @@ async def test_attempt_that_ended_meanwhile_is_told_once(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("has_directory", [True, False])
-async def test_adopted_attempt_that_never_started_cannot_start_later(rig: Rig, has_directory: bool) -> None:
+async def test_adopted_attempt_that_never_started_cannot_start_later(
+    rig: Rig, has_directory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A request that an earlier fork server still holds must find the attempt taken."""
+    monkeypatch.setattr("meshgpu.adapters.guarded.CLAIM_LIMIT_S", 1.0)  # the refusal is final: no need to wait for long
     if has_directory:
         (rig.attempt("job") / "work").mkdir(parents=True)
     rig.executor.adopt(plan("sh", "-c", "touch ran"))
