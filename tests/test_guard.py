@@ -237,7 +237,7 @@ def test_killed_guard_takes_the_whole_tree_along(tmp_path: Path, isolation: str)
     server.hear()
     record = server.hear()["guard"]
     wait_for((attempt / "work" / "daemon").exists)
-    wait_for(lambda: len(processes_below(attempt / "work")) == 2)  # the one between job and daemon may be on its way out
+    wait_for(lambda: len(processes_below(attempt / "work")) == 2)  # the one between them may still be leaving
     tree = processes_below(attempt / "work")
     os.kill(record["pid"], signal.SIGKILL)
     wait_for(lambda: all(guard.start_ticks(pid) is None for pid in tree))
