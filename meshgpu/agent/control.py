@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import socket
 import struct
@@ -26,8 +25,6 @@ from meshgpu.model.job import Draft, EnvironmentRequest, JobView, Register, Stop
 from meshgpu.model.resources import Resources, parse_gpus
 from meshgpu.model.tree import CHUNK_BYTES, MANIFEST_LIMIT_BYTES, Manifest
 from meshgpu.ports import ChunkStore, PairingDialog
-
-logger = logging.getLogger(__name__)
 
 KEEPALIVE_S: Final = 15.0
 """A followed job says something at least this often, so that a client can tell silence from a dead agent."""

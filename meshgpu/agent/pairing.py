@@ -1,7 +1,6 @@
 """Founding a mesh, inviting, joining: the conversations around `core.trust.joining`."""
 
 import asyncio
-import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,6 @@ from meshgpu.model.pairing import Application, Greeting, Introduction, InviteStr
 from meshgpu.model.trust import AddNode, Genesis, Invite, LinkUser, Notary, Role
 from meshgpu.wire.certificates import node_of_ca
 from meshgpu.wire.codec import PROTOCOL, decode, encode
-
-logger = logging.getLogger(__name__)
 
 GREETINGS_LIMIT = 64
 """Conversations that wait for their second step: a stranger can open many, and the oldest are forgotten."""

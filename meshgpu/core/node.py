@@ -25,7 +25,7 @@ from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Capacity, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, JobId, MeshId, NodeId, UserName
 from meshgpu.model.inventory import GpuReading, Inventory
-from meshgpu.model.job import JobSpec, JobView
+from meshgpu.model.job import JobSpec
 from meshgpu.model.records import AttemptRecord, JobRecord, MeshLogRecord, MeshRecord, PeerRecord, Record
 from meshgpu.model.trust import Member, Notary, Signed
 
@@ -406,7 +406,3 @@ class Node:
 
     def _trust_effects(self) -> list[Effect]:
         return [TrustMembers(tuple(self.log.members.values())), Announce()]
-
-    def job_view(self, job: JobId) -> JobView | None:
-        """A job that this node holds as a steward."""
-        return self.stewardship.view(job)

@@ -275,7 +275,7 @@ class Invariants:
         if confirmed.steward in away or register is None:
             return ""
         steward = self.ledger.machines[confirmed.steward].agent
-        view = steward.job_view(job) if steward else None
+        view = steward.stewardship.view(job) if steward else None
         if view is None:
             self._fail(f"{job} is on its steward's disk, but its steward does not know it")
         if view.register.state.is_final or (view.register.node in away and view.register.state in UNSETTLED_STATES):

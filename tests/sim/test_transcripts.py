@@ -46,7 +46,7 @@ class Quiet:
     def state(self) -> JobState:
         steward = self.world.machines[self.world.ledger.submitted[self.job].stewards[0]]
         assert steward.agent is not None
-        view = steward.agent.job_view(self.job)
+        view = steward.agent.stewardship.view(self.job)
         return view.register.state if view else JobState.DRAFT
 
     def until(self, condition: Callable[[], bool], within_s: float = 60.0) -> None:

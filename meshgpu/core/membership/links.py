@@ -92,11 +92,6 @@ class Links:
             found.next_dial = soonest
             found.failures = 0
 
-    def add_seeds(self, seeds: Iterable[Address]) -> None:
-        for seed in seeds:
-            self._seeds.setdefault(seed, None)
-        self._seeds_at = 0.0 if self._seeds else None
-
     def addresses(self, peer: NodeId) -> tuple[Address, ...]:
         found = self._peers.get(peer)
         return found.addresses if found else ()
