@@ -24,10 +24,11 @@ _numbers = itertools.count()
 def needs_namespaces() -> None:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("needs root and `ip` (Debian: iproute2) to make network namespaces")
-    trial = subprocess.run(["ip", "netns", "add", "mg-trial"], capture_output=True, check=False)
+    name = f"mg-trial-{os.getpid()}"  # two workers may try at the same moment
+    trial = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
     if trial.returncode != 0:
         pytest.skip("this system does not let us make network namespaces")
-    subprocess.run(["ip", "netns", "del", "mg-trial"], check=True)
+    subprocess.run(["ip", "netns", "del", name], check=True)
 
 
 def ip(*arguments: str) -> None:
