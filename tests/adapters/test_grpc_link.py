@@ -294,6 +294,25 @@ async def test_closing_tells_both_sides(mesh: Mesh) -> None:
     assert high.events[-1] == LinkClosed(low.id, "drained")
 
 
+@pytest.mark.parametrize("dialler", [0, 1])
+async def test_a_link_closed_while_it_opens_tells_why(mesh: Mesh, dialler: int) -> None:
+    nodes = await mesh(2)
+    one, other = nodes[dialler], nodes[1 - dialler]
+    emit = other.link._emit
+
+    def refuse(event: LinkEvent) -> None:
+        emit(event)
+        if isinstance(event, LinkOpened):
+            asyncio.get_running_loop().call_soon(other.link.close, one.id, "not now")
+
+    other.link._emit = refuse
+    for _ in range(50):
+        one.events.clear()
+        one.link.dial(other.id, other.address)
+        await one.until(lambda: isinstance(one.last(LinkEvent), LinkClosed | DialFailed))
+        assert one.events[-1].reason == "not now"  # type: ignore[union-attr]  # both have one
+
+
 async def test_frame_over_the_limit_is_our_bug(mesh: Mesh) -> None:
     low, high = await mesh(2)
     await linked(low, high)

@@ -267,6 +267,7 @@ class GrpcLink:
         async def serve(peer: NodeId) -> None:
             async with asyncio.timeout(FIRST_MESSAGE_TIMEOUT_S):
                 link = _Link(peer, _decode(await context.read(), "dialler"), None)
+            await context.send_initial_metadata(())  # else the first write does: one that is cancelled spoils a status
             link.queue.put_nowait(_encode(_Hello(self._instance, link.hello.dial)))
             if not self._open(link):
                 raise MeshgpuError("link-closed", "another Link is open")
