@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from meshgpu.model.clock import Now
+from meshgpu.model.cloud import BurstSettings, Instance, LaunchRequest, Rung
 from meshgpu.model.gossip import Sighting
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
@@ -306,3 +307,32 @@ class Environments(Protocol):
         Raises MeshgpuError `environment` with the last lines of what failed. Cancelling it leaves nothing behind.
         """
         ...
+
+
+# -- the cloud -------------------------------------------------------------------------------------------------------
+
+
+class Cloud(Protocol):
+    """A seller of instances. It tells what lives; it decides nothing and never asks twice by itself.
+
+    Raises MeshgpuError: `no-capacity` (try another rung), `throttled` (the same again later), `unknown-outcome` (it
+    may have happened: the same again, or look), `not-allowed` (credentials or rights), `bad-request`.
+    """
+
+    async def rungs(self, settings: BurstSettings) -> tuple[Rung, ...]:
+        """Everything that the settings allow, in any order, with today's prices."""
+        ...
+
+    async def launch(self, request: LaunchRequest) -> Instance:
+        """Rent one instance; with a token that was used before, the instance of that time."""
+        ...
+
+    async def instances(self) -> tuple[Instance, ...]:
+        """Every instance of this mesh that has not vanished yet, whoever rented it."""
+        ...
+
+    async def terminate(self, instance: str) -> None:
+        """End an instance; no error if it is gone."""
+        ...
+
+    async def close(self) -> None: ...

@@ -6,7 +6,10 @@ from typing import Final
 
 from meshgpu.model.ids import Address, JobId, MeshId, NodeId, UserName
 from meshgpu.model.inventory import GpuReading, Inventory
-from meshgpu.model.resources import GpuShare
+from meshgpu.model.resources import GpuShare, Resources
+
+NEEDS_LIMIT: Final = 64
+"""Of the needs that one steward tells: more than any burst rents for at a time."""
 
 MESH_TAG_CHARACTERS: Final = 12
 """60 bits of the mesh id: enough to tell meshes on one network apart."""
@@ -60,14 +63,33 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True)
+class Need:
+    """A queued job that may leave the office. since_wall_s: since when it waits without a machine."""
+
+    job: JobId
+    resources: Resources
+    since_wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a steward holds for which no machine of the mesh has room: the oldest first, NEEDS_LIMIT at most."""
+
+    needs: tuple[Need, ...]
+
+
+GossipValue = NodeRecord | Capacity | Demand
+
+
+@dataclass(frozen=True, slots=True)
 class GossipEntry:
-    """One entry of one owner. The key is the type of its value: each node has one NodeRecord and one Capacity."""
+    """One entry of one owner. The key is the type of its value: a node has at most one of each."""
 
     mesh: MeshId
     owner: NodeId
     incarnation: Incarnation
     version: int
-    value: NodeRecord | Capacity
+    value: GossipValue
 
 
 class MemberState(StrEnum):

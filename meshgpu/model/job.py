@@ -21,6 +21,14 @@ class EnvironmentRequest:
     from_project: bool = True
 
 
+class CloudUse(StrEnum):
+    """Whether a job may run on a rented instance, outside the office."""
+
+    NEVER = "never"
+    OK = "ok"
+    ONLY = "only"
+
+
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """What a user submits, signed by the user's key. Its digest names it; it never changes.
@@ -30,6 +38,7 @@ class JobSpec:
     machine: the node named by `-m`, else None. stewards: who holds the register: one rig, later three.
     issued_wall_s: Unix time; a steward accepts a spec 120 s old at most.
     image: the container image that the command runs in; empty for a process in a Python environment.
+    cloud: whether it may leave the office. retries: how often it is started again after an attempt that died.
     """
 
     mesh: MeshId
@@ -50,6 +59,8 @@ class JobSpec:
     stewards: tuple[NodeId, ...]
     issued_wall_s: float
     image: str = ""
+    cloud: CloudUse = CloudUse.NEVER
+    retries: int = 0
 
 
 class JobState(StrEnum):
@@ -217,6 +228,7 @@ class Draft:
 
     gpus: None where `-g` is absent: one whole GPU if the machine has one, else none.
     machine: a machine's name, empty without `-m`. image: of a container, empty without `--image`.
+    cloud: None where `--cloud` is absent: what the mesh's policy says.
     """
 
     name: str
@@ -232,6 +244,8 @@ class Draft:
     cpus: int = 0
     memory_bytes: int = 0
     image: str = ""
+    cloud: CloudUse | None = None
+    retries: int = 0
 
 
 @dataclass(frozen=True, slots=True)

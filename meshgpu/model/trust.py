@@ -48,6 +48,10 @@ class Role(StrEnum):
 
     RIG = "rig"
     SUBMITTER = "submitter"
+    CLOUD = "cloud"
+    """A rented instance: runs only jobs that allow it; dials nobody, never submits, stewards or invites."""
+    BURST = "burst"
+    """A rig that may also rent: its own chain adds and removes cloud nodes, and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,10 @@ class Genesis:
 
 @dataclass(frozen=True, slots=True)
 class AddNode:
-    """Admits a node: its device key (32 raw bytes), its device CA (DER), its name and whose machine it is."""
+    """Admits a node: its device key (32 raw bytes), its device CA (DER), its name and whose machine it is.
+
+    expires_wall_s: Unix time at which membership ends by itself; only cloud nodes have one, and must.
+    """
 
     node: NodeId
     public_key: bytes
@@ -73,6 +80,32 @@ class AddNode:
     name: str
     role: Role
     owner: UserName
+    expires_wall_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveNode:
+    """Ends a cloud node's membership, because its instance is gone: nothing that it ran lives on. Never undone."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class SetRole:
+    """Gives a node another role. Written by admins; `rig` and `burst` only."""
+
+    node: NodeId
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class SetPolicy:
+    """What the mesh allows, whole; the newest of the first admin counts.
+
+    may_leave: whether jobs may leave the office for rented instances.
+    """
+
+    may_leave: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +140,15 @@ class LogEntry:
     seq: int
     previous: Digest
     heads: tuple[Head, ...]
-    body: Genesis | AddNode | LinkUser
+    body: Genesis | AddNode | LinkUser | RemoveNode | SetRole | SetPolicy
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A node as the mesh log knows it; `name` is unique (of two equal ones the higher id got a suffix)."""
+    """A node as the mesh log knows it; `name` is unique (of two equal ones the higher id got a suffix).
+
+    expires_wall_s: Unix time at which membership ends by itself; None for all but cloud nodes.
+    """
 
     node: NodeId
     name: str
@@ -120,6 +156,7 @@ class Member:
     device_ca: bytes
     role: Role
     owner: UserName
+    expires_wall_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from meshgpu.core.events import Event, MessageArrived
 from meshgpu.core.jobs.placement import find_room, lacking
 from meshgpu.core.owner import permission
 from meshgpu.errors import BrokenInvariant
-from meshgpu.model.gossip import Allocation, Capacity, NodeRecord
+from meshgpu.model.gossip import Allocation, GossipValue
 from meshgpu.model.ids import GpuId, HoldId, JobId, NodeId
 from meshgpu.model.inventory import Inventory
 from meshgpu.model.job import ATTEMPT_ORDER, AttemptPlan, AttemptState, JobSpec, JobState, JobView, Register, Result
@@ -44,7 +44,7 @@ class Ledger:
     machines: dict[NodeId, Machine]
     confirmed: dict[JobId, Confirmed] = field(default_factory=dict)
     submitted: dict[JobId, JobSpec] = field(default_factory=dict)
-    said: dict[NodeId, set[NodeRecord | Capacity | None]] = field(default_factory=dict)
+    said: dict[NodeId, set[GossipValue | None]] = field(default_factory=dict)
     stops_asked: set[JobId] = field(default_factory=set)
     living: dict[JobId, tuple[NodeId, int]] = field(default_factory=dict)
     accepted: dict[tuple[JobId, int], tuple[NodeId, HoldId]] = field(default_factory=dict)

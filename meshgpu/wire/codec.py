@@ -16,10 +16,11 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
 from meshgpu.errors import BrokenInvariant, MeshgpuError
-from meshgpu.model import bulk, gossip, inventory, job, messages, pairing, records, resources, trust
+from meshgpu.model import bulk, cloud, gossip, inventory, job, messages, pairing, records, resources, trust
 from meshgpu.model.ids import Digest, JobId, MeshId
 from meshgpu.wire.v1 import (
     bulk_pb2,
+    cloud_pb2,
     envelope_pb2,
     gossip_pb2,
     inventory_pb2,
@@ -49,6 +50,7 @@ _MODULES: Final = (
     (pairing, pairing_pb2),
     (records, records_pb2),
     (bulk, bulk_pb2),
+    (cloud, cloud_pb2),
 )
 _PAIR: Final = "Pair"
 """The one message without a class: a tuple of two strings."""

@@ -310,7 +310,7 @@ async def test_a_link_closed_while_it_opens_tells_why(mesh: Mesh, dialler: int) 
         one.events.clear()
         one.link.dial(other.id, other.address)
         await one.until(lambda: isinstance(one.last(LinkEvent), LinkClosed | DialFailed))
-        assert one.events[-1].reason == "not now"  # type: ignore[union-attr]  # both have one
+        assert one.events[-1].reason == "not now"
 
 
 async def test_frame_over_the_limit_is_our_bug(mesh: Mesh) -> None:

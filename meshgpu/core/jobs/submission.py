@@ -12,7 +12,7 @@ from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, UserName, job_id
-from meshgpu.model.job import Draft, JobSpec, JobState, JobView, Register
+from meshgpu.model.job import CloudUse, Draft, JobSpec, JobState, JobView, Register
 from meshgpu.model.messages import Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources
 from meshgpu.model.trust import Member, Notary, Role, Signed, UserKey
@@ -144,6 +144,8 @@ class Submissions:
             (self._steward(user.user, resources, machine),),
             now.wall_s,
             draft.image,
+            draft.cloud or CloudUse.NEVER,
+            draft.retries,
         )
 
     def _machine(self, name: str) -> Member:

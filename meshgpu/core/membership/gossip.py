@@ -1,7 +1,7 @@
 """What every node says of itself, kept the same everywhere: owner-only entries, eager push, digests (Scuttlebutt).
 
 Invariant: who claims version v of an owner has every entry of that owner up to v. It holds because an owner always
-pushes all of its (two) entries, and because an answer to a digest carries all that is newer, in one message.
+pushes all of its (few) entries, and because an answer to a digest carries all that is newer, in one message.
 """
 
 import math
@@ -15,7 +15,15 @@ from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import Now
-from meshgpu.model.gossip import Capacity, GossipEntry, Incarnation, NodeRecord
+from meshgpu.model.gossip import (
+    NEEDS_LIMIT,
+    Capacity,
+    Demand,
+    GossipEntry,
+    GossipValue,
+    Incarnation,
+    NodeRecord,
+)
 from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.messages import GossipDelta, GossipDigest, Known, LogDelta
 from meshgpu.model.trust import Notary, Signed
@@ -28,7 +36,7 @@ ENTRY_PARTS: Final = 256
 """Bytes of one entry, and GPUs, allocations or addresses in it: more is no desktop, and every steward reads it."""
 
 DELTA_ENTRIES: Final = 512
-"""Entries in one message at most: two for each of 256 owners, far below a frame's 1 MiB."""
+"""Entries in one message at most: two or three for each of 170 owners, far below a frame's 1 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,11 @@ class Gossip:
         value = self._value(node, Capacity)
         return value if isinstance(value, Capacity) else None
 
-    def _value(self, node: NodeId, kind: type) -> NodeRecord | Capacity | None:
+    def demand(self, node: NodeId) -> Demand | None:
+        value = self._value(node, Demand)
+        return value if isinstance(value, Demand) else None
+
+    def _value(self, node: NodeId, kind: type) -> GossipValue | None:
         owner = self._owners.get(node)
         found = owner.entries.get(kind) if owner else None
         return found[0].value if found else None
@@ -100,7 +112,7 @@ class Gossip:
 
     # -- own entries --------------------------------------------------------------------------------------------------
 
-    def say(self, now: Now, value: NodeRecord | Capacity) -> None:
+    def say(self, now: Now, value: GossipValue) -> None:
         """Change one of this node's own entries; told to all at once, or `coalesce_s` after what was told before."""
         own = self._owners[self._node]
         found = own.entries.get(type(value))
@@ -109,7 +121,7 @@ class Gossip:
         self._write(own, value)
         self._schedule_push(now)
 
-    def _write(self, own: _Owner, value: NodeRecord | Capacity) -> None:
+    def _write(self, own: _Owner, value: GossipValue) -> None:
         assert self._log.mesh is not None
         entry = GossipEntry(self._log.mesh, self._node, own.incarnation, own.version + 1, value)
         own.put(entry, self._notary.sign(KeyId(self._node), entry))
@@ -256,9 +268,11 @@ def fitting(entries: Iterable[Signed]) -> tuple[Signed, ...]:
     return tuple(taken)
 
 
-def is_of_a_desktop(value: NodeRecord | Capacity) -> bool:
+def is_of_a_desktop(value: GossipValue) -> bool:
     """Whether an entry has a size that placement can look at for every job."""
     if isinstance(value, NodeRecord):
         return max(len(value.addresses), len(value.inventory.gpus), len(value.trusts)) <= ENTRY_PARTS
+    if isinstance(value, Demand):
+        return len(value.needs) <= NEEDS_LIMIT
     shares = sum(len(allocation.gpus) for allocation in value.allocations)
     return max(len(value.readings), len(value.allocations), shares) <= ENTRY_PARTS

@@ -177,6 +177,62 @@ class Capacity(_message.Message):
 Global___Capacity: _TypeAlias = Capacity  # noqa: Y015
 
 @_typing.final
+class Need(_message.Message):
+    """A queued job that may leave the office."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    RESOURCES_FIELD_NUMBER: _builtins.int
+    SINCE_WALL_S_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """Job id."""
+    since_wall_s: _builtins.float
+    """Unix time in seconds since when it waits without a machine."""
+    @_builtins.property
+    def resources(self) -> _resources_pb2.Resources:
+        """Required."""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        resources: _resources_pb2.Resources | None = ...,
+        since_wall_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "resources", b"resources", "since_wall_s", b"since_wall_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Need: _TypeAlias = Need  # noqa: Y015
+
+@_typing.final
+class Demand(_message.Message):
+    """What a steward holds for which no machine has room."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NEEDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def needs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Need]:
+        """Oldest first, 64 at most."""
+
+    def __init__(
+        self,
+        *,
+        needs: _abc.Iterable[Global___Need] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["needs", b"needs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Demand: _TypeAlias = Demand  # noqa: Y015
+
+@_typing.final
 class GossipEntry(_message.Message):
     """One entry of one owner."""
 
@@ -188,6 +244,7 @@ class GossipEntry(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     NODE_RECORD_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
+    DEMAND_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id."""
     owner: _builtins.str
@@ -206,6 +263,10 @@ class GossipEntry(_message.Message):
     def capacity(self) -> Global___Capacity:
         """Present for what changes often."""
 
+    @_builtins.property
+    def demand(self) -> Global___Demand:
+        """Present for queued work that the office has no room for."""
+
     def __init__(
         self,
         *,
@@ -215,12 +276,13 @@ class GossipEntry(_message.Message):
         version: _builtins.int = ...,
         node_record: Global___NodeRecord | None = ...,
         capacity: Global___Capacity | None = ...,
+        demand: Global___Demand | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "incarnation", b"incarnation", "node_record", b"node_record", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "demand", b"demand", "incarnation", b"incarnation", "node_record", b"node_record", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "incarnation", b"incarnation", "mesh", b"mesh", "node_record", b"node_record", "owner", b"owner", "value", b"value", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "demand", b"demand", "incarnation", b"incarnation", "mesh", b"mesh", "node_record", b"node_record", "owner", b"owner", "value", b"value", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["node_record", "capacity"]  # noqa: Y015
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["node_record", "capacity", "demand"]  # noqa: Y015
     _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
 

@@ -101,6 +101,8 @@ class JobSpec(_message.Message):
     ISSUED_WALL_S_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
+    CLOUD_FIELD_NUMBER: _builtins.int
+    RETRIES_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id."""
     job: _builtins.str
@@ -127,6 +129,10 @@ class JobSpec(_message.Message):
     """Container image that the command runs in; empty for none."""
     nonce: _builtins.bytes
     """16 random bytes from which, with the signing key, the job id follows."""
+    cloud: _builtins.str
+    """never, ok, only: whether it may run on a rented instance."""
+    retries: _builtins.int
+    """How often it is started again after an attempt that died."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """argv; with `shell`, one string."""
@@ -168,10 +174,12 @@ class JobSpec(_message.Message):
         issued_wall_s: _builtins.float = ...,
         image: _builtins.str = ...,
         nonce: _builtins.bytes = ...,
+        cloud: _builtins.str = ...,
+        retries: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "environment", b"environment", "machine", b"machine", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "resources", b"resources", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "cloud", b"cloud", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "resources", b"resources", "retries", b"retries", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__machine: _TypeAlias = _typing.Literal["machine"]  # noqa: Y015
     _WhichOneofArgType__machine: _TypeAlias = _typing.Literal["_machine", b"_machine"]  # noqa: Y015

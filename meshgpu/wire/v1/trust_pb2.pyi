@@ -102,6 +102,7 @@ class AddNode(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
+    EXPIRES_WALL_S_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Node id."""
     public_key: _builtins.bytes
@@ -111,9 +112,11 @@ class AddNode(_message.Message):
     name: _builtins.str
     """The machine's name."""
     role: _builtins.str
-    """rig, submitter."""
+    """rig, submitter, cloud."""
     owner: _builtins.str
     """User whose machine it is."""
+    expires_wall_s: _builtins.float
+    """Unix time at which membership ends by itself; present for cloud nodes only."""
     def __init__(
         self,
         *,
@@ -123,14 +126,87 @@ class AddNode(_message.Message):
         name: _builtins.str = ...,
         role: _builtins.str = ...,
         owner: _builtins.str = ...,
+        expires_wall_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_wall_s", b"_expires_wall_s", "expires_wall_s", b"expires_wall_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_wall_s", b"_expires_wall_s", "device_ca", b"device_ca", "expires_wall_s", b"expires_wall_s", "name", b"name", "node", b"node", "owner", b"owner", "public_key", b"public_key", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expires_wall_s: _TypeAlias = _typing.Literal["expires_wall_s"]  # noqa: Y015
+    _WhichOneofArgType__expires_wall_s: _TypeAlias = _typing.Literal["_expires_wall_s", b"_expires_wall_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_wall_s) -> _WhichOneofReturnType__expires_wall_s | None: ...
+
+Global___AddNode: _TypeAlias = AddNode  # noqa: Y015
+
+@_typing.final
+class RemoveNode(_message.Message):
+    """Ends a cloud node's membership."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node id."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ca", b"device_ca", "name", b"name", "node", b"node", "owner", b"owner", "public_key", b"public_key", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AddNode: _TypeAlias = AddNode  # noqa: Y015
+Global___RemoveNode: _TypeAlias = RemoveNode  # noqa: Y015
+
+@_typing.final
+class SetRole(_message.Message):
+    """Gives a node another role."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node id."""
+    role: _builtins.str
+    """rig, burst."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        role: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRole: _TypeAlias = SetRole  # noqa: Y015
+
+@_typing.final
+class SetPolicy(_message.Message):
+    """What the mesh allows, whole."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAY_LEAVE_FIELD_NUMBER: _builtins.int
+    may_leave: _builtins.bool
+    """Whether jobs may leave the office for rented instances."""
+    def __init__(
+        self,
+        *,
+        may_leave: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["may_leave", b"may_leave"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPolicy: _TypeAlias = SetPolicy  # noqa: Y015
 
 @_typing.final
 class LinkUser(_message.Message):
@@ -210,6 +286,9 @@ class LogEntry(_message.Message):
     GENESIS_FIELD_NUMBER: _builtins.int
     ADD_NODE_FIELD_NUMBER: _builtins.int
     LINK_USER_FIELD_NUMBER: _builtins.int
+    REMOVE_NODE_FIELD_NUMBER: _builtins.int
+    SET_ROLE_FIELD_NUMBER: _builtins.int
+    SET_POLICY_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id; empty in GENESIS, whose digest it is."""
     author: _builtins.str
@@ -234,6 +313,18 @@ class LogEntry(_message.Message):
     def link_user(self) -> Global___LinkUser:
         """Present where a key is given to a user."""
 
+    @_builtins.property
+    def remove_node(self) -> Global___RemoveNode:
+        """Present where a cloud node is removed."""
+
+    @_builtins.property
+    def set_role(self) -> Global___SetRole:
+        """Present where a node gets another role."""
+
+    @_builtins.property
+    def set_policy(self) -> Global___SetPolicy:
+        """Present where the mesh's rules change."""
+
     def __init__(
         self,
         *,
@@ -245,12 +336,15 @@ class LogEntry(_message.Message):
         genesis: Global___Genesis | None = ...,
         add_node: Global___AddNode | None = ...,
         link_user: Global___LinkUser | None = ...,
+        remove_node: Global___RemoveNode | None = ...,
+        set_role: Global___SetRole | None = ...,
+        set_policy: Global___SetPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_node", b"add_node", "body", b"body", "genesis", b"genesis", "link_user", b"link_user"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_node", b"add_node", "body", b"body", "genesis", b"genesis", "link_user", b"link_user", "remove_node", b"remove_node", "set_policy", b"set_policy", "set_role", b"set_role"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_node", b"add_node", "author", b"author", "body", b"body", "genesis", b"genesis", "heads", b"heads", "link_user", b"link_user", "mesh", b"mesh", "previous", b"previous", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_node", b"add_node", "author", b"author", "body", b"body", "genesis", b"genesis", "heads", b"heads", "link_user", b"link_user", "mesh", b"mesh", "previous", b"previous", "remove_node", b"remove_node", "seq", b"seq", "set_policy", b"set_policy", "set_role", b"set_role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["genesis", "add_node", "link_user"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["genesis", "add_node", "link_user", "remove_node", "set_role", "set_policy"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
