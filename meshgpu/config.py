@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from meshgpu.core.owner import OwnerPolicy
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.ids import Address, UserName
+from meshgpu.model.lending import Lending
 
 DEFAULT_LINK_PORT = 7443
 DEFAULT_PAIRING_PORT = 7444
@@ -24,6 +26,8 @@ class Config:
     link_port, pairing_port: 0 takes a free one. lend: False keeps every job away.
     trust: users whose jobs run here although nothing can shut them in.
     fence: `auto` takes the best that works to shut in other users' jobs, `none` lets no other user's job run here.
+    policy: who comes first on the GPUs: `polite` (the owner), `shared` (nobody), `dedicated` (the mesh).
+    require_containers: True runs jobs in containers only; those that name no image in default_image, if there is one.
     keep_free_gb: chunks and results are refused below this much free disk; None: the larger of 10 GB and 5 %.
     """
 
@@ -35,6 +39,9 @@ class Config:
     lend: bool = True
     trust: tuple[str, ...] = ()
     fence: str = "auto"
+    policy: str = Lending.POLITE
+    require_containers: bool = False
+    default_image: str = ""
     keep_free_gb: float | None = None
 
     @property
@@ -42,8 +49,9 @@ class Config:
         return tuple(with_port(seed, DEFAULT_LINK_PORT) for seed in self.seeds)
 
     @property
-    def trusted_users(self) -> tuple[UserName, ...]:
-        return tuple(UserName(name) for name in self.trust)
+    def owner_policy(self) -> OwnerPolicy:
+        trusted = tuple(UserName(name) for name in self.trust)
+        return OwnerPolicy(self.lend, trusted, Lending(self.policy), self.require_containers, self.default_image)
 
 
 def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Config:
@@ -91,7 +99,7 @@ def host_of(address: str) -> str:
 
 
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-_CHOICES = {"advertise": ("gpus", "presence", "off"), "fence": ("auto", "none")}
+_CHOICES = {"advertise": ("gpus", "presence", "off"), "fence": ("auto", "none"), "policy": tuple(Lending)}
 _KINDS: dict[str, type] = {
     "seeds": tuple,
     "advertise": str,
@@ -101,6 +109,9 @@ _KINDS: dict[str, type] = {
     "lend": bool,
     "trust": tuple,
     "fence": str,
+    "policy": str,
+    "require_containers": bool,
+    "default_image": str,
     "keep_free_gb": float,
 }
 

@@ -22,7 +22,7 @@ def test_file_is_read_and_environment_wins(tmp_path: Path) -> None:
     path = written(tmp_path, 'seeds = ["rig7", "10.0.0.5:7500"]\nlink_port = 8000\ntrust = ["alice"]\n')
     config = load_config(path, {"MESHGPU_LINK_PORT": "0", "MESHGPU_LOOPBACK": "yes", "MESHGPU_TRUST": "bob, carol"})
     assert config.seed_addresses == ("rig7:7443", "10.0.0.5:7500")
-    assert (config.link_port, config.loopback, config.trusted_users) == (0, True, ("bob", "carol"))
+    assert (config.link_port, config.loopback, config.owner_policy.trusted) == (0, True, ("bob", "carol"))
 
 
 def test_unknown_key_names_the_nearest_valid_one(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class DockerExecutor(GuardedExecutor):
     ) -> None:
         """Have the image here and the container made, not started. Blocks."""
         with _connected(path) as client:
-            image = _find_image(client, attempt.plan.spec.image, tell, stopping)
+            image = _find_image(client, attempt.plan.image, tell, stopping)
             facts = client.info()
             if attempt.plan.fenced and os.geteuid() == 0:
                 fences.give_away(attempt.work)
@@ -108,6 +108,11 @@ class DockerExecutor(GuardedExecutor):
                 },
             }
             _create(client, path, image, settings)
+
+    def containers(self) -> frozenset[str]:
+        """Ids of the containers that run."""
+        notes = [_read_note(directory) for directory in self._guards]
+        return frozenset(note["container"] for note in notes if note and note["container"])
 
     def _name(self, plan: AttemptPlan) -> str:
         return f"meshgpu-{self._node[:NODE_CHARACTERS]}-{plan.spec.job}-{plan.epoch}"

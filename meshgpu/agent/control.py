@@ -19,15 +19,20 @@ from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.status import Status
 from meshgpu.agent.views import Document, JobDocuments, machine_document, verdict_document
 from meshgpu.config import DEFAULT_PAIRING_PORT, host_of, with_port
+from meshgpu.core import events as ev
 from meshgpu.errors import HTTP_STATUS, MeshgpuError, TrustError
 from meshgpu.model.ids import Digest, KeyId, as_name, display_name
 from meshgpu.model.job import Draft, EnvironmentRequest, JobView, Register, StopMode
+from meshgpu.model.lending import Pause
 from meshgpu.model.resources import Resources, parse_gpus
 from meshgpu.model.tree import CHUNK_BYTES, MANIFEST_LIMIT_BYTES, Manifest
 from meshgpu.ports import ChunkStore, PairingDialog
 
 KEEPALIVE_S: Final = 15.0
 """A followed job says something at least this often, so that a client can tell silence from a dead agent."""
+
+PAUSE_LIMIT_S: Final = 366 * 86_400
+"""A longer pause is one without an end."""
 
 UNKNOWN_STATUS: Final = 422
 """For errors whose code is not in the table of HTTP statuses."""
@@ -46,6 +51,7 @@ class Control:
     chunks: ChunkStore
     dial_pairing: Dial
     guards: Callable[[], frozenset[int]]
+    settle: Callable[[ev.Event], Awaitable[None]]
     stop_agent: Callable[[], None]
     tasks: asyncio.TaskGroup
 
@@ -61,6 +67,8 @@ class Control:
                 web.get("/v1/machines", self._machines),
                 web.get("/v1/doctor", self._doctor),
                 web.post("/v1/down", self._down),
+                web.post("/v1/pause", self._pause),
+                web.post("/v1/resume", self._resume),
                 web.post("/v1/trees", self._put_tree),
                 web.put("/v1/chunks", self._put_chunk),
                 web.post("/v1/jobs", self._submit),
@@ -170,6 +178,22 @@ class Control:
     async def _down(self, request: web.Request) -> web.Response:
         self._check_own(request, "stop the agent")
         asyncio.get_running_loop().call_later(0.05, self.stop_agent)
+        return web.json_response({})
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        """Lend nothing; seconds: for how long, null without end. let_run: what runs may end by itself."""
+        self._check_own(request, "pause the lending")
+        body = await _body(request)
+        seconds = body.get("seconds")
+        if not (seconds is None or (type(seconds) in (int, float) and 0 < seconds <= PAUSE_LIMIT_S)):
+            raise MeshgpuError("bad-request", f"cannot pause for {seconds!r} s: expected up to {PAUSE_LIMIT_S}")
+        until = None if seconds is None else self.status.clock.now().wall_s + seconds
+        await self.settle(ev.LendingPaused(Pause(until, body.get("let_run") is True)))
+        return web.json_response({"until": until})
+
+    async def _resume(self, request: web.Request) -> web.Response:
+        self._check_own(request, "lend again")
+        await self.settle(ev.LendingResumed())
         return web.json_response({})
 
     # -- jobs ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Sends each attempt to the executor of its kind: to containers where the job names an image, else to processes."""
+"""Sends each attempt to the executor of its kind: to containers where it has an image, else to processes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,12 +39,16 @@ class Executors:
         return self._processes.fence_reason()
 
     def guards(self) -> frozenset[int]:
-        """Pids of which every process of a job descends."""
+        """Pids of which every process of a job descends that runs in no container."""
         return self._processes.guards() | self._containers.guards()
+
+    def containers(self) -> frozenset[str]:
+        """Ids of the containers that jobs run in."""
+        return self._containers.containers()
 
     async def close(self) -> None:
         await self._processes.close()
         await self._containers.close()
 
     def _of(self, plan: AttemptPlan) -> ProcessExecutor | DockerExecutor:
-        return self._containers if plan.spec.image else self._processes
+        return self._containers if plan.image else self._processes

@@ -32,6 +32,7 @@ from meshgpu.adapters.sqlite_store import SqliteStore
 from meshgpu.adapters.uv_environments import UvEnvironments
 from meshgpu.agent.control import Control, serve
 from meshgpu.agent.executors import Executors
+from meshgpu.agent.gpu_users import without_jobs
 from meshgpu.agent.home import Home
 from meshgpu.agent.jobs import Jobs
 from meshgpu.agent.pairing import Pairing
@@ -42,7 +43,6 @@ from meshgpu.agent.trees import Trees
 from meshgpu.config import Config, load_config
 from meshgpu.core import events as ev
 from meshgpu.core.node import Node, NodeConfig
-from meshgpu.core.owner import OwnerPolicy
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.gossip import Sighting
 from meshgpu.model.ids import Address, JobId, as_name, node_id
@@ -180,7 +180,7 @@ class Agent:
             fence=self._executor.fence(),
             may_steward=not has_battery(),
             seeds=self._config.seed_addresses,
-            policy=OwnerPolicy(self._config.lend, self._config.trusted_users),
+            policy=self._config.owner_policy,
         )
 
     # -- the machine --------------------------------------------------------------------------------------------------
@@ -191,7 +191,8 @@ class Agent:
 
         def sampled(inventory: Inventory, readings: tuple[GpuReading, ...]) -> None:
             self._status.inventory = inventory
-            self._runtime.post(ev.MachineRead(inventory, locks.claim(inventory, readings)))
+            strangers = without_jobs(locks.claim(inventory, readings), self._executor)
+            self._runtime.post(ev.MachineRead(inventory, strangers))
 
         probe = NvmlGpus()
         await probe.start(sampled)
@@ -250,7 +251,15 @@ class Agent:
             self._tasks,
         )
         control = Control(
-            self._status, jobs, pairing, chunks, dial_pairing, self._executor.guards, self._stop, self._tasks
+            self._status,
+            jobs,
+            pairing,
+            chunks,
+            dial_pairing,
+            self._executor.guards,
+            self._runtime.settle,
+            self._stop,
+            self._tasks,
         )
         runner: web.AppRunner = await serve(control.application(), self._home.socket)
         self._closing.push_async_callback(runner.cleanup)
@@ -270,6 +279,7 @@ _KINDS = {
     "peer": "PeerRecord",
     "job": "JobRecord",
     "attempt": "AttemptRecord",
+    "pause": "PauseRecord",
 }
 """The type of a stored record, by the kind under which it is kept."""
 

@@ -81,6 +81,7 @@ class Status:
             "wanted_port": self.wanted_port,
             "addresses": self.addresses(),
             "fence": self.fence,
+            "lending": self.node.owner.policy.lending.value,
             "gpus": self.gpu_names(),
             "gpu_note": self.inventory.gpu_note,
             "started_at": self.started_wall_s,

@@ -31,6 +31,9 @@ def machine_document(view: MachineView) -> Document:
         "cpus": inventory.cpus if inventory else None,
         "memory_bytes": inventory.memory_bytes if inventory else None,
         "fence": record.fence if record else "",
+        "lending": record.lending.value if record else "",
+        "paused": record is not None and record.pause is not None,
+        "paused_until": record.pause.until_wall_s if record and record.pause else None,
         "gpu_note": inventory.gpu_note if inventory else "",
         "down_s": view.down_s,
         "version": record.agent_version if record else "",
@@ -57,6 +60,7 @@ def _gpu_document(gpu: Gpu, reading: GpuReading | None, allocations: tuple[Alloc
         "power_w": reading.power_w if reading else None,
         "compute_capability": gpu.compute_capability,
         "fault": reading.fault if reading else "",
+        "withheld": reading.withheld if reading else "",
         "jobs": jobs,
     }
 

@@ -1,15 +1,15 @@
 """Commands about jobs that exist: logs, stop, kill, info, wait."""
 
 import json
-import re
 import time
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
 from meshgpu.cli.attach import Attachment, conclude, detached, events
 from meshgpu.cli.complete import job_names
 from meshgpu.cli.render import ago, count, note, plain, show_error, size
+from meshgpu.cli.spans import parse_span
 from meshgpu.cli.watch import Json
 from meshgpu.cli.words import (
     EXIT_INTERRUPTED,
@@ -27,8 +27,6 @@ from meshgpu.cli.words import (
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.views import JobView
 from meshgpu.errors import MeshgpuError
-
-UNITS_S: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 JobId = Annotated[
     str, typer.Argument(metavar="ID", help="A job's id or any unique part of it.", autocompletion=job_names)
@@ -96,7 +94,7 @@ def wait(
     as_json: Json = False,
 ) -> None:
     """Wait until jobs end; the exit code is the first one that is not 0."""
-    until_s = time.monotonic() + parse_span(timeout) if timeout else None
+    until_s = time.monotonic() + parse_span(timeout, "--timeout 10m") if timeout else None
     client = AgentClient.found()
     ended: list[JobView] = []
     for job in [client.job(name) for name in jobs]:
@@ -110,14 +108,6 @@ def wait(
     if as_json:
         print(json.dumps({"jobs": ended}))
     raise typer.Exit(next(filter(None, map(exit_code, ended)), 0))
-
-
-def parse_span(text: str) -> float:
-    """`90`, `90s`, `1.5m`, `2h`, `1d` in seconds; raises MeshgpuError `bad-request` otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
-    if match is None:
-        raise MeshgpuError("bad-request", f"cannot read the time {text!r}: expected 90s, 10m or 2h", "--timeout 10m")
-    return float(match[1]) * UNITS_S[match[2]]
 
 
 def _await_end(client: AgentClient, job: JobView, until_s: float | None) -> JobView:

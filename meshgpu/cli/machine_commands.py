@@ -1,6 +1,7 @@
 """Commands about machines and this machine's agent: up, down, machines, doctor, version."""
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -134,12 +135,17 @@ def _absence(machine: MachineView) -> str:
     seconds = machine["down_s"]
     if machine["state"] == "down":
         return "out of touch" if seconds is None else f"out of touch {ago(seconds)}"
+    if machine["paused"] and not any(gpu["jobs"] for gpu in machine["gpus"]):
+        until = machine["paused_until"]
+        return "paused by its owner" if until is None else f"paused by its owner, {ago(until - time.time())} left"
     return {"suspect": "does not answer", "left": "has left", "revoked": "was put out"}.get(machine["state"], "")
 
 
 def _gpu_state(machine: MachineView, gpu: GpuView) -> str:
     if gpu["fault"]:
         return gpu["fault"]
+    if gpu["withheld"] and not gpu["jobs"]:
+        return "in use by its owner"
     if gpu["jobs"]:
         return ", ".join(f"{job['display']} ({job['user']})" for job in gpu["jobs"])
     if not machine["fence"]:

@@ -31,6 +31,8 @@ COMMANDS: Final = {
     "invite": "mesh_commands",
     "up": "machine_commands",
     "down": "machine_commands",
+    "pause": "owner_commands",
+    "resume": "owner_commands",
     "agent": "agent_command",
     "machines": "machine_commands",
     "run": "run_command",

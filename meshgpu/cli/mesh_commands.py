@@ -29,6 +29,13 @@ MachineName = Annotated[
     str | None, typer.Option("--name", metavar="MACHINE", help="This machine's name (its host name).")
 ]
 
+FIRST: Final = {
+    "polite": "You come first: when another program uses a GPU, the job on it leaves within 30 s.",
+    "shared": "Jobs run beside your own programs (policy = shared in config.toml).",
+    "dedicated": "Jobs come first here (policy = dedicated in config.toml).",
+}
+"""Who comes first on the GPUs, by the owner's policy."""
+
 
 def init(
     mesh: Annotated[str, typer.Option("--mesh", metavar="NAME", help="The mesh's name.")] = DEFAULT_MESH,
@@ -164,7 +171,8 @@ def consent(machine: str, agent: AgentView) -> list[str]:
         plain(f"{machine} will lend: {what}"),
         f"To: {whom}",
         plain(fence),
-        "To stop lending: meshgpu down (jobs that run go on; meshgpu kill ends yours)",
+        FIRST[agent["lending"]],
+        "To take it back: meshgpu pause [2h]. To stop lending: meshgpu down (jobs that run go on)",
     ]
 
 

@@ -74,6 +74,13 @@ class AgentClient:
     def machines(self) -> MachinesView:
         return cast(MachinesView, self._get("/v1/machines"))
 
+    def pause(self, seconds: float | None, *, let_run: bool) -> None:
+        """Lend nothing for `seconds` (None: until `resume`)."""
+        self._post("/v1/pause", {"seconds": seconds, "let_run": let_run})
+
+    def resume(self) -> None:
+        self._post("/v1/resume", {})
+
     def put_tree(self, manifest: bytes) -> TreeView:
         """Offer a tree; `manifest` is Manifest.encode()."""
         with self._ask("POST", "/v1/trees", manifest) as answer:

@@ -11,6 +11,7 @@ class MeshView(TypedDict):
 class AgentView(TypedDict):
     """The agent itself. mesh and user are None before `init` or `join`; fence is empty where nothing shuts jobs in.
 
+    lending: `polite shared dedicated`.
     wanted_port: what the configuration says, which link_port is unless it was taken; 0: any.
     """
 
@@ -25,6 +26,7 @@ class AgentView(TypedDict):
     wanted_port: int
     addresses: list[str]
     fence: str
+    lending: str
     gpus: list[str]
     gpu_note: str
     started_at: float
@@ -75,7 +77,7 @@ class GpuJobView(TypedDict):
 
 
 class GpuView(TypedDict):
-    """A GPU with its last reading; fault is empty, or why it cannot be used."""
+    """A GPU with its last reading; fault, withheld: empty, or why it cannot be used, or is not lent now."""
 
     index: int
     uuid: str
@@ -86,11 +88,15 @@ class GpuView(TypedDict):
     temperature_c: int | None
     power_w: float | None
     fault: str
+    withheld: str
     jobs: list[GpuJobView]
 
 
 class MachineView(TypedDict):
-    """A member and its GPUs. state: `alive suspect down left revoked`; down_s: seconds since it was last heard."""
+    """A member and its GPUs. state: `alive suspect down left revoked`; down_s: seconds since it was last heard.
+
+    lending: `polite shared dedicated`. paused: its owner lends nothing, until paused_until, or until he says so (None).
+    """
 
     name: str
     id: str
@@ -101,6 +107,9 @@ class MachineView(TypedDict):
     cpus: int
     memory_bytes: int
     fence: str
+    lending: str
+    paused: bool
+    paused_until: float | None
     gpu_note: str
     down_s: float | None
     gpus: list[GpuView]

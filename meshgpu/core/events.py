@@ -6,6 +6,7 @@ from meshgpu.model.gossip import Sighting
 from meshgpu.model.ids import Address, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import Action, Draft, Phase, Result
+from meshgpu.model.lending import Pause
 from meshgpu.model.messages import Message
 from meshgpu.model.trust import Signed
 
@@ -68,6 +69,18 @@ class MachineRead:
 
     inventory: Inventory
     readings: tuple[GpuReading, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LendingPaused:
+    """The owner wants this machine to lend nothing."""
+
+    pause: Pause
+
+
+@dataclass(frozen=True, slots=True)
+class LendingResumed:
+    """The owner lends again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +206,8 @@ Event = (
     | AddressIdentified
     | IdentifyFailed
     | MachineRead
+    | LendingPaused
+    | LendingResumed
     | AddressesChanged
     | MeshEntered
     | LogWritten

@@ -10,12 +10,12 @@ from meshgpu.core import events as ev
 from meshgpu.core.effects import Announce, Effect, Persist, Reject, Send, TrustMembers
 from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
-from meshgpu.core.jobs.placement import Candidate, MachineVerdict, explain_each
+from meshgpu.core.jobs.placement import Candidate, Guest, MachineVerdict, Rule, explain_each
 from meshgpu.core.jobs.steward import Stewardship, StewardTiming
 from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
 from meshgpu.core.membership.gossip import Gossip, GossipTiming
 from meshgpu.core.membership.links import Links, LinkTiming
-from meshgpu.core.owner import OwnerPolicy, permission
+from meshgpu.core.owner import NEEDS_IMAGE, PAUSED, Owner, OwnerPolicy, permission
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
@@ -23,10 +23,10 @@ from meshgpu.errors import BrokenInvariant
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Capacity, MemberState, NodeRecord
-from meshgpu.model.ids import Address, Digest, JobId, MeshId, NodeId, UserName
+from meshgpu.model.ids import Address, Digest, JobId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import JobSpec
-from meshgpu.model.records import AttemptRecord, JobRecord, MeshLogRecord, MeshRecord, PeerRecord, Record
+from meshgpu.model.records import AttemptRecord, JobRecord, MeshLogRecord, MeshRecord, PauseRecord, PeerRecord, Record
 from meshgpu.model.trust import Member, Notary, Signed
 
 LOOPS_LIMIT = 100_000
@@ -79,7 +79,8 @@ class Node:
         self.rules = RequestRules(notary, self.log, node)
         self._gossip = Gossip(node, self._epoch, self.log, notary, rng, config.gossip)
         self._links = Links(node, self.log, rng, config.seeds, config.links)
-        self.attempts = Attempts(node, self.log, self.rules, notary, rng, config.policy, config.attempts)
+        self.owner = Owner(config.policy)
+        self.attempts = Attempts(node, self.log, self.rules, notary, rng, self.owner, config.attempts)
         self.attempts.fence = config.fence
         self.stewardship = Stewardship(node, self.log, self.rules, notary, rng, self._candidates, config.steward)
         self.submissions = Submissions(node, self.log, notary, rng, self._candidates, config.submission)
@@ -112,7 +113,7 @@ class Node:
 
     def why(self, spec: JobSpec) -> tuple[MachineVerdict, ...]:
         """What each machine of the mesh would say to the job now, by name, as far as it is known here."""
-        return explain_each(spec.resources, self._candidates(spec.user, None), spec.machine, spec.job)
+        return explain_each(spec.resources, self._candidates(Guest.of(spec), None), spec.machine, spec.job)
 
     def heard(self, owner: NodeId) -> tuple[NodeRecord | None, Capacity | None]:
         """What a member last said of itself."""
@@ -126,26 +127,29 @@ class Node:
         """The tree that `peer` may fetch here because it runs the job, or is to hold it; None if it may not."""
         return self.stewardship.tree_for(job, peer) or self.submissions.tree_for(job, peer)
 
-    def _candidates(self, user: UserName, machine: NodeId | None) -> list[Candidate]:
+    def _candidates(self, guest: Guest, machine: NodeId | None) -> list[Candidate]:
         members = self.log.members
         wanted = [machine] if machine is not None else sorted(members)
-        return [self._candidate(user, members[node]) for node in wanted if node in members]
+        return [self._candidate(guest, members[node]) for node in wanted if node in members]
 
-    def _candidate(self, user: UserName, member: Member) -> Candidate:
-        record = self._gossip.record(member.node)
-        is_down = member.node != self.node and member.node not in self._links.open
-        closed = ""
-        if record is not None:  # a hint that saves an offer: the machine itself has the last word
-            closed = permission(OwnerPolicy(record.lends, record.trusts), user, member.owner, record.fence).refusal
-        return Candidate(
-            member.node,
-            member.name,
-            record,
-            self._gossip.capacity(member.node),
-            refusal=closed or ("does not answer" if is_down else ""),
-            is_closed=bool(closed),
-            is_down=is_down,
-        )
+    def _candidate(self, guest: Guest, member: Member) -> Candidate:
+        record, capacity = self._gossip.record(member.node), self._gossip.capacity(member.node)
+        rule, refusal = self._refusal(guest, member, record)
+        return Candidate(member.node, member.name, record, capacity, refusal, rule)
+
+    def _refusal(self, guest: Guest, member: Member, record: NodeRecord | None) -> tuple[Rule | None, str]:
+        """Why an offer would be in vain, as far as it is known here: the machine itself has the last word."""
+        if record is not None:
+            policy = OwnerPolicy(record.lends, record.trusts)
+            if closed := permission(policy, guest.user, member.owner, record.fence).refusal:
+                return Rule.CLOSED, closed
+            if record.needs_image and not guest.image:
+                return Rule.CLOSED, NEEDS_IMAGE
+        if member.node != self.node and member.node not in self._links.open:
+            return Rule.DOWN, "does not answer"
+        if record is not None and record.pause is not None:
+            return Rule.OWNER, PAUSED
+        return None, ""
 
     def _askable(self) -> list[NodeId]:
         return [self.node, *(peer for peer in sorted(self._links.open) if peer in self.log.members)]
@@ -164,6 +168,9 @@ class Node:
         for record in self._records:
             if isinstance(record, PeerRecord):
                 self._links.learn(now, record.node, record.addresses, is_signed=True)
+        for record in self._records:
+            if isinstance(record, PauseRecord):
+                self.owner.restore(now, record)
         effects += self.attempts.restore(now, (r for r in self._records if isinstance(r, AttemptRecord)))
         effects += self.stewardship.restore(now, (r for r in self._records if isinstance(r, JobRecord)))
         self._records = ()
@@ -174,6 +181,7 @@ class Node:
     def step(self, now: Now, event: ev.Event) -> list[Effect]:
         effects = self._route(now, event)
         effects += self._links.step(now)
+        effects += self._owner_step(now)
         effects += self._gossip.step(now)
         effects += self.attempts.step(now)
         effects += self.stewardship.step(now)
@@ -189,6 +197,7 @@ class Node:
         return earliest(
             self._links.deadline(),
             self._gossip.deadline(),
+            self.owner.deadline(),
             self.attempts.deadline(),
             self.stewardship.deadline(),
             self.submissions.deadline(),
@@ -242,6 +251,10 @@ class Node:
                 self._addresses = addresses
                 self._say_record(now)
                 return []
+            case ev.LendingPaused(pause=pause):
+                return self._lending_changed(now, self.owner.paused(now, pause))
+            case ev.LendingResumed():
+                return self._lending_changed(now, self.owner.resumed())
             case ev.MeshEntered(mesh=mesh, log=log, met=met):
                 return self._enter(now, mesh, log, met)
             case ev.LogWritten(log=log):
@@ -358,11 +371,20 @@ class Node:
 
     def _machine_read(self, now: Now, inventory: Inventory, readings: tuple[GpuReading, ...]) -> list[Effect]:
         is_new = inventory != self._inventory
-        self._inventory, self._readings = inventory, readings
-        self.attempts.machine_read(inventory, readings)
+        self._inventory, self._readings = inventory, self.owner.read(readings)
+        self.attempts.machine_read(inventory, self._readings)
         if is_new:
             self._say_record(now)
         return [Announce()] if is_new else []
+
+    def _owner_step(self, now: Now) -> list[Effect]:
+        effects = self.owner.step(now)
+        return self._lending_changed(now, effects) if effects else []
+
+    def _lending_changed(self, now: Now, effects: list[Effect]) -> list[Effect]:
+        self._say_record(now)
+        self.stewardship.room_changed(now)
+        return effects
 
     def _say_record(self, now: Now) -> None:
         config = self._config
@@ -376,6 +398,9 @@ class Node:
                 config.may_steward,
                 config.policy.lends,
                 config.policy.trusted,
+                config.policy.lending,
+                config.policy.needs_image,
+                self.owner.pause,
             ),
         )
 

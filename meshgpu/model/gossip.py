@@ -6,6 +6,7 @@ from typing import Final
 
 from meshgpu.model.ids import Address, JobId, MeshId, NodeId, UserName
 from meshgpu.model.inventory import GpuReading, Inventory
+from meshgpu.model.lending import Lending, Pause
 from meshgpu.model.resources import GpuShare, Resources
 
 NEEDS_LIMIT: Final = 64
@@ -29,7 +30,8 @@ class NodeRecord:
 
     fence: how other users' jobs are shut in (`bubblewrap`, `landlock`), empty where nothing works.
     may_steward: False on machines that are not meant to stay on (battery).
-    lends: False while the owner keeps every job away. trusts: users whose jobs run here without a fence.
+    lends: False where the owner keeps every job away. trusts: users whose jobs run here without a fence.
+    needs_image: whether a job that names no container image is refused. pause: while the owner lends nothing.
     """
 
     agent_version: str
@@ -39,6 +41,9 @@ class NodeRecord:
     may_steward: bool = True
     lends: bool = True
     trusts: tuple[UserName, ...] = ()
+    lending: Lending = Lending.POLITE
+    needs_image: bool = False
+    pause: Pause | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,11 +29,15 @@ class ProcessKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """A process that uses a GPU; `memory_bytes` is None where the driver does not tell."""
+    """A process that uses a GPU; `memory_bytes` is None where the driver does not tell.
+
+    name: as the kernel has it (`gnome-shell`), 15 characters at most; empty where it was not looked up.
+    """
 
     pid: int
     kind: ProcessKind
     memory_bytes: int | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class GpuReading:
     """How a GPU stands at one moment; every fact but the id may be unknown (None).
 
     fault: empty, or why the GPU cannot be used now (`lost: reset the machine`).
+    withheld: empty, or why its owner does not lend it now.
     """
 
     uuid: GpuId
@@ -51,6 +56,7 @@ class GpuReading:
     power_limit_w: float | None = None
     processes: tuple[GpuProcess, ...] = ()
     fault: str = ""
+    withheld: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,6 +129,8 @@ class AttemptState(StrEnum):
     EXITED = "exited"
     REJECTED = "rejected"
     FENCED = "fenced"
+    PREEMPTED = "preempted"
+    """Ended because the machine's owner wants it back: it is placed again."""
     CRASHED = "crashed"
     ABANDONED = "abandoned"
     DELIVERED = "delivered"
@@ -141,6 +143,7 @@ ENDED_ATTEMPT_STATES: Final = frozenset(
         AttemptState.DELIVERED,
         AttemptState.REJECTED,
         AttemptState.FENCED,
+        AttemptState.PREEMPTED,
         AttemptState.CRASHED,
         AttemptState.ABANDONED,
     }
@@ -253,7 +256,7 @@ class AttemptPlan:
     """Everything the executor needs to run one attempt.
 
     gpus: the shares that were held, in PCI order. fenced: whether the job must be shut in (another user's job).
-    machine: the machine's name, for MESHGPU_MACHINE.
+    machine: the machine's name, for MESHGPU_MACHINE. image: of the container it runs in; empty for a process.
     """
 
     spec: JobSpec
@@ -261,3 +264,4 @@ class AttemptPlan:
     gpus: tuple[GpuShare, ...]
     fenced: bool
     machine: str
+    image: str = ""

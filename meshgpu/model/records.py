@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from meshgpu.model.ids import Address, HoldId, JobId, MeshId, NodeId
 from meshgpu.model.job import AttemptState, Register, Result, StopMode
+from meshgpu.model.lending import Pause
 from meshgpu.model.resources import GpuShare
 from meshgpu.model.trust import Signed
 
@@ -46,7 +47,10 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
-    """An attempt of this node, from the moment it is accepted; that its record exists means that its epoch is spent."""
+    """An attempt of this node, from the moment it is accepted; that its record exists means that its epoch is spent.
+
+    preempted: why its owner wants the machine back; empty where he does not.
+    """
 
     job: JobId
     epoch: int
@@ -58,6 +62,14 @@ class AttemptRecord:
     result: Result | None = None
     started_wall_s: float | None = None
     ended_wall_s: float | None = None
+    preempted: str = ""
 
 
-Record = MeshRecord | MeshLogRecord | PeerRecord | JobRecord | AttemptRecord
+@dataclass(frozen=True, slots=True)
+class PauseRecord:
+    """That the owner lends nothing."""
+
+    pause: Pause
+
+
+Record = MeshRecord | MeshLogRecord | PeerRecord | JobRecord | AttemptRecord | PauseRecord

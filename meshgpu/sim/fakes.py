@@ -111,6 +111,7 @@ class ExecutorTiming:
     """Seconds, drawn evenly: to build the environment, to run, to end after SIGTERM.
 
     fails: part of the jobs that exit with 1. long: part of the jobs that run for `long_s`.
+    stubborn: part of them that ends only when its guard kills it, `grace_s` after SIGTERM.
     """
 
     stage_s: tuple[float, float] = (0.05, 2.0)
@@ -119,6 +120,8 @@ class ExecutorTiming:
     stop_s: tuple[float, float] = (0.05, 3.0)
     fails: float = 0.1
     long: float = 0.15
+    stubborn: float = 0.1
+    grace_s: float = 30.0
 
 
 class FakeExecutor:
@@ -201,8 +204,12 @@ class FakeExecutor:
             return
         process = self._processes.get(key)
         if process is not None:
-            delay_s = self._rng.uniform(*self._timing.stop_s) if mode is StopMode.STOP else 0.02
+            delay_s = self._stop_s() if mode is StopMode.STOP else 0.02
             self._timeline.after(delay_s, lambda: self._over(key, process, SIGNAL_EXIT[mode]))
+
+    def _stop_s(self) -> float:
+        is_stubborn = self._rng.random() < self._timing.stubborn
+        return self._timing.grace_s if is_stubborn else self._rng.uniform(*self._timing.stop_s)
 
     # -- accidents ----------------------------------------------------------------------------------------------------
 

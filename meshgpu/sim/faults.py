@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Final
 
-from meshgpu.model.ids import NodeId
+from meshgpu.model.ids import GpuId, NodeId
 from meshgpu.sim.machine import CrashPoint, Machine
 from meshgpu.sim.network import Network
 from meshgpu.sim.timeline import Timeline
@@ -14,12 +14,16 @@ MEAN_S: Final = 10.0
 """How long a fault lasts on average: as long as a steward waits before it calls a silent job unknown."""
 
 
+OWNER_WAITS_S: Final = 30.0 + 2.0
+"""What an owner is promised, and what a machine lags behind at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class FaultRates:
     """How many of each are expected in a world. lost: machines that go off for good.
 
     snips: probability that a Link breaks just as a message about a job is sent.
-    halves: how often half the machines lose power at once.
+    halves: how often half the machines lose power at once. owners: who come back to their machines for a while.
     """
 
     crashes: float = 3.0
@@ -31,6 +35,7 @@ class FaultRates:
     slow: float = 1.0
     lost: float = 0.15
     halves: float = 0.2
+    owners: float = 2.0
     snips: float = 0.04
 
 
@@ -41,6 +46,7 @@ class Faults:
         self._timeline = timeline
         self._network = network
         self._machines = machines
+        self.owner_waited: Callable[[Machine, GpuId], None] = lambda _machine, _gpu: None
         for machine in machines.values():
             machine.crashed = self._restart_soon
 
@@ -54,6 +60,7 @@ class Faults:
             (rates.one_way, self._delay_one_way),
             (rates.slow, self._slow_machine),
             (rates.halves, self._power_cut),
+            (rates.owners, self._owner_returns),
         ]
         rng = self._timeline.rng
         for expected, fault in kinds:
@@ -113,6 +120,23 @@ class Faults:
         machine = self._any()
         machine.lag_s = self._timeline.rng.uniform(0.05, 2.0)
         self._timeline.at(ends, lambda: setattr(machine, "lag_s", 0.0))
+
+    def _owner_returns(self, ends: float) -> None:
+        """An owner plays for a while on one of his GPUs, and has it to himself soon, unless his agent is down."""
+        rng = self._timeline.rng
+        machine = self._any()
+        if not machine.setup.inventory.gpus or machine.has_owner_here:
+            return
+        gpu = rng.choice(machine.setup.inventory.gpus).uuid
+        machine.owner_begins(gpu)
+        reading, life = machine.readings, machine.instance
+
+        def waited() -> None:
+            if machine.readings is reading and machine.instance == life and machine.agent is not None:
+                self.owner_waited(machine, gpu)
+
+        self._timeline.after(OWNER_WAITS_S, waited)
+        self._timeline.at(ends + rng.uniform(0.0, 2 * OWNER_WAITS_S), machine.owner_leaves)
 
     # -- paths --------------------------------------------------------------------------------------------------------
 

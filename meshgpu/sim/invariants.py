@@ -39,6 +39,7 @@ class Ledger:
 
     submitted: jobs that a user signed. said: entries that their owner signed. stops_asked: jobs whose user wants them
     to end. living: where each job may have a process. accepted: {(job, epoch): node and hold}.
+    preempted: attempts that had to make way for the owner of their machine.
     """
 
     machines: dict[NodeId, Machine]
@@ -49,6 +50,7 @@ class Ledger:
     living: dict[JobId, tuple[NodeId, int]] = field(default_factory=dict)
     accepted: dict[tuple[JobId, int], tuple[NodeId, HoldId]] = field(default_factory=dict)
     results: dict[tuple[JobId, int], Result] = field(default_factory=dict)
+    preempted: set[tuple[JobId, int]] = field(default_factory=set)
     started: int = 0
 
 
@@ -107,6 +109,12 @@ class Invariants:
             if answer.query.startswith("run"):
                 self.ledger.confirmed[view.spec.job] = Confirmed(view, view.spec.stewards[0])
                 self._check_held(view.spec.job)
+
+    def owner_waited(self, machine: Machine, gpu: GpuId) -> None:
+        """The owner of `machine` has used the GPU for as long as he may have to wait for it."""
+        for plan in machine.executor.living:
+            if any(share.uuid == gpu for share in plan.gpus):
+                self._fail(f"{plan.spec.job} still uses {gpu} of {machine.setup.name}, whose owner waits for it")
 
     # -- machines -----------------------------------------------------------------------------------------------------
 
@@ -178,7 +186,12 @@ class Invariants:
             self._fail(f"{key} goes back on disk: {before.state} → {record.state}")
         if before.result is not None and record.result != before.result:
             self._fail(f"{key} changes its result: {before.result} → {record.result}")
-        if record.stop is not None and before.stop is None and record.job not in self.ledger.stops_asked:
+        if record.preempted and not any(share.uuid in machine.wanted for share in record.gpus):
+            self._fail(f"{key} must leave {machine.setup.name}, but its owner never wanted the GPU")
+        if record.preempted:
+            self.ledger.preempted.add(key)
+        is_asked = record.job in self.ledger.stops_asked or record.preempted
+        if record.stop is not None and before.stop is None and not is_asked:
             register = self._register(record.job, self.ledger.submitted[record.job].stewards[0])
             if register is not None and register.epoch == record.epoch and register.state in COMMITTED_STATES:
                 self._fail(f"{key} is stopped on {machine.setup.name}, but nobody asked for it")
@@ -232,6 +245,8 @@ class Invariants:
     def _check_final(self, register: Register) -> None:
         if register.job in self.ledger.living:
             self._fail(f"{register.job} is {register.state} while it lives")
+        if (register.job, register.epoch) in self.ledger.preempted and register.job not in self.ledger.stops_asked:
+            self._fail(f"{register.job}/{register.epoch} was sent away, but is recorded as {register.state}")
         if register.state is JobState.CANCELLED and register.job not in self.ledger.stops_asked:
             self._fail(f"{register.job} is cancelled, but its user did not ask for it")
         if register.result is not None and register.result.outcome is AttemptState.EXITED:

@@ -12,8 +12,8 @@ from meshgpu.core.node import Node, NodeConfig
 from meshgpu.core.owner import OwnerPolicy
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Capacity, NodeRecord
-from meshgpu.model.ids import Address, Digest, JobId, KeyId, NodeId, UserName
-from meshgpu.model.inventory import GpuReading, Inventory
+from meshgpu.model.ids import Address, Digest, GpuId, JobId, KeyId, NodeId, UserName
+from meshgpu.model.inventory import GpuProcess, GpuReading, Inventory, ProcessKind
 from meshgpu.model.job import AttemptPlan, Result
 from meshgpu.model.records import Record
 from meshgpu.model.trust import Notary
@@ -101,6 +101,7 @@ class Machine:
         self.disk: dict[tuple[str, str], Record] = {}
         self.trees: set[Digest] = set()
         self.readings: tuple[GpuReading, ...] = ()
+        self.wanted: set[GpuId] = set()
         self.crash_at: CrashPoint | None = None
         self.rejected = 0
         self.steps = 0
@@ -238,6 +239,19 @@ class Machine:
         """Somebody plugged in more memory, and the agent notices."""
         self.setup = replace(self.setup, inventory=replace(self.setup.inventory, memory_bytes=memory_bytes))
         self.post(MachineRead(self.setup.inventory, self.readings))
+
+    def owner_begins(self, gpu: GpuId) -> None:
+        """The owner starts a game."""
+        self.wanted.add(gpu)
+        game = (GpuProcess(1, ProcessKind.GRAPHICS, name="game"),)
+        self.readings = tuple(replace(r, processes=game if r.uuid == gpu else ()) for r in self.readings)
+
+    def owner_leaves(self) -> None:
+        self.readings = tuple(replace(reading, processes=()) for reading in self.readings)
+
+    @property
+    def has_owner_here(self) -> bool:
+        return any(reading.processes for reading in self.readings)
 
     def _read_gpus(self, life: int) -> None:
         if self.instance == life:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from meshgpu.model.job import Action
+from meshgpu.sim.fakes import ExecutorTiming
 from meshgpu.sim.faults import FaultRates
 from meshgpu.sim.world import World, WorldConfig
 
@@ -25,6 +26,12 @@ class Scenario:
     lies: int = 300
     faults: FaultRates = field(default_factory=FaultRates)
     world: WorldConfig = field(default_factory=WorldConfig)
+
+
+OWNERS: Final = Scenario(
+    faults=FaultRates(owners=12.0), world=WorldConfig(executor=ExecutorTiming(long=0.6, stubborn=0.5))
+)
+"""Owners come back again and again to machines where jobs run long and do not like to leave."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,7 @@ class World:
         last = self.machines[self.office.setups[-1].node]
         self.intruder = Intruder(last, self.ledger, self.network, self.timeline, self.office.ring)
         self.faults = Faults(self.timeline, self.network, self.machines)
+        self.faults.owner_waited = self.invariants.owner_waited
 
     def named(self, name: str) -> Machine:
         return next(machine for machine in self.machines.values() if machine.setup.name == name)

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
 from meshgpu.errors import BrokenInvariant, MeshgpuError
-from meshgpu.model import bulk, cloud, gossip, inventory, job, messages, pairing, records, resources, trust
+from meshgpu.model import bulk, cloud, gossip, inventory, job, lending, messages, pairing, records, resources, trust
 from meshgpu.model.ids import Digest, JobId, MeshId
 from meshgpu.wire.v1 import (
     bulk_pb2,
@@ -25,6 +25,7 @@ from meshgpu.wire.v1 import (
     gossip_pb2,
     inventory_pb2,
     job_pb2,
+    lending_pb2,
     messages_pb2,
     pairing_pb2,
     records_pb2,
@@ -45,6 +46,7 @@ _MODULES: Final = (
     (resources, resources_pb2),
     (inventory, inventory_pb2),
     (gossip, gossip_pb2),
+    (lending, lending_pb2),
     (job, job_pb2),
     (messages, messages_pb2),
     (pairing, pairing_pb2),

@@ -149,7 +149,7 @@ def plan(
         issued_wall_s=0.0,
         image=image,
     )
-    return AttemptPlan(spec, 1, tuple(GpuShare(GpuId(gpu)) for gpu in gpus), fenced, "rig7")
+    return AttemptPlan(spec, 1, tuple(GpuShare(GpuId(gpu)) for gpu in gpus), fenced, "rig7", image)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ def gpu(index: int, **changes: Any) -> dict[str, Any]:
         "temperature_c": 38,
         "power_w": 20.0,
         "fault": "",
+        "withheld": "",
         "jobs": [],
     }
     assert not changes.keys() - facts.keys()
@@ -53,6 +54,9 @@ def machine(name: str, *gpus: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "cpus": 16,
         "memory_bytes": 64 * 10**9,
         "fence": "bubblewrap",
+        "lending": "polite",
+        "paused": False,
+        "paused_until": None,
         "gpu_note": "",
         "down_s": None,
         "gpus": list(gpus),
@@ -73,6 +77,7 @@ AGENT: dict[str, Any] = {
     "wanted_port": 7443,
     "addresses": [],
     "fence": "bubblewrap",
+    "lending": "polite",
     "gpus": [],
     "gpu_note": "no NVIDIA driver is loaded",
     "started_at": 1.0,
@@ -181,7 +186,8 @@ def test_join_says_what_is_lent_before_it_joins(cli: Cli, stub: "StubAgent") -> 
         "rig-b will lend: RTX 4090",
         "To: every user of the mesh",
         "Jobs of others are shut in by bubblewrap: they see the system read-only and their own files.",
-        "To stop lending: meshgpu down (jobs that run go on; meshgpu kill ends yours)",
+        "You come first: when another program uses a GPU, the job on it leaves within 30 s.",
+        "To take it back: meshgpu pause [2h]. To stop lending: meshgpu down (jobs that run go on)",
     ]
     assert "rig-b is in lab, let in by ada; you are bob." in result.stdout
     assert stub.body("POST /v1/join") == {"invite": INVITE, "name": "rig-b", "seeds": ["10.0.0.1", "ada:7443"]}

@@ -14,20 +14,20 @@ from meshgpu.core.jobs.placement import Room, find_room
 from meshgpu.core.jobs.steward import Stewardship
 from meshgpu.core.jobs.submission import Submissions
 from meshgpu.core.node import Node
-from meshgpu.core.owner import Permission
+from meshgpu.core.owner import Owner, Permission
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import GossipEntry
 from meshgpu.model.ids import JobId, NodeId
-from meshgpu.model.job import AttemptState, JobRequest, JobState, Register
+from meshgpu.model.job import AttemptState, JobRequest, JobState, Register, Result
 from meshgpu.model.messages import Activate, AttemptReport, CommitAnswer, ReportAck, SubmitAnswer
 from meshgpu.model.trust import Signed
 from meshgpu.sim.fakes import ToyNotary
-from meshgpu.sim.scenario import Scenario, simulate
+from meshgpu.sim.scenario import OWNERS, Scenario, simulate
 from meshgpu.sim.world import WorldConfig
 
-SEEDS = 40
+SEEDS = 120
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -161,6 +161,31 @@ def test_node_that_forgets_its_allocations_on_restart_is_caught(monkeypatch: pyt
 
     monkeypatch.setattr(Attempts, "restore", amnesiac)
     find("twice|more|not at rest|accepted again|goes back|first written|while it lives")
+
+
+def test_node_that_asks_a_stubborn_job_only_once_to_leave_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts_module, "GRACE_S", 1e9)
+    find("whose owner waits for it", scenario=OWNERS)
+
+
+def test_node_that_sees_owners_where_none_are_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Owner, "takes_back", lambda *_args: "somebody coughed")
+    find("its owner never wanted the GPU", scenario=OWNERS)
+
+
+def test_steward_that_takes_a_preempted_job_for_a_finished_one_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Attempts.finished
+
+    def forgetful(self: Attempts, now: Now, job: JobId, epoch: int, ended: float, result: Result) -> list[Effect]:
+        effects = original(self, now, job, epoch, ended, result)
+        for attempt in (self._live.get((job, epoch)),):
+            if attempt is not None and attempt.result is not None and attempt.preempted:
+                attempt.result = replace(attempt.result, outcome=AttemptState.EXITED, reason=result.reason)
+                return [attempt.persist(), attempt.report()]
+        return effects
+
+    monkeypatch.setattr(Attempts, "finished", forgetful)
+    find("was sent away, but is recorded as", scenario=OWNERS)
 
 
 # -- what an intruder finds --------------------------------------------------------------------------------------------

@@ -7,16 +7,16 @@ import pytest
 
 from meshgpu.errors import BrokenInvariant
 from meshgpu.sim.faults import FaultRates
-from meshgpu.sim.scenario import Scenario, simulate
+from meshgpu.sim.scenario import OWNERS, Outcome, Scenario, simulate
 
 FAST_SEEDS = 60
 ALL_SEEDS = 1000
 CHUNK = 50
 
 
-def check(seed: int, scenario: Scenario | None = None) -> None:
+def check(seed: int, scenario: Scenario | None = None) -> Outcome:
     try:
-        simulate(seed, scenario)
+        return simulate(seed, scenario)
     except (BrokenInvariant, AssertionError):
         print(f"seed {seed}\nrerun: python -c 'from meshgpu.sim.scenario import simulate; simulate({seed})'")
         raise
@@ -33,6 +33,14 @@ def test_mesh_keeps_its_promises_under_faults(first: int) -> None:
 def test_mesh_keeps_its_promises_under_faults_in_many_worlds(first: int) -> None:
     for seed in range(first, min(first + CHUNK, ALL_SEEDS)):
         check(seed)
+
+
+@pytest.mark.parametrize("first", [0, 10, pytest.param(20, marks=pytest.mark.slow)])
+def test_owners_get_their_machines_back_and_no_job_is_lost(first: int) -> None:
+    left = 0
+    for seed in range(first, first + (10 if first < 20 else 80)):
+        left += len(check(seed, OWNERS).world.invariants.ledger.preempted)
+    assert left > 10  # else this proves nothing
 
 
 @pytest.mark.slow

@@ -28,7 +28,10 @@ STORY_LENGTH: Final = 16
 
 @dataclass(slots=True)
 class Attempt:
-    """Mutable, owned by `Attempts`. due: `boot_s` of the next thing to do; what that is follows from the state."""
+    """Mutable, owned by `Attempts`. due: `boot_s` of the next thing to do; what that is follows from the state.
+
+    preempted: why the machine's owner wants it gone, empty where he does not. kill_at: `boot_s` at which it must be.
+    """
 
     spec: JobSpec
     signed: Signed
@@ -42,6 +45,8 @@ class Attempt:
     phase: Phase | None = None
     detail: str = ""
     stop: StopMode | None = None
+    preempted: str = ""
+    kill_at: float | None = None
     result: Result | None = None
     started_wall_s: float | None = None
     ended_wall_s: float | None = None
@@ -86,6 +91,7 @@ class Attempt:
             self.result,
             self.started_wall_s,
             self.ended_wall_s,
+            self.preempted,
         )
         return Persist("attempt", f"{self.spec.job}/{self.epoch}", record)
 

@@ -6,13 +6,13 @@ never becomes a second copy; and an epoch that is not above all accepted ones of
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttempt, Persist, Reject, Send, StartAttempt
 from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.jobs.placement import find_room
-from meshgpu.core.owner import OwnerPolicy, Permission, permission
+from meshgpu.core.owner import GRACE_S, NEEDS_IMAGE, Owner, Permission, permission
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
@@ -68,7 +68,7 @@ class Attempts:
         rules: RequestRules,
         notary: Notary,
         rng: random.Random,
-        policy: OwnerPolicy,
+        owner: Owner,
         timing: AttemptTiming,
     ) -> None:
         self._node = node
@@ -76,7 +76,7 @@ class Attempts:
         self._rules = rules
         self._notary = notary
         self._rng = rng
-        self._policy = policy
+        self._owner = owner
         self._timing = timing
         self._live: dict[tuple[JobId, int], Attempt] = {}
         self._delivered: dict[tuple[JobId, int], Attempt] = {}
@@ -113,6 +113,7 @@ class Attempts:
         )
         attempt.accepted_at = now.boot_s
         attempt.stop, attempt.result = record.stop, record.result
+        attempt.preempted, attempt.kill_at = record.preempted, now.boot_s + GRACE_S if record.preempted else None
         attempt.started_wall_s, attempt.ended_wall_s = record.started_wall_s, record.ended_wall_s
         return attempt
 
@@ -158,7 +159,9 @@ class Attempts:
             return f"attempt {offer.epoch} of this job was here before"
         if sum(attempt.state is AttemptState.HELD for attempt in self._live.values()) >= HOLDS_LIMIT:
             return "has too many open offers"
-        return self._permission(spec).refusal
+        if self._owner.policy.needs_image and not spec.image:
+            return NEEDS_IMAGE
+        return self._permission(spec).refusal or self._owner.refusal()
 
     def released(self, steward: NodeId, release: Release) -> list[Effect]:
         for key, attempt in list(self._live.items()):
@@ -240,7 +243,7 @@ class Attempts:
             never = Result(AttemptState.ABANDONED, None, "stopped before it started")
             return [Send(steward, AttemptReport(cancel.job, cancel.epoch, None, "", None, now.wall_s, never))]
         if attempt.state is AttemptState.ACCEPTED:
-            return self._abandon(now, attempt, "stopped before it started")
+            return self._never(now, attempt, AttemptState.ABANDONED, "stopped before it started")
         if not attempt.occupies:
             return [attempt.report()]
         return self._end(attempt, StopMode.KILL if request.action is Action.KILL else StopMode.STOP)
@@ -280,6 +283,8 @@ class Attempts:
         attempt = self._live.get((job, epoch))
         if attempt is None or attempt.state not in MAY_LIVE:
             return []
+        if attempt.preempted:  # also with exit code 0: it may have been asked to leave just before its end, or obeyed
+            result = replace(result, outcome=AttemptState.PREEMPTED, reason=attempt.preempted)
         attempt.result, attempt.ended_wall_s, attempt.phase = result, ended_wall_s, None
         attempt.due = now.boot_s + self._timing.ask_s
         attempt.advance(result.outcome)
@@ -288,7 +293,7 @@ class Attempts:
     # -- time ---------------------------------------------------------------------------------------------------------
 
     def step(self, now: Now) -> list[Effect]:
-        effects: list[Effect] = []
+        effects = self._give_back(now)
         for key, attempt in list(self._live.items()):
             if now.boot_s < attempt.due:
                 continue
@@ -298,7 +303,7 @@ class Attempts:
                 attempt.due = now.boot_s + (self._timing.report_s if attempt.occupies else self._timing.ask_s)
                 effects.append(attempt.report())
             elif now.boot_s >= attempt.accepted_at + self._timing.give_up_s:
-                effects.extend(self._abandon(now, attempt, "nobody said that it may start"))
+                effects.extend(self._never(now, attempt, AttemptState.ABANDONED, "nobody said that it may start"))
             else:
                 attempt.due = now.boot_s + self._timing.ask_s
                 effects.append(Send(attempt.steward, CommitAnswer(*key, accepted=True)))
@@ -308,16 +313,18 @@ class Attempts:
         return effects
 
     def deadline(self) -> float | None:
-        return earliest(self._sweep_at, *(attempt.due for attempt in self._live.values()))
+        kills = (attempt.kill_at for attempt in self._live.values() if attempt.occupies)
+        return earliest(self._sweep_at, *(attempt.due for attempt in self._live.values()), *kills)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _permission(self, spec: JobSpec) -> Permission:
-        return permission(self._policy, spec.user, self._log.members[self._node].owner, self.fence)
+        return permission(self._owner.policy, spec.user, self._log.members[self._node].owner, self.fence)
 
     def _plan(self, attempt: Attempt) -> AttemptPlan:
         fenced = self._permission(attempt.spec).needs_fence
-        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, fenced, self._log.members[self._node].name)
+        image = self._owner.policy.image(attempt.spec.image)
+        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, fenced, self._log.members[self._node].name, image)
 
     def _of_steward(self, steward: NodeId, job: JobId, epoch: int) -> Attempt | None:
         """A live attempt, if it is `steward`'s to command."""
@@ -327,13 +334,33 @@ class Attempts:
     def _spend(self, job: JobId, epoch: int) -> None:
         self._spent[job] = max(epoch, self._spent.get(job, 0))
 
-    def _abandon(self, now: Now, attempt: Attempt, reason: str) -> list[Effect]:
-        """Give back what never started: only its own node may say so."""
-        attempt.result = Result(AttemptState.ABANDONED, None, reason)
+    def _never(self, now: Now, attempt: Attempt, outcome: AttemptState, reason: str) -> list[Effect]:
+        """Give back what was accepted and never started: only its own node may say so."""
+        attempt.result = Result(outcome, None, reason)
         attempt.ended_wall_s = now.wall_s
         attempt.due = now.boot_s + self._timing.ask_s
-        attempt.advance(AttemptState.ABANDONED)
+        attempt.advance(outcome)
         return [attempt.persist(), attempt.report()]
+
+    def _give_back(self, now: Now) -> list[Effect]:
+        """End what stands in the owner's way: asked first, killed GRACE_S later."""
+        effects: list[Effect] = []
+        for key, attempt in list(self._live.items()):
+            if not attempt.occupies:
+                continue
+            if attempt.preempted:
+                if attempt.kill_at is not None and now.boot_s >= attempt.kill_at:
+                    attempt.kill_at = None
+                    effects += self._end(attempt, StopMode.KILL)
+            elif reason := self._owner.takes_back(share.uuid for share in attempt.gpus):
+                if attempt.state is AttemptState.HELD:
+                    del self._live[key]
+                elif attempt.state is AttemptState.ACCEPTED:
+                    effects += self._never(now, attempt, AttemptState.PREEMPTED, reason)
+                else:
+                    attempt.preempted, attempt.kill_at = reason, now.boot_s + GRACE_S
+                    effects += [attempt.persist(), *self._end(attempt, StopMode.STOP)]
+        return effects
 
     def _end(self, attempt: Attempt, mode: StopMode) -> list[Effect]:
         order = EndAttempt(attempt.spec.job, attempt.epoch, mode)

@@ -10,9 +10,9 @@ from typing import Final
 
 from meshgpu.core.effects import Effect, Send
 from meshgpu.core.jobs.held_job import HeldJob
-from meshgpu.core.jobs.placement import Candidate, explain, rank
+from meshgpu.core.jobs.placement import Candidate, Guest, Rule, explain, rank
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import HoldId, NodeId, UserName
+from meshgpu.model.ids import HoldId, NodeId
 from meshgpu.model.job import JobState
 from meshgpu.model.messages import OfferAnswer, Release
 from meshgpu.model.resources import GpuShare
@@ -43,12 +43,12 @@ class Chosen:
 
 
 class Offering:
-    """Offers of all waiting jobs of one steward. `candidates(user, machine)` is the mesh as known here."""
+    """Offers of all waiting jobs of one steward. `candidates(guest, machine)` is the mesh as known here."""
 
     def __init__(
         self,
         rng: random.Random,
-        candidates: Callable[[UserName, NodeId | None], list[Candidate]],
+        candidates: Callable[[Guest, NodeId | None], list[Candidate]],
         timing: OfferTiming,
     ) -> None:
         self._rng = rng
@@ -82,7 +82,7 @@ class Offering:
             if job.offers or (job.due is not None and now.boot_s < job.due):
                 continue
             self.retry_at = self._later(now)
-            alike = (job.spec.machine, job.spec.resources, job.spec.user)
+            alike = (job.spec.machine, job.spec.resources, Guest.of(job.spec))
             if alike in hopeless:
                 effects.extend(_wait(now, job, hopeless[alike]))
             elif offering < OFFERING_LIMIT:
@@ -96,7 +96,7 @@ class Offering:
         """Ask up to three machines that seem to have room; where none does, say why the job waits."""
         if job.round == 0:
             job.refused.clear()
-        candidates = self._candidates(job.spec.user, job.spec.machine)
+        candidates = self._candidates(Guest.of(job.spec), job.spec.machine)
         job.ranked = rank(job.spec.resources, candidates, self._rng)
         job.offers = dict.fromkeys(job.ranked)
         if not job.ranked:
@@ -138,13 +138,17 @@ class Offering:
             return []
         job.round, job.due = 0, self._later(now)
         self.retry_at = now.boot_s
-        return _wait(now, job, _reason(job, self._candidates(job.spec.user, job.spec.machine)))
+        return _wait(now, job, _reason(job, self._candidates(Guest.of(job.spec), job.spec.machine)))
 
 
 def _reason(job: HeldJob, candidates: list[Candidate]) -> str:
     """Why nothing was placed: what the machines themselves said, else what is known of them."""
-    told = [replace(c, refusal=c.refusal or job.refused.get(c.node, "")) for c in candidates]
-    return explain(job.spec.resources, told)
+
+    def told(candidate: Candidate) -> Candidate:
+        said = job.refused.get(candidate.node, "")
+        return replace(candidate, refusal=said, rule=Rule.BUSY) if said and candidate.rule is None else candidate
+
+    return explain(job.spec.resources, map(told, candidates))
 
 
 def _wait(now: Now, job: HeldJob, reason: str) -> list[Effect]:

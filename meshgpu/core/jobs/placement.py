@@ -8,8 +8,10 @@ from enum import StrEnum
 from typing import Final
 
 from meshgpu.model.gossip import Allocation, Capacity, NodeRecord
-from meshgpu.model.ids import GpuId, JobId, NodeId, display_name
+from meshgpu.model.ids import GpuId, JobId, NodeId, UserName, display_name
 from meshgpu.model.inventory import Gpu, GpuReading, Inventory, short_gpu_name, sold_gigabytes
+from meshgpu.model.job import JobSpec
+from meshgpu.model.lending import Lending
 from meshgpu.model.resources import GB, GpuRequest, GpuShare, Resources
 
 OFFERS: Final = 3
@@ -29,6 +31,8 @@ class Rule(StrEnum):
     LACKS = "lacks"
     """It never fits, however free it is."""
     FAULTY = "faulty"
+    OWNER = "owner"
+    """Its owner uses it, or has paused the lending."""
     BUSY = "busy"
 
 
@@ -42,10 +46,22 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A machine as it is known here. refusal: why it is out of the question before its GPUs are looked at.
+class Guest:
+    """What of a job matters to the owner of a machine that is to run it. image: empty for a process."""
 
-    is_closed: its owner does not let this user in, now or later. is_down: it does not answer at the moment.
+    user: UserName
+    image: str = ""
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> "Guest":
+        return cls(spec.user, spec.image)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A machine as it is known here. refusal: why it is out of the question before its GPUs are looked at, by `rule`.
+
+    Of the rules, CLOSED holds now and later; OWNER and DOWN hold at the moment.
     """
 
     node: NodeId
@@ -53,8 +69,15 @@ class Candidate:
     record: NodeRecord | None
     capacity: Capacity | None
     refusal: str = ""
-    is_closed: bool = False
-    is_down: bool = False
+    rule: Rule | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        return self.rule is Rule.CLOSED
+
+    @property
+    def is_down(self) -> bool:
+        return self.rule is Rule.DOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +126,14 @@ def find_room(
     too_few = lacking(request, inventory)
     if too_few:
         return Room(rule=Rule.LACKS, refusal=too_few)
-    faults = _faults(readings)
-    rules = [_gpu_rule(request, gpu, faults, allocations) for gpu in inventory.gpus]
+    by_uuid = {reading.uuid: reading for reading in readings}
+    rules = [_gpu_rule(request, gpu, by_uuid.get(gpu.uuid), allocations) for gpu in inventory.gpus]
     free = [gpu for gpu, rule in zip(inventory.gpus, rules, strict=True) if rule is None]
     if len(free) < request.count:
         fitting = len(rules) - rules.count(Rule.LACKS)
         return Room(
-            rule=Rule.BUSY if Rule.BUSY in rules else Rule.FAULTY,
-            refusal=_busy(fitting, len(free), allocations, faults),
+            rule=next(rule for rule in (Rule.BUSY, Rule.OWNER, Rule.FAULTY) if rule in rules),
+            refusal=_busy(fitting, len(free), allocations, by_uuid.values()),
         )
     free.sort(key=lambda gpu: (_left_over(request, gpu, allocations), gpu.index))
     reserved = request.memory_bytes if request.shared else 0
@@ -146,13 +169,16 @@ def describe_gpu(gpu: Gpu) -> str:
 def rank(resources: Resources, candidates: Iterable[Candidate], rng: random.Random) -> list[NodeId]:
     """Machines that seem to have room, best class first, at random within a class; at most OFFERS of them.
 
-    Class: the smallest GPU that fits comes first, so that large ones stay free for those who need them.
+    Class: the smallest GPU that fits comes first, so that large ones stay free for those who need them; of equal
+    ones those of machines that nobody sits at.
     """
-    classes: dict[int, list[NodeId]] = {}
+    classes: dict[tuple[int, bool], list[NodeId]] = {}
     for candidate in candidates:
         room = _room(resources, candidate)
         if room.rule is None and candidate.record is not None:
-            classes.setdefault(_class(room.gpus, candidate.record.inventory), []).append(candidate.node)
+            size = _class(room.gpus, candidate.record.inventory)
+            is_lived_in = candidate.record.lending is not Lending.DEDICATED
+            classes.setdefault((size, is_lived_in), []).append(candidate.node)
     ranked: list[NodeId] = []
     for key in sorted(classes):
         members = sorted(classes[key])
@@ -190,9 +216,8 @@ def nearest_name(name: str, names: Iterable[str]) -> str | None:
 
 def _room(resources: Resources, candidate: Candidate) -> Room:
     """What the machine would give, as far as it is known here."""
-    if candidate.refusal:
-        is_out = Rule.CLOSED if candidate.is_closed else Rule.DOWN if candidate.is_down else Rule.BUSY
-        return Room(rule=is_out, refusal=candidate.refusal)
+    if candidate.rule is not None:
+        return Room(rule=candidate.rule, refusal=candidate.refusal)
     record, capacity = candidate.record, candidate.capacity
     if record is None or capacity is None:
         return Room(rule=Rule.UNKNOWN, refusal="has not said yet what it has")
@@ -213,7 +238,7 @@ def _machine_verdict(resources: Resources, candidate: Candidate, named: NodeId |
     if named not in (None, candidate.node):
         room = Room(rule=Rule.ELSEWHERE, refusal="is not the machine that the job names")
     allocations = candidate.capacity.allocations if candidate.capacity else ()
-    faults = _faults(candidate.capacity.readings if candidate.capacity else ())
+    readings = {reading.uuid: reading for reading in (candidate.capacity.readings if candidate.capacity else ())}
     gpus = candidate.record.inventory.gpus if candidate.record and resources.gpus.count else ()
     return MachineVerdict(
         candidate.node,
@@ -222,20 +247,20 @@ def _machine_verdict(resources: Resources, candidate: Candidate, named: NodeId |
         room.refusal,
         _remedy(room.rule, allocations),
         room.gpus,
-        tuple(_gpu_verdict(resources.gpus, gpu, faults, allocations) for gpu in gpus),
+        tuple(_gpu_verdict(resources.gpus, gpu, readings.get(gpu.uuid), allocations) for gpu in gpus),
     )
 
 
 def _gpu_verdict(
-    request: GpuRequest, gpu: Gpu, faults: dict[GpuId, str], allocations: Sequence[Allocation]
+    request: GpuRequest, gpu: Gpu, reading: GpuReading | None, allocations: Sequence[Allocation]
 ) -> GpuVerdict:
-    rule = _gpu_rule(request, gpu, faults, allocations)
+    rule = _gpu_rule(request, gpu, reading, allocations)
     holding = [a for a in allocations if any(share.uuid == gpu.uuid for share in a.gpus)]
     refusal = ""
     if rule is Rule.LACKS:
         refusal = f"is {describe_gpu(gpu)}, the job asks for {request}"
-    elif rule is Rule.FAULTY:
-        refusal = faults[gpu.uuid]
+    elif reading is not None and rule in (Rule.FAULTY, Rule.OWNER):
+        refusal = reading.fault or reading.withheld
     elif rule is Rule.BUSY:
         shares = _shares(gpu.uuid, allocations)
         is_shared = request.shared and not any(share.is_whole for share in shares)
@@ -259,6 +284,8 @@ def _remedy(rule: Rule | None, holding: Collection[Allocation]) -> str:
             return "it has read its hardware, within seconds"
         case Rule.LACKS:
             return "ask for less: -g, --cpus, --memory"
+        case Rule.OWNER:
+            return "its owner leaves it (there: meshgpu resume, or the program that uses the GPU ends)"
         case Rule.FAULTY:
             return "the fault is mended (there: meshgpu doctor)"
         case Rule.BUSY:
@@ -266,18 +293,16 @@ def _remedy(rule: Rule | None, holding: Collection[Allocation]) -> str:
 
 
 def _gpu_rule(
-    request: GpuRequest, gpu: Gpu, faults: Collection[GpuId], allocations: Iterable[Allocation]
+    request: GpuRequest, gpu: Gpu, reading: GpuReading | None, allocations: Iterable[Allocation]
 ) -> Rule | None:
     """What keeps one GPU from serving now; None if it would."""
     if not _matches(request, gpu):
         return Rule.LACKS
-    if gpu.uuid in faults:
+    if reading is not None and reading.fault:
         return Rule.FAULTY
+    if reading is not None and reading.withheld:
+        return Rule.OWNER
     return None if _is_free(request, gpu, allocations) else Rule.BUSY
-
-
-def _faults(readings: Iterable[GpuReading]) -> dict[GpuId, str]:
-    return {reading.uuid: reading.fault for reading in readings if reading.fault}
 
 
 def _matches(request: GpuRequest, gpu: Gpu) -> bool:
@@ -315,9 +340,10 @@ def _class(gpus: tuple[GpuShare, ...], inventory: Inventory) -> int:
     return max((gpu.memory_total_bytes // GB for gpu in inventory.gpus if gpu.uuid in chosen), default=0)
 
 
-def _busy(fitting: int, free: int, allocations: Iterable[Allocation], faults: dict[GpuId, str]) -> str:
+def _busy(fitting: int, free: int, allocations: Iterable[Allocation], readings: Iterable[GpuReading]) -> str:
     holders = _names(a for a in allocations if a.gpus)
-    why = f"taken by {holders}" if holders else "; ".join(sorted(set(faults.values())))
+    reasons = {reading.fault or reading.withheld for reading in readings} - {""}
+    why = "; ".join([f"taken by {holders}"] * bool(holders) + sorted(reasons))
     return f"is busy: {free} of {fitting} GPUs free" + (f", {why}" if why else "")
 
 

@@ -12,7 +12,7 @@ from typing import Final
 from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
 from meshgpu.core.jobs.held_job import HeldJob
 from meshgpu.core.jobs.offering import Offering, OfferTiming
-from meshgpu.core.jobs.placement import Candidate
+from meshgpu.core.jobs.placement import Candidate, Guest
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
@@ -88,7 +88,7 @@ class StewardTiming:
 
 
 class Stewardship:
-    """All registers of this node. `candidates(user, machine)` is the mesh as known here."""
+    """All registers of this node. `candidates(guest, machine)` is the mesh as known here."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Stewardship:
         rules: RequestRules,
         notary: Notary,
         rng: random.Random,
-        candidates: Callable[[UserName, NodeId | None], list[Candidate]],
+        candidates: Callable[[Guest, NodeId | None], list[Candidate]],
         timing: StewardTiming,
     ) -> None:
         self._node = node
@@ -306,6 +306,8 @@ class Stewardship:
         if result.outcome is AttemptState.EXITED:
             state = JobState.SUCCEEDED if result.exit_code == 0 else JobState.FAILED
             return self._finish(now, job, state, report, result, result.reason)
+        if result.outcome is AttemptState.PREEMPTED:
+            return self._requeue(now, job, result.reason)
         if report.started_wall_s is None:
             job.unstarted += 1
             if job.unstarted < UNSTARTED_TRIES:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from meshgpu.core.effects import Answered, Effect, QueryProgressed, Send
-from meshgpu.core.jobs.placement import Candidate, explain, nearest_name, never_fits, rank
+from meshgpu.core.jobs.placement import Candidate, Guest, explain, nearest_name, never_fits, rank
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, UserName, job_id
+from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, job_id
 from meshgpu.model.job import CloudUse, Draft, JobSpec, JobState, JobView, Register
 from meshgpu.model.messages import Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources
@@ -38,7 +38,7 @@ class _Submission:
 
 
 class Submissions:
-    """Jobs on their way from this node to their steward. `candidates(user, machine)` is the mesh as known here."""
+    """Jobs on their way from this node to their steward. `candidates(guest, machine)` is the mesh as known here."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Submissions:
         log: MeshLog,
         notary: Notary,
         rng: random.Random,
-        candidates: Callable[[UserName, NodeId | None], list[Candidate]],
+        candidates: Callable[[Guest, NodeId | None], list[Candidate]],
         timing: SubmissionTiming,
     ) -> None:
         self._node = node
@@ -121,7 +121,8 @@ class Submissions:
     def _resolve(self, now: Now, user: UserKey, draft: Draft) -> JobSpec:
         assert self._log.mesh is not None
         machine = self._machine(draft.machine) if draft.machine else None
-        candidates = self._candidates(user.user, machine.node if machine else None)
+        guest = Guest(user.user, draft.image)
+        candidates = self._candidates(guest, machine.node if machine else None)
         resources = draft.resources or self._default_resources(draft, candidates)
         self._check_possible(resources, machine, candidates)
         nonce = self._rng.randbytes(RANDOM_ID_BYTES)
@@ -141,7 +142,7 @@ class Submissions:
             draft.tree_files,
             resources,
             machine.node if machine else None,
-            (self._steward(user.user, resources, machine),),
+            (self._steward(guest, resources, machine),),
             now.wall_s,
             draft.image,
             draft.cloud or CloudUse.NEVER,
@@ -180,9 +181,9 @@ class Submissions:
             reasons = explain(resources, open_to_me)
             raise MeshgpuError("impossible", f"cannot run anywhere: {reasons}", "meshgpu machines")
 
-    def _steward(self, user: UserName, resources: Resources, machine: Member | None) -> NodeId:
+    def _steward(self, guest: Guest, resources: Resources, machine: Member | None) -> NodeId:
         """Who holds the job: the machine named by -m, else the best-ranked rig, else any that answers, else we."""
-        everyone = self._candidates(user, None)
+        everyone = self._candidates(guest, None)
         alive = [c for c in everyone if c.record is not None and not c.is_down and c.record.may_steward]
         rigs = [c for c in alive if self._log.members[c.node].role is Role.RIG]
         if machine is not None and any(c.node == machine.node for c in rigs):

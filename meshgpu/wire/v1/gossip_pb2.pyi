@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from meshgpu.wire.v1 import inventory_pb2 as _inventory_pb2
+from meshgpu.wire.v1 import lending_pb2 as _lending_pb2
 from meshgpu.wire.v1 import resources_pb2 as _resources_pb2
 import builtins as _builtins
 import sys
@@ -59,6 +60,9 @@ class NodeRecord(_message.Message):
     MAY_STEWARD_FIELD_NUMBER: _builtins.int
     LENDS_FIELD_NUMBER: _builtins.int
     TRUSTS_FIELD_NUMBER: _builtins.int
+    LENDING_FIELD_NUMBER: _builtins.int
+    NEEDS_IMAGE_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
     agent_version: _builtins.str
     """Version of the agent."""
     fence: _builtins.str
@@ -67,6 +71,10 @@ class NodeRecord(_message.Message):
     """Whether jobs may be held here."""
     lends: _builtins.bool
     """Whether the owner lets any job in."""
+    lending: _builtins.str
+    """polite, shared, dedicated: who comes first on the GPUs."""
+    needs_image: _builtins.bool
+    """Whether a job that names no container image is refused."""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """`host:port`, best first."""
@@ -79,6 +87,10 @@ class NodeRecord(_message.Message):
     def trusts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Users whose jobs run here without a fence."""
 
+    @_builtins.property
+    def pause(self) -> _lending_pb2.Pause:
+        """Present while the owner lends nothing."""
+
     def __init__(
         self,
         *,
@@ -89,12 +101,17 @@ class NodeRecord(_message.Message):
         may_steward: _builtins.bool = ...,
         lends: _builtins.bool = ...,
         trusts: _abc.Iterable[_builtins.str] | None = ...,
+        lending: _builtins.str = ...,
+        needs_image: _builtins.bool = ...,
+        pause: _lending_pb2.Pause | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["inventory", b"inventory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pause", b"_pause", "inventory", b"inventory", "pause", b"pause"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "agent_version", b"agent_version", "fence", b"fence", "inventory", b"inventory", "lends", b"lends", "may_steward", b"may_steward", "trusts", b"trusts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pause", b"_pause", "addresses", b"addresses", "agent_version", b"agent_version", "fence", b"fence", "inventory", b"inventory", "lending", b"lending", "lends", b"lends", "may_steward", b"may_steward", "needs_image", b"needs_image", "pause", b"pause", "trusts", b"trusts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__pause: _TypeAlias = _typing.Literal["pause"]  # noqa: Y015
+    _WhichOneofArgType__pause: _TypeAlias = _typing.Literal["_pause", b"_pause"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pause) -> _WhichOneofReturnType__pause | None: ...
 
 Global___NodeRecord: _TypeAlias = NodeRecord  # noqa: Y015
 

@@ -69,22 +69,26 @@ class GpuProcess(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     """Process id on its machine."""
     kind: _builtins.str
     """compute, graphics."""
     memory_bytes: _builtins.int
     """Bytes; absent where the driver does not tell."""
+    name: _builtins.str
+    """As the kernel names it; never told to others."""
     def __init__(
         self,
         *,
         pid: _builtins.int = ...,
         kind: _builtins.str = ...,
         memory_bytes: _builtins.int | None = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes", "memory_bytes", b"memory_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes", "kind", b"kind", "memory_bytes", b"memory_bytes", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes", "kind", b"kind", "memory_bytes", b"memory_bytes", "name", b"name", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
@@ -106,6 +110,7 @@ class GpuReading(_message.Message):
     POWER_LIMIT_W_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
     FAULT_FIELD_NUMBER: _builtins.int
+    WITHHELD_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     """GPU UUID."""
     memory_free_bytes: _builtins.int
@@ -120,6 +125,8 @@ class GpuReading(_message.Message):
     """Watts; absent if unknown."""
     fault: _builtins.str
     """Why the GPU cannot be used now; empty if it can."""
+    withheld: _builtins.str
+    """Empty, or why its owner does not lend it now."""
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuProcess]:
         """Processes that use the GPU."""
@@ -135,10 +142,11 @@ class GpuReading(_message.Message):
         power_limit_w: _builtins.float | None = ...,
         processes: _abc.Iterable[Global___GpuProcess] | None = ...,
         fault: _builtins.str = ...,
+        withheld: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_free_bytes", b"_memory_free_bytes", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_temperature_c", b"_temperature_c", "_utilization_percent", b"_utilization_percent", "memory_free_bytes", b"memory_free_bytes", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "temperature_c", b"temperature_c", "utilization_percent", b"utilization_percent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_free_bytes", b"_memory_free_bytes", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_temperature_c", b"_temperature_c", "_utilization_percent", b"_utilization_percent", "fault", b"fault", "memory_free_bytes", b"memory_free_bytes", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "processes", b"processes", "temperature_c", b"temperature_c", "utilization_percent", b"utilization_percent", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_free_bytes", b"_memory_free_bytes", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_temperature_c", b"_temperature_c", "_utilization_percent", b"_utilization_percent", "fault", b"fault", "memory_free_bytes", b"memory_free_bytes", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "processes", b"processes", "temperature_c", b"temperature_c", "utilization_percent", b"utilization_percent", "uuid", b"uuid", "withheld", b"withheld"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__memory_free_bytes: _TypeAlias = _typing.Literal["memory_free_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_free_bytes: _TypeAlias = _typing.Literal["_memory_free_bytes", b"_memory_free_bytes"]  # noqa: Y015

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from meshgpu.wire.v1 import job_pb2 as _job_pb2
+from meshgpu.wire.v1 import lending_pb2 as _lending_pb2
 from meshgpu.wire.v1 import resources_pb2 as _resources_pb2
 from meshgpu.wire.v1 import trust_pb2 as _trust_pb2
 import builtins as _builtins
@@ -157,12 +158,15 @@ class AttemptRecord(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     STARTED_WALL_S_FIELD_NUMBER: _builtins.int
     ENDED_WALL_S_FIELD_NUMBER: _builtins.int
+    PREEMPTED_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     epoch: _builtins.int
     """Attempt, from 1."""
     state: _builtins.str
-    """held, accepted, staging, running, stopping, exited, delivered, rejected, fenced, crashed, abandoned."""
+    """held, accepted, staging, running, stopping, exited, delivered, rejected, fenced, preempted, crashed,
+    abandoned.
+    """
     hold: _builtins.str
     """Hold id."""
     stop: _builtins.str
@@ -171,6 +175,8 @@ class AttemptRecord(_message.Message):
     """Unix time in seconds; absent before the process runs."""
     ended_wall_s: _builtins.float
     """Unix time in seconds; absent while a process lives."""
+    preempted: _builtins.str
+    """Why the machine's owner wants it back; empty where he does not."""
     @_builtins.property
     def spec(self) -> _trust_pb2.Signed:
         """JobSpec, signed by its user; required."""
@@ -196,10 +202,11 @@ class AttemptRecord(_message.Message):
         result: _job_pb2.Result | None = ...,
         started_wall_s: _builtins.float | None = ...,
         ended_wall_s: _builtins.float | None = ...,
+        preempted: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "ended_wall_s", b"ended_wall_s", "result", b"result", "spec", b"spec", "started_wall_s", b"started_wall_s", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "gpus", b"gpus", "hold", b"hold", "job", b"job", "result", b"result", "spec", b"spec", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "gpus", b"gpus", "hold", b"hold", "job", b"job", "preempted", b"preempted", "result", b"result", "spec", b"spec", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ended_wall_s: _TypeAlias = _typing.Literal["ended_wall_s"]  # noqa: Y015
     _WhichOneofArgType__ended_wall_s: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s"]  # noqa: Y015
@@ -219,3 +226,27 @@ class AttemptRecord(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stop) -> _WhichOneofReturnType__stop | None: ...
 
 Global___AttemptRecord: _TypeAlias = AttemptRecord  # noqa: Y015
+
+@_typing.final
+class PauseRecord(_message.Message):
+    """That the owner lends nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAUSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pause(self) -> _lending_pb2.Pause:
+        """Required."""
+
+    def __init__(
+        self,
+        *,
+        pause: _lending_pb2.Pause | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pause", b"pause"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pause", b"pause"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseRecord: _TypeAlias = PauseRecord  # noqa: Y015

@@ -9,12 +9,14 @@ import pytest
 
 from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttempt, Persist, Reject, Send, StartAttempt
 from meshgpu.core.jobs.attempts import HOLDS_LIMIT, Attempts, AttemptTiming
-from meshgpu.core.owner import OwnerPolicy
+from meshgpu.core.owner import GRACE_S, Owner, OwnerPolicy
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import HoldId, JobId, KeyId, NodeId, UserName
+from meshgpu.model.ids import GpuId, HoldId, JobId, KeyId, NodeId, UserName
+from meshgpu.model.inventory import GpuProcess, GpuReading, ProcessKind
 from meshgpu.model.job import Action, AttemptState, JobRequest, JobSpec, Phase, PlacingVote, Result, StopMode
+from meshgpu.model.lending import Pause
 from meshgpu.model.messages import (
     Activate,
     AttemptReport,
@@ -98,7 +100,8 @@ def make(office: Office, policy: OwnerPolicy | None = None, fence: str = "bubble
     log.enter(office.mesh, office.log)
     node = office.setups[3].node
     rules = RequestRules(office.notaries[3], log, node)
-    attempts = Attempts(node, log, rules, office.notaries[3], random.Random(1), policy or OwnerPolicy(), TIMING)
+    owner = Owner(policy or OwnerPolicy())
+    attempts = Attempts(node, log, rules, office.notaries[3], random.Random(1), owner, TIMING)
     attempts.fence = fence
     attempts.machine_read(office.setups[3].inventory, ())
     return attempts
@@ -473,3 +476,85 @@ def test_job_of_another_user_is_not_ended_by_a_spec_with_its_id(bench: Bench) ->
     assert [type(effect) for effect in effects] == [Reject]
     assert bench.state is AttemptState.RUNNING
     assert len(bench.attempts.allocations()) == 1
+
+
+# -- the owner takes his machine back ----------------------------------------------------------------------------------
+
+
+def play(bench: Bench) -> None:
+    """The owner's game shows in two samples."""
+    for _ in range(2):
+        game = GpuReading(GpuId("GPU-rig3-0"), processes=(GpuProcess(1, ProcessKind.GRAPHICS, None, "game"),))
+        bench.attempts.machine_read(bench.office.setups[3].inventory, bench.attempts._owner.read([game]))
+
+
+def test_job_leaves_when_the_owner_returns_and_is_killed_if_it_stays(bench: Bench) -> None:
+    bench.run()
+    play(bench)
+    effects = bench.attempts.step(bench.at(10.0))
+    assert only(effects, EndAttempt).mode is StopMode.STOP
+    assert all_of(effects, AttemptReport)[-1].phase is Phase.STOPPING
+    assert [record.preempted for record in records_of(effects)][-1] == "its owner is using the GPU"
+    assert bench.attempts.deadline() == 10.0 + TIMING.report_s
+    assert not all_of(bench.attempts.step(bench.at(10.0 + GRACE_S - 0.1)), EndAttempt)
+    assert only(bench.attempts.step(bench.at(10.0 + GRACE_S)), EndAttempt).mode is StopMode.KILL
+    assert not all_of(bench.attempts.step(bench.at(10.0 + GRACE_S + 1)), EndAttempt)
+
+
+@pytest.mark.parametrize("code", [0, 143])
+def test_job_that_left_is_preempted_whatever_its_exit_code(bench: Bench, code: int) -> None:
+    bench.run()
+    play(bench)
+    bench.attempts.step(bench.at(10.0))
+    ended = bench.attempts.finished(bench.at(11.0), bench.spec.job, 1, 111.0, Result(AttemptState.EXITED, code))
+    result = only(ended, AttemptReport).result
+    assert result == Result(AttemptState.PREEMPTED, code, "its owner is using the GPU")
+    assert bench.state is AttemptState.PREEMPTED
+
+
+def test_owner_of_a_machine_whose_agent_restarts_still_gets_it_back(bench: Bench) -> None:
+    bench.run()
+    play(bench)
+    record = records_of(bench.attempts.step(bench.at(10.0)))[-1]
+    bench.attempts = make(bench.office)
+    bench.attempts.restore(bench.at(20.0), [record])
+    assert not all_of(bench.attempts.step(bench.at(20.0)), EndAttempt)
+    assert only(bench.attempts.step(bench.at(20.0 + GRACE_S)), EndAttempt).mode is StopMode.KILL
+    ended = bench.attempts.finished(bench.at(45.0), bench.spec.job, 1, 145.0, Result(AttemptState.EXITED, 137))
+    assert only(ended, AttemptReport).result.outcome is AttemptState.PREEMPTED  # type: ignore[union-attr]  # it has ended
+
+
+def test_attempt_that_was_only_promised_is_taken_back(bench: Bench) -> None:
+    hold = bench.offer().hold
+    play(bench)
+    bench.attempts.step(bench.at(0.1))
+    refused = only(bench.attempts.committed(bench.at(0.2), bench.steward, bench.commit(hold)), CommitAnswer)
+    assert not refused.accepted
+
+
+def test_attempt_that_was_only_accepted_is_preempted(bench: Bench) -> None:
+    bench.accept()
+    play(bench)
+    effects = bench.attempts.step(bench.at(0.3))
+    assert only(effects, AttemptReport).result == Result(AttemptState.PREEMPTED, None, "its owner is using the GPU")
+    assert not bench.activate()
+
+
+def test_no_job_begins_where_the_owner_plays_or_paused(bench: Bench) -> None:
+    play(bench)
+    assert "its owner is using it" in bench.offer().refusal
+    bench.attempts = make(bench.office)
+    bench.attempts._owner.paused(bench.at(0.0), Pause(None))
+    assert bench.offer().refusal == "is paused by its owner"
+
+
+def test_owner_who_wants_containers_refuses_processes_or_gives_them_an_image(bench: Bench) -> None:
+    bench.attempts = make(bench.office, OwnerPolicy(containers_only=True))
+    assert "containers only" in bench.offer().refusal
+    bench.attempts = make(bench.office, OwnerPolicy(containers_only=True, default_image="base"))
+    bench.accept()
+    assert only(bench.activate(), StartAttempt).plan.image == "base"
+
+
+def records_of(effects: list[Effect]) -> list[AttemptRecord]:
+    return [e.record for e in effects if isinstance(e, Persist) and isinstance(e.record, AttemptRecord)]

@@ -82,8 +82,8 @@ def test_machine_whose_gpus_are_only_faulty_waits_for_no_job() -> None:
     ("candidate", "rule"),
     [
         (Candidate(NodeId("rig"), "rig", None, None), Rule.UNKNOWN),
-        (replace(machine("rig", SMALL), refusal="does not answer", is_down=True), Rule.DOWN),
-        (replace(machine("rig", SMALL), refusal="lends nothing", is_closed=True, is_down=True), Rule.CLOSED),
+        (replace(machine("rig", SMALL), refusal="does not answer", rule=Rule.DOWN), Rule.DOWN),
+        (replace(machine("rig", SMALL), refusal="lends nothing", rule=Rule.CLOSED), Rule.CLOSED),
         (machine("rig"), Rule.LACKS),
         (machine("rig", SMALL, held=(holds(GpuShare(SMALL.uuid)),)), Rule.BUSY),
     ],

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshgpu.core.jobs.placement import OFFERS, Candidate, explain, find_room, lacking, nearest_name, rank, wanted_cpus
+from meshgpu.core.jobs.placement import (
+    OFFERS,
+    Candidate,
+    Rule,
+    explain,
+    find_room,
+    lacking,
+    nearest_name,
+    rank,
+    wanted_cpus,
+)
 from meshgpu.model.gossip import Allocation, Capacity, NodeRecord
 from meshgpu.model.ids import GpuId, JobId, NodeId, UserName
 from meshgpu.model.inventory import Gpu, GpuReading, Inventory
@@ -133,7 +143,7 @@ def test_grants_never_exceed_a_gpu(texts: list[str]) -> None:
 
 def machine(name: str, *gpus: Gpu, allocations: tuple[Allocation, ...] = (), refusal: str = "") -> Candidate:
     record = NodeRecord("1", (), Inventory(8, 64 * GB, gpus))
-    return Candidate(NodeId(name), name, record, Capacity((), allocations), refusal)
+    return Candidate(NodeId(name), name, record, Capacity((), allocations), refusal, Rule.BUSY if refusal else None)
 
 
 def test_smaller_class_comes_first_and_large_gpus_stay_free() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
 from meshgpu.core.jobs import steward as steward_module
-from meshgpu.core.jobs.placement import Candidate
+from meshgpu.core.jobs.placement import Candidate, Rule
 from meshgpu.core.jobs.steward import UNSTARTED_TRIES, Stewardship, StewardTiming
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import BrokenInvariant
@@ -298,7 +298,7 @@ def test_job_waits_with_what_the_machines_said_and_is_offered_again(bench: Bench
 
 
 def test_job_without_a_machine_waits_until_room_changes(bench: Bench) -> None:
-    bench.candidates = [replace(bench.candidate(2), refusal="does not answer")]
+    bench.candidates = [replace(bench.candidate(2), refusal="does not answer", rule=Rule.DOWN)]
     bench.queue()
     assert bench.register.reason == "rig2 does not answer"
     bench.candidates = [bench.candidate(2)]
@@ -604,3 +604,19 @@ def test_record_that_no_longer_verifies_is_left_out(bench: Bench) -> None:
     effects = bench.restart(replace(record, spec=replace(record.spec, signature=b"x" * 32)))
     assert isinstance(effects[0], Reject)
     assert bench.stewardship.view(JobId(bench.spec.job)) is None
+
+
+def test_preempted_job_waits_again_however_often_it_was_and_whatever_its_exit_code(bench: Bench) -> None:
+    bench.activate()
+    left = Result(AttemptState.PREEMPTED, 0, "its owner is using the GPU")
+    effects = bench.report(left)
+    assert sent(effects, ReportAck)
+    assert (bench.register.state, bench.register.reason) == (JobState.QUEUED, "its owner is using the GPU")
+    assert bench.register.result is None
+
+
+def test_preempted_job_that_its_user_stopped_is_cancelled(bench: Bench) -> None:
+    bench.activate()
+    bench.ask(Action.STOP)
+    bench.report(Result(AttemptState.PREEMPTED, 143, "its owner is using the GPU"))
+    assert bench.register.state is JobState.CANCELLED

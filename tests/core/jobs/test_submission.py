@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from meshgpu.core.effects import Answered, Effect, QueryProgressed, Send
-from meshgpu.core.jobs.placement import Candidate
+from meshgpu.core.jobs.placement import Candidate, Guest, Rule
 from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
@@ -42,7 +42,7 @@ class Bench:
             self.office.setups[0].node, self.log, self.office.notaries[0], random.Random(1), self.look, TIMING
         )
 
-    def look(self, user: UserName, machine: NodeId | None) -> list[Candidate]:
+    def look(self, guest: Guest, machine: NodeId | None) -> list[Candidate]:
         return [c for c in self.candidates.values() if machine in (None, c.node)]
 
     def change(self, *names: str, **changes: object) -> None:
@@ -115,7 +115,7 @@ def test_job_is_held_elsewhere_when_there_is_no_room(bench: Bench) -> None:
 
 
 def test_last_resort_is_to_hold_it_oneself(bench: Bench) -> None:
-    bench.change("rig1", "rig2", "rig3", is_down=True, refusal="does not answer")
+    bench.change("rig1", "rig2", "rig3", rule=Rule.DOWN, refusal="does not answer")
     bench.change("rig0", capacity=None)
     effects = bench.ask("1")
     assert isinstance(effects[0], Send)
@@ -151,7 +151,7 @@ def test_request_that_no_machine_can_ever_satisfy_is_refused_now(bench: Bench) -
 
 
 def test_request_that_only_has_to_wait_is_not_refused(bench: Bench) -> None:
-    bench.change(is_down=True, refusal="does not answer")
+    bench.change(rule=Rule.DOWN, refusal="does not answer")
     assert isinstance(bench.ask("1")[0], Send)
 
 
@@ -161,7 +161,7 @@ def test_request_that_the_named_machine_cannot_satisfy_is_refused(bench: Bench) 
 
 
 def test_machine_that_is_closed_to_the_user_is_refused(bench: Bench) -> None:
-    bench.change(is_closed=True, refusal="lends nothing at the moment")
+    bench.change(rule=Rule.CLOSED, refusal="lends nothing at the moment")
     assert refusal(bench.ask("1", machine="rig2")).reason == "cannot run on rig2: it lends nothing at the moment"
     assert refusal(bench.ask("1")).code == "impossible"
 
