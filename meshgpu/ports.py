@@ -11,6 +11,7 @@ from meshgpu.model.gossip import Sighting
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import AttemptPlan, Phase, Result, StopMode
+from meshgpu.model.sweep import Metric
 from meshgpu.model.tree import Manifest
 
 
@@ -207,7 +208,16 @@ class AttemptProgress:
     detail: str
 
 
-ExecutorEvent = AttemptStarted | AttemptEnded | AttemptProgress
+@dataclass(frozen=True, slots=True)
+class AttemptMeasured:
+    """What the attempt has reported of its objective so far."""
+
+    job: JobId
+    epoch: int
+    metric: Metric
+
+
+ExecutorEvent = AttemptStarted | AttemptEnded | AttemptProgress | AttemptMeasured
 
 
 class Executor(Protocol):

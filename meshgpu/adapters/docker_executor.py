@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from meshgpu import container
-from meshgpu.adapters import fences, guards, results
+from meshgpu.adapters import fences, guards, inside, results
 from meshgpu.adapters.guarded import STOP_GRACE_S, Attempt, GuardedExecutor
 from meshgpu.container import Note
 from meshgpu.errors import MeshgpuError
@@ -23,6 +23,8 @@ from meshgpu.model.ids import NodeId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase
 from meshgpu.model.resources import GB
 
+LIBRARY: Final = Path("/meshgpu")
+"""Where a container finds the module through which jobs report numbers."""
 WORK: Final = "/work"
 """Where the job's tree lies inside, and the only thing of the machine that is there."""
 NODE_LABEL, JOB_LABEL, EPOCH_LABEL = "meshgpu.node", "meshgpu.job", "meshgpu.epoch"
@@ -310,7 +312,10 @@ def _settings(attempt: Attempt, facts: Mapping[str, Any]) -> dict[str, Any]:
         "command": argv[1:],
         "environment": _variables(attempt, requests),
         "working_dir": WORK,
-        "mounts": [Mount(WORK, str(attempt.work), type="bind")],
+        "mounts": [
+            Mount(WORK, str(attempt.work), type="bind"),
+            Mount(str(LIBRARY), str(inside.LIBRARY), type="bind", read_only=True),
+        ],
         "user": user,
         "init": True,
         "cap_drop": ["ALL"],
@@ -355,12 +360,14 @@ def _knows_cdi(facts: Mapping[str, Any]) -> bool:
 
 def _variables(attempt: Attempt, requests: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     plan = attempt.plan
+    asked = dict(plan.spec.env)
     gpus = ",".join(share.uuid for share in plan.gpus)
     by_runtime = any(request["Driver"] == "nvidia" for request in requests)
     return {
         "HOME": "/tmp",  # noqa: S108 - the container's own; the image need not know this account
         "USER": "meshgpu",
-        **dict(plan.spec.env),
+        **asked,
+        **inside.variables(LIBRARY, Path(WORK), asked),
         "MESHGPU_JOB_ID": plan.spec.job,
         "MESHGPU_MACHINE": plan.machine,
         "MESHGPU_OUTPUT_DIR": WORK,

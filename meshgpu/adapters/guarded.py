@@ -7,21 +7,25 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from meshgpu import guard
 from meshgpu.adapters import guards, results
+from meshgpu.adapters.metrics import MetricReader
 from meshgpu.errors import MeshgpuError
 from meshgpu.guard import ExitRecord, GuardRecord, Notice, Request
 from meshgpu.model.ids import JobId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Result, StopMode
-from meshgpu.ports import AttemptEnded, AttemptProgress, AttemptStarted, ExecutorEvent
+from meshgpu.model.sweep import Metric
+from meshgpu.ports import AttemptEnded, AttemptMeasured, AttemptProgress, AttemptStarted, ExecutorEvent
 
 STOP_GRACE_S: Final = 30.0
 """Between SIGTERM and SIGKILL: time to write a checkpoint, short enough for an owner who waits."""
+MEASURE_S: Final = 2.0
+"""Between two looks at what a job reports: as often as people's screens are drawn again."""
 CLAIM_LIMIT_S: Final = 10.0
 """A guard answers in some 5 ms; after this another one is tried, and only one of them can claim the attempt."""
 GUARD_TRIES: Final = 2
@@ -44,6 +48,7 @@ class Attempt:
     has_started: bool = False
     stop: StopMode | None = None
     pidfd: int | None = None
+    reader: MetricReader | None = None
 
     def pass_stop_on(self) -> None:
         """Tell the guard of a stop that was asked for; without a guard, it is told once there is one."""
@@ -129,6 +134,8 @@ class GuardedExecutor(ABC):
         if directory in self._attempts:
             return None
         attempt = self._attempts[directory] = Attempt(plan, directory, is_adopted)
+        if plan.spec.objective is not None:
+            attempt.reader = MetricReader(directory, plan.spec.objective)
         return attempt
 
     def _begin(self, attempt: Attempt, life: Coroutine[None, None, None]) -> None:
@@ -228,11 +235,38 @@ class GuardedExecutor(ABC):
                 attempt.pass_stop_on()
                 if attempt.is_adopted:
                     self._started(attempt, record)
-                await guards.ended(attempt.pidfd)
+                async with self._measuring(attempt):
+                    await guards.ended(attempt.pidfd)
             finally:
                 os.close(attempt.pidfd)
                 attempt.pidfd = None
         await self._conclude(attempt)
+
+    @contextlib.asynccontextmanager
+    async def _measuring(self, attempt: Attempt) -> AsyncIterator[None]:
+        """Tell what the job reports while it runs."""
+        over = asyncio.Event()
+
+        async def measure(reader: MetricReader) -> None:
+            told: Metric | None = None
+            while not over.is_set():
+                metric = await asyncio.to_thread(reader.read)
+                if metric is not None and metric != told:
+                    told = metric
+                    self._emit(AttemptMeasured(attempt.plan.spec.job, attempt.plan.epoch, metric))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(over.wait(), MEASURE_S)
+
+        if attempt.reader is None:
+            yield
+            return
+        measuring = asyncio.get_running_loop().create_task(measure(attempt.reader))
+        try:
+            yield
+        finally:
+            over.set()
+            await asyncio.wait({measuring})
+            _report_failure(measuring)
 
     async def _conclude(self, attempt: Attempt) -> None:
         """The guard has ended: make sure that its job has too, and tell what came of it."""
@@ -251,7 +285,8 @@ class GuardedExecutor(ABC):
         await self._clear(attempt, exited)
         outcome, reason = self._verdict(attempt, exited)
         exit_code = exited["exit_code"] if outcome is AttemptState.EXITED else None
-        result = Result(outcome, exit_code, reason, count, size)
+        metric = None if attempt.reader is None else await asyncio.to_thread(attempt.reader.read)
+        result = Result(outcome, exit_code, reason, count, size, metric)
         self._end(attempt, result, exited["ended_wall_s"])
 
 

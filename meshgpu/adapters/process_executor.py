@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from meshgpu.adapters import fences, guards, job_trees, results
+from meshgpu.adapters import fences, guards, inside, job_trees, results
 from meshgpu.adapters.guarded import STOP_GRACE_S, Attempt, GuardedExecutor
 from meshgpu.errors import MeshgpuError
 from meshgpu.guard import ExitRecord, Request
@@ -90,6 +90,7 @@ def _prepare(attempt: Attempt, environment: Environment, fence: fences.Fence | N
         )
         enclosure.home.mkdir(exist_ok=True)
         enclosure.tmp.mkdir(exist_ok=True)
+        inside.put_into(enclosure.home)
         fences.hand_over(fence, enclosure, variables)
         argv = [*fences.fence_prefix(fence, enclosure), *argv]
         variables = fences.CLEAN_ENVIRONMENT
@@ -119,9 +120,12 @@ def _account_variables(attempt: Attempt, fence: fences.Fence | None) -> dict[str
 
 def _job_variables(attempt: Attempt, environment: Environment) -> dict[str, str]:
     plan = attempt.plan
+    asked = dict(plan.spec.env)
+    library = inside.place_in(attempt.directory / "home") if plan.fenced else inside.LIBRARY
     return {
         "PATH": f"{environment.bin_path}:{fences.CLEAN_ENVIRONMENT['PATH']}",
-        **dict(plan.spec.env),
+        **asked,
+        **inside.variables(library, attempt.work, asked),
         "VIRTUAL_ENV": str(environment.bin_path.parent),
         "MESHGPU_JOB_ID": plan.spec.job,
         "MESHGPU_MACHINE": plan.machine,

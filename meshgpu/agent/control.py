@@ -7,12 +7,13 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
 
+from meshgpu.adapters.metrics import compile_pattern
 from meshgpu.agent.callers import descends_from
 from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.pairing import Pairing
@@ -20,11 +21,13 @@ from meshgpu.agent.status import Status
 from meshgpu.agent.views import Document, JobDocuments, machine_document, verdict_document
 from meshgpu.config import DEFAULT_PAIRING_PORT, host_of, with_port
 from meshgpu.core import events as ev
+from meshgpu.core.sweep import grid_size
 from meshgpu.errors import HTTP_STATUS, MeshgpuError, TrustError
 from meshgpu.model.ids import Digest, KeyId, as_name, display_name
-from meshgpu.model.job import Draft, EnvironmentRequest, JobView, Register, StopMode
+from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest, Register, StopMode
 from meshgpu.model.lending import Pause
 from meshgpu.model.resources import Resources, parse_gpus
+from meshgpu.model.sweep import Method, Objective, Space, parse_objective, parse_param
 from meshgpu.model.tree import CHUNK_BYTES, MANIFEST_LIMIT_BYTES, Manifest
 from meshgpu.ports import ChunkStore, PairingDialog
 
@@ -75,6 +78,7 @@ class Control:
                 web.get("/v1/jobs", self._list),
                 web.get("/v1/jobs/{job}", self._job),
                 web.get("/v1/jobs/{job}/why", self._why),
+                web.get("/v1/sweeps/{job}", self._sweep),
                 web.get("/v1/jobs/{job}/events", self._events),
                 web.post("/v1/jobs/{job}/stop", self._stop),
                 web.get("/v1/jobs/{job}/files", self._files),
@@ -276,6 +280,10 @@ class Control:
             cpus,
             memory_bytes,
             str(body.get("image", "")),
+            CloudUse.NEVER,
+            _whole(body, "retries"),
+            _space(body),
+            _objective(body),
         )
 
     async def _list(self, request: web.Request) -> web.Response:
@@ -295,6 +303,16 @@ class Control:
         found = await self.jobs.find(self._key(request), request.match_info["job"])
         verdicts = [verdict_document(verdict) for verdict in self.status.node.why(found.view.spec)]
         return web.json_response({"job": self._document(found), "machines": verdicts})
+
+    async def _sweep(self, request: web.Request) -> web.Response:
+        """A sweep with its trials, by number."""
+        sweep, trials, silent = await self.jobs.sweep(self._key(request), request.match_info["job"])
+        documents = JobDocuments(self.status.node, self.status.clock.now())
+        names = sorted(self.status.node.log.members[node].name for node in silent)
+        rows = [documents.document(job.view, job.display) for job in trials]
+        return web.json_response(
+            {"sweep": documents.document(sweep.view, sweep.display), "trials": rows, "silent": names}
+        )
 
     async def _stop(self, request: web.Request) -> web.Response:
         key = self._key(request)
@@ -394,7 +412,7 @@ def error_document(error: MeshgpuError) -> Document:
 
 
 def _with_register(found: Found, register: Register) -> Found:
-    return Found(JobView(found.view.spec, register), found.display)
+    return Found(replace(found.view, register=register), found.display)
 
 
 def _peer(request: web.Request) -> tuple[int, int]:
@@ -455,6 +473,27 @@ def _whole(body: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise MeshgpuError("bad-request", f"cannot read the request: {key} is no whole number from 0")
     return value
+
+
+def _space(body: Mapping[str, Any]) -> Space | None:
+    """The space of a sweep, as the command line tells it; None for a job of its own. trials: 0 for a whole grid."""
+    asked = body.get("sweep")
+    if asked is None:
+        return None
+    if not isinstance(asked, dict) or asked.get("method") not in list(Method):
+        raise MeshgpuError("bad-request", "cannot sweep: expected the method grid or random", "meshgpu sweep --help")
+    params = tuple(parse_param(text) for text in _texts(asked, "params"))
+    trials, parallel = _whole(asked, "trials"), _whole(asked, "parallel")
+    return Space(Method(asked["method"]), params, trials or grid_size(params), parallel, _whole(asked, "seed"))
+
+
+def _objective(body: Mapping[str, Any]) -> Objective | None:
+    if not body.get("metric"):
+        return None
+    objective = parse_objective(_text(body, "metric"), str(body.get("metric_pattern", "")))
+    if objective.pattern:
+        compile_pattern(objective.pattern)
+    return objective
 
 
 def _number(request: web.Request, key: str, default: float) -> float:

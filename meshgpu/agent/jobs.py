@@ -79,9 +79,23 @@ class Jobs:
         names = display_names(views)
         return [Found(view, names[view.spec.job]) for view in views], list(answer.silent)
 
+    async def sweep(self, key: KeyId, text: str) -> tuple[Found, list[Found], list[NodeId]]:
+        """A sweep, its trials by number, and the members that did not answer. Raises as `find`, and `not-a-sweep`."""
+        jobs, silent = await self.all(key)
+        found = self._pick(text, [job for job in jobs if job.view.trial is None], silent)
+        if found.view.spec.sweep is None:
+            raise MeshgpuError(
+                "not-a-sweep", f"cannot show trials of {found.display}: it is no sweep", "meshgpu sweep ls"
+            )
+        trials = [job for job in jobs if job.view.sweep is not None and job.view.sweep.job == found.view.spec.job]
+        return found, sorted(trials, key=_number), silent
+
     async def find(self, key: KeyId, text: str) -> Found:
         """By id, display name or any unique part of either. Raises `unknown-job` or `ambiguous`."""
         jobs, silent = await self.all(key)
+        return self._pick(text, jobs, silent)
+
+    def _pick(self, text: str, jobs: list[Found], silent: list[NodeId]) -> Found:
         exact = [job for job in jobs if text in (job.view.spec.job, job.display)]
         by_id = [job for job in jobs if job.view.spec.job.startswith(text.rpartition("-")[2])]
         matches = exact or [job for job in by_id if _fits(job, text)] or [job for job in jobs if text in job.display]
@@ -191,6 +205,10 @@ class Jobs:
         if node == self._node.node:
             return self._streams.answer(node, request)
         return self._transport.fetch(node, self._node.addresses(node), encode_bulk(request))
+
+
+def _number(job: Found) -> int:
+    return job.view.trial.number if job.view.trial else 0
 
 
 def _may_have_printed(register: Register) -> bool:

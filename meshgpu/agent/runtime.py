@@ -139,6 +139,8 @@ class Runtime:
                 self.post(ev.AttemptFinished(event.job, event.epoch, event.ended_wall_s, told))
             case ports.AttemptProgress():
                 self.post(ev.AttemptProgressed(event.job, event.epoch, event.phase, sendable(event.detail)))
+            case ports.AttemptMeasured():
+                self.post(ev.AttemptMeasured(event.job, event.epoch, event.metric))
             case _:
                 assert_never(event)
 

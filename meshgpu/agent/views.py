@@ -11,6 +11,7 @@ from meshgpu.model.gossip import Allocation
 from meshgpu.model.ids import GpuId, JobId, NodeId, display_name
 from meshgpu.model.inventory import Gpu, GpuReading
 from meshgpu.model.job import JobSpec, JobState, JobView, Register
+from meshgpu.model.sweep import Metric, Objective, Space
 from meshgpu.model.trust import Member
 
 Document = dict[str, Any]
@@ -132,6 +133,12 @@ class JobDocuments:
             "tree_files": spec.tree_files,
             "tree_bytes": spec.tree_bytes,
             "requested_machine": self._name(spec.machine),
+            "retries": spec.retries,
+            "died": register.died,
+            "metric": _metric_document(register.metric, spec.objective),
+            "sweep": view.sweep.job if view.sweep else None,
+            "trial": _trial_document(view),
+            "space": _space_document(spec.sweep),
         }
 
     def _name(self, node: NodeId | None) -> str | None:
@@ -147,6 +154,34 @@ class JobDocuments:
         if register.state is not JobState.UNKNOWN or register.heard_wall_s is None:
             return None
         return max(self._now.wall_s - register.heard_wall_s, 0.0)
+
+
+def _metric_document(metric: Metric | None, objective: Objective | None) -> Document | None:
+    """What the job reports: how good it is, None for numbers that have not come yet."""
+    if objective is None:
+        return None
+    numbers = {"last": metric.last, "best": metric.best, "step": metric.step} if metric else {}
+    return {"name": objective.name, "goal": objective.goal.value, "last": None, "best": None, "step": None} | numbers
+
+
+def _trial_document(view: JobView) -> Document | None:
+    if view.trial is None or view.sweep is None or view.sweep.sweep is None:
+        return None
+    names = (param.name for param in view.sweep.sweep.params)
+    return {"number": view.trial.number, "values": dict(zip(names, view.trial.values, strict=True))}
+
+
+def _space_document(space: Space | None) -> Document | None:
+    if space is None:
+        return None
+    params = [param.name for param in space.params]
+    return {
+        "method": space.method.value,
+        "params": params,
+        "trials": space.trials,
+        "parallel": space.parallel,
+        "seed": space.seed,
+    }
 
 
 def command_text(spec: JobSpec) -> str:

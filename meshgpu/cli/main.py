@@ -36,6 +36,7 @@ COMMANDS: Final = {
     "agent": "agent_command",
     "machines": "machine_commands",
     "run": "run_command",
+    "sweep": "sweep_command",
     "ps": "ps_command",
     "logs": "job_commands",
     "stop": "job_commands",
@@ -105,8 +106,10 @@ class Commands(TyperGroup):
 
 def load(name: str) -> Any:
     """The command `name` as typer makes it from its function."""
-    app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     function = getattr(import_module(f"meshgpu.cli.{COMMANDS[name]}"), name)
+    if isinstance(function, typer.Typer):  # a command with commands of its own
+        return typer.main.get_command(function)
+    app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     app.command(name, cls=Command, context_settings=SETTINGS | OPTIONS_END_AT_COMMAND.get(name, {}))(function)
     return typer.main.get_command(app)
 

@@ -12,8 +12,23 @@ from typing import Annotated, Final
 import typer
 
 from meshgpu.cli.attach import Attachment, conclude, detached, events
-from meshgpu.cli.complete import machine_names
 from meshgpu.cli.files import fetch, inside, keep_both
+from meshgpu.cli.flags import (
+    Command,
+    Cpus,
+    Detach,
+    Env,
+    Gpus,
+    Image,
+    Machine,
+    Memory,
+    Name,
+    NoEnv,
+    Pip,
+    PipReq,
+    Retries,
+    Yes,
+)
 from meshgpu.cli.launch import confirmed, running_agent, start_agent
 from meshgpu.cli.render import count, note, plain, show_error, size
 from meshgpu.cli.ship import ship, submit
@@ -33,56 +48,40 @@ _SCRIPT: Final = re.compile(r"(?:.*/)?([^/]+)\.(?:py|sh|ipynb|jl|R)")
 
 
 def run(
-    command: Annotated[list[str], typer.Argument(metavar="CMD…", help="What to run; a quoted string runs in a shell.")],
-    machine: Annotated[
-        str | None, typer.Option("-m", "--machine", metavar="NAME", help="Only there.", autocompletion=machine_names)
-    ] = None,
-    gpus: Annotated[
-        str | None,
-        typer.Option("-g", "--gpus", metavar="GPUS", help="2, 8GB, 2x24GB, 4090:2 or 0 (one if there is one)."),
-    ] = None,
-    env: Annotated[
-        list[str] | None, typer.Option("-e", "--env", metavar="K[=V]", help="A variable; K alone: as here.")
-    ] = None,
-    pip: Annotated[list[str] | None, typer.Option("--pip", metavar="SPEC", help="A package to install.")] = None,
-    pip_req: Annotated[Path | None, typer.Option("--pip-req", metavar="FILE", help="A requirements file.")] = None,
-    no_env: Annotated[
-        bool, typer.Option("--no-env", help="Not the environment that the project's files ask for.")
-    ] = False,
-    image: Annotated[
-        str, typer.Option("--image", metavar="IMAGE", help="Run in a container of this image, not in an environment.")
-    ] = "",
-    cpus: Annotated[int, typer.Option("--cpus", min=0, metavar="N", help="Processors to reserve.")] = 0,
-    memory: Annotated[str, typer.Option("--memory", metavar="8GB", help="Main memory to reserve.")] = "",
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="The job's name (the script's).")] = None,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Print the id and return.")] = False,
+    command: Command,
+    machine: Machine = None,
+    gpus: Gpus = None,
+    env: Env = None,
+    pip: Pip = None,
+    pip_req: PipReq = None,
+    no_env: NoEnv = False,
+    image: Image = "",
+    cpus: Cpus = 0,
+    memory: Memory = "",
+    retries: Retries = 0,
+    name: Name = None,
+    detach: Detach = False,
     fetch_here: Annotated[bool, typer.Option("--fetch", help="Bring back what the job left.")] = False,
     fetch_to: Annotated[Path | None, typer.Option("--fetch-to", metavar="DIR", help="--fetch, into DIR.")] = None,
     as_json: Json = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Start the agent without asking.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Run a command on a machine of the mesh, in a copy of this directory, and follow it.
 
     Options end at CMD or at --. Standard input is not passed on. The exit code is the job's; 125: the mesh failed,
     124: out of time, 130: Ctrl-C, after which the job goes on.
     """
-    request = JobRequest(
-        name=as_name(job_name(command) if name is None else _not_empty(name, "--name"), "job"),
-        command=command,
-        shell=is_shell(command),
-        env=parse_env(env or []),
-        pip=pip or [],
-        requirements=_read(pip_req) if pip_req else "",
-        from_project=not no_env,
-        tree="",
-        machine="" if machine is None else _not_empty(machine, "-m"),
-        gpus=None if gpus is None else str(parse_gpus(gpus)),
-        cpus=cpus,
-        memory_bytes=parse_memory(memory) if memory else 0,
-        image=_checked_image(image, has_packages=bool(pip or pip_req)),
-    )
-    client = _agent(yes=yes)
-    job = _submit(client, request)
+    request = job_request(command, name, env, pip, pip_req, image)
+    request |= {
+        "from_project": not no_env,
+        "machine": "" if machine is None else not_empty(machine, "-m"),
+        "gpus": None if gpus is None else str(parse_gpus(gpus)),
+        "cpus": cpus,
+        "memory_bytes": parse_memory(memory) if memory else 0,
+        "retries": retries,
+    }
+    client = agent_for(yes=yes)
+    job = ship_and_submit(client, request)
     if detach:
         _hand_over(job, as_json=as_json)
         return
@@ -96,6 +95,36 @@ def run(
             show_error(error)
             code = code or EXIT_MESH_FAILED
     raise typer.Exit(code)
+
+
+def job_request(
+    command: list[str],
+    name: str | None,
+    env: list[str] | None,
+    pip: list[str] | None,
+    pip_req: Path | None,
+    image: str,
+) -> JobRequest:
+    """What is asked for, of the command; the rest as it is where nothing is said."""
+    return JobRequest(
+        name=as_name(job_name(command) if name is None else not_empty(name, "--name"), "job"),
+        command=command,
+        shell=is_shell(command),
+        env=parse_env(env or []),
+        pip=pip or [],
+        requirements=_read(pip_req) if pip_req else "",
+        from_project=True,
+        tree="",
+        machine="",
+        gpus=None,
+        cpus=0,
+        memory_bytes=0,
+        image=_checked_image(image, has_packages=bool(pip or pip_req)),
+        retries=0,
+        sweep=None,
+        metric="",
+        metric_pattern="",
+    )
 
 
 def job_name(command: list[str]) -> str:
@@ -162,7 +191,7 @@ def _checked_image(image: str, *, has_packages: bool) -> str:
     return image
 
 
-def _not_empty(text: str, flag: str) -> str:
+def not_empty(text: str, flag: str) -> str:
     """A variable that is not set must not silently mean any machine."""
     if not text.strip():
         raise MeshgpuError("bad-request", f"cannot use {flag} '': it is empty", f"leave {flag} out")
@@ -179,7 +208,7 @@ def _read(path: Path) -> str:
         ) from error
 
 
-def _agent(*, yes: bool) -> AgentClient:
+def agent_for(*, yes: bool) -> AgentClient:
     """This machine's agent; where none answers, one is started if the person agrees."""
     home = find_home()
     client = AgentClient(home)
@@ -192,7 +221,7 @@ def _agent(*, yes: bool) -> AgentClient:
     return client
 
 
-def _submit(client: AgentClient, request: JobRequest) -> JobView:
+def ship_and_submit(client: AgentClient, request: JobRequest) -> JobView:
     try:
         tree = capture(_here(), _cache())
         for warning in tree.warnings:

@@ -46,6 +46,8 @@ def status(job: JobView) -> str:
         return "out of touch" if seconds is None else f"out of touch {ago(seconds)}"
     if job["state"] in ("failed", "cancelled") and job["exit_code"] is not None:
         return f"{job['state']} ({job['exit_code']})"
+    if job["space"] and job["state"] == "active":
+        return "sweep"
     return job["phase"] or job["state"]
 
 

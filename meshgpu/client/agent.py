@@ -22,6 +22,7 @@ from meshgpu.client.views import (
     MachinesView,
     SightingView,
     SubmitEvent,
+    SweepView,
     TreeView,
     WhyView,
 )
@@ -106,6 +107,10 @@ class AgentClient:
     def why(self, job: str) -> WhyView:
         """What each machine and each GPU would say to the job now."""
         return cast(WhyView, self._get(f"/v1/jobs/{_part(job)}/why"))
+
+    def sweep(self, job: str) -> SweepView:
+        """A sweep with its trials."""
+        return cast(SweepView, self._get(f"/v1/sweeps/{_part(job)}"))
 
     def follow(
         self, job: str, position: int = 0, *, logs: bool = True, timeout_s: float = STREAM_TIMEOUT_S

@@ -132,8 +132,39 @@ class JobGpuView(TypedDict):
     memory_bytes: int
 
 
+class MetricView(TypedDict):
+    """What a job reports of its objective; None while it has reported nothing. goal: `min max`."""
+
+    name: str
+    goal: str
+    last: float | None
+    best: float | None
+    step: int | None
+
+
+class TrialView(TypedDict):
+    """Which point of a sweep's space; values by the parameters' names."""
+
+    number: int
+    values: dict[str, str]
+
+
+class SpaceView(TypedDict):
+    """What a sweep tries. method: `grid random`."""
+
+    method: str
+    params: list[str]
+    trials: int
+    parallel: int
+    seed: int
+
+
 class JobView(TypedDict):
-    """A job as its user sees it. phase is None unless the job is active; exit_code None where no process ended."""
+    """A job as its user sees it. phase is None unless the job is active; exit_code None where no process ended.
+
+    sweep, trial: the id of the sweep that it is a trial of, and which; space: for a sweep itself. died: attempts that
+    died after they started, of which `retries` are forgiven.
+    """
 
     id: str
     display: str
@@ -159,6 +190,20 @@ class JobView(TypedDict):
     tree_files: int
     tree_bytes: int
     requested_machine: str | None
+    retries: int
+    died: int
+    metric: MetricView | None
+    sweep: str | None
+    trial: TrialView | None
+    space: SpaceView | None
+
+
+class SweepView(TypedDict):
+    """A sweep and the trials that have begun, by number."""
+
+    sweep: JobView
+    trials: list[JobView]
+    silent: list[str]
 
 
 class JobsView(TypedDict):
@@ -204,8 +249,21 @@ class WhyView(TypedDict):
     machines: list[MachineVerdictView]
 
 
+class SweepRequest(TypedDict):
+    """params: texts as `lr=1e-4,1e-3`. trials: 0 for all of a grid."""
+
+    method: str
+    params: list[str]
+    trials: int
+    parallel: int
+    seed: int
+
+
 class JobRequest(TypedDict):
-    """What `run` asks for. gpus: the text of `-g`, None without; machine, image: empty without; 0 where not said."""
+    """What `run` asks for. gpus: the text of `-g`, None without; machine, image: empty without; 0 where not said.
+
+    sweep: None for a job of its own. metric: `loss:min`, empty without; metric_pattern: where it is in the log.
+    """
 
     name: str
     command: list[str]
@@ -220,6 +278,10 @@ class JobRequest(TypedDict):
     cpus: int
     memory_bytes: int
     image: str
+    retries: int
+    sweep: SweepRequest | None
+    metric: str
+    metric_pattern: str
 
 
 class ShippingEvent(TypedDict):

@@ -8,6 +8,7 @@ from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import Action, Draft, Phase, Result
 from meshgpu.model.lending import Pause
 from meshgpu.model.messages import Message
+from meshgpu.model.sweep import Metric
 from meshgpu.model.trust import Signed
 
 
@@ -178,6 +179,15 @@ class AttemptProgressed:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptMeasured:
+    """The job has reported its objective."""
+
+    job: JobId
+    epoch: int
+    metric: Metric
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptBegan:
     """The job's process runs."""
 
@@ -220,6 +230,7 @@ Event = (
     | TreeProgressed
     | TreeFailed
     | AttemptProgressed
+    | AttemptMeasured
     | AttemptBegan
     | AttemptFinished
 )

@@ -279,6 +279,8 @@ class Node:
                 return self.stewardship.tree_failed(job, code, reason)
             case ev.AttemptProgressed():
                 return self.attempts.progressed(event.job, event.epoch, event.phase, event.detail)
+            case ev.AttemptMeasured():
+                return self.attempts.measured(event.job, event.epoch, event.metric)
             case ev.AttemptBegan():
                 return self.attempts.began(event.job, event.epoch, event.started_wall_s)
             case ev.AttemptFinished():

@@ -68,6 +68,11 @@ def job_id(key: KeyId, nonce: bytes) -> JobId:
     return JobId(base32(hashlib.sha256(b"meshgpu job" + key.encode() + nonce).digest()[:RANDOM_ID_BYTES]))
 
 
+def trial_id(sweep: JobId, number: int) -> JobId:
+    """The id of a trial of a sweep: as nobody else's as the sweep's own."""
+    return JobId(base32(hashlib.sha256(b"meshgpu trial" + sweep.encode() + b"%d" % number).digest()[:RANDOM_ID_BYTES]))
+
+
 def display_name(name: str, job: JobId, characters: int = SUFFIX_CHARACTERS) -> str:
     """How people see a job: `train-k7q`."""
     return f"{name}-{job[:characters]}"

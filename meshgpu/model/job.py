@@ -6,6 +6,7 @@ from typing import Final
 
 from meshgpu.model.ids import Digest, HoldId, JobId, MeshId, NodeId, UserName
 from meshgpu.model.resources import GpuShare, Resources
+from meshgpu.model.sweep import Metric, Objective, Space, Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class JobSpec:
     issued_wall_s: Unix time; a steward accepts a spec 120 s old at most.
     image: the container image that the command runs in; empty for a process in a Python environment.
     cloud: whether it may leave the office. retries: how often it is started again after an attempt that died.
+    sweep: the space of which each trial is a job; None for a job of its own. objective: what it reports; None: nothing.
     """
 
     mesh: MeshId
@@ -61,6 +63,8 @@ class JobSpec:
     image: str = ""
     cloud: CloudUse = CloudUse.NEVER
     retries: int = 0
+    sweep: Space | None = None
+    objective: Objective | None = None
 
 
 class JobState(StrEnum):
@@ -108,7 +112,7 @@ class Result:
     """How an attempt ended. exit_code: the job's own, 128+n for signal n, None where no process ever ended.
 
     outcome: what the attempt came to, in a state of DESIGN §5. reason: one line, empty for a plain exit.
-    output_files, output_bytes: what it left under its working directory.
+    output_files, output_bytes: what it left under its working directory. metric: what it reported of its objective.
     """
 
     outcome: "AttemptState"
@@ -116,6 +120,7 @@ class Result:
     reason: str = ""
     output_files: int = 0
     output_bytes: int = 0
+    metric: Metric | None = None
 
 
 class AttemptState(StrEnum):
@@ -158,6 +163,7 @@ class Register:
     epoch counts attempts from 1; 0 before the first. node, hold, gpus belong to it. phase is None unless active.
     detail: what staging is doing, as people read it. reason: why the job waits, or why it ended as it did.
     heard_wall_s: when the node of this epoch last reported. Times are Unix seconds, None where not yet.
+    metric: what the newest attempt has reported of the job's objective. died: attempts that died after they started.
     """
 
     job: JobId
@@ -175,14 +181,21 @@ class Register:
     started_wall_s: float | None = None
     ended_wall_s: float | None = None
     heard_wall_s: float | None = None
+    metric: Metric | None = None
+    died: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as its user may see it: what was asked for, and the register as one steward holds it."""
+    """A job as its user may see it: what was asked for, and the register as one steward holds it.
+
+    trial: which point of the space of `sweep` it is; both None for a job of its own.
+    """
 
     spec: JobSpec
     register: Register
+    trial: Trial | None = None
+    sweep: JobSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +262,8 @@ class Draft:
     image: str = ""
     cloud: CloudUse | None = None
     retries: int = 0
+    sweep: Space | None = None
+    objective: Objective | None = None
 
 
 @dataclass(frozen=True, slots=True)

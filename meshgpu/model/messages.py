@@ -6,6 +6,7 @@ from meshgpu.model.gossip import Incarnation
 from meshgpu.model.ids import HoldId, JobId, NodeId
 from meshgpu.model.job import Phase, Register, Result
 from meshgpu.model.resources import GpuShare
+from meshgpu.model.sweep import Metric, Trial
 from meshgpu.model.trust import Head, Signed
 
 
@@ -63,11 +64,12 @@ class SubmitAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Steward to node: would you run this, as which epoch?"""
+    """Steward to node: would you run this, as which epoch? trial: which of a sweep, None for a job of its own."""
 
     job: JobId
     epoch: int
     spec: Signed
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class AttemptReport:
     started_wall_s: float | None
     ended_wall_s: float | None
     result: Result | None = None
+    metric: Metric | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,7 @@ class Cancel:
     epoch: int
     spec: Signed
     request: Signed
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +169,24 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class TrialView:
+    """A trial as its steward holds it."""
+
+    trial: Trial
+    register: Register
+
+
+@dataclass(frozen=True, slots=True)
 class SignedView:
-    """A job as its steward holds it; spec is signed by its user, so that no steward can invent a job."""
+    """A job as its steward holds it; spec is signed by its user, so that no steward can invent a job.
+
+    trial: for one trial, with the sweep's spec. trials: for a sweep in a list, all that have begun.
+    """
 
     spec: Signed
     register: Register
+    trial: Trial | None = None
+    trials: tuple[TrialView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

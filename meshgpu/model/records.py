@@ -6,6 +6,7 @@ from meshgpu.model.ids import Address, HoldId, JobId, MeshId, NodeId
 from meshgpu.model.job import AttemptState, Register, Result, StopMode
 from meshgpu.model.lending import Pause
 from meshgpu.model.resources import GpuShare
+from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import Signed
 
 
@@ -37,12 +38,13 @@ class PeerRecord:
 class JobRecord:
     """A job whose register this node holds as a steward; spec as the user signed it.
 
-    cancel: the user's signed JobRequest to stop or kill it, None without one.
+    cancel: the user's signed JobRequest to stop or kill it, None without one. trial: which of a sweep, None for none.
     """
 
     spec: Signed
     register: Register
     cancel: Signed | None
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class AttemptRecord:
     started_wall_s: float | None = None
     ended_wall_s: float | None = None
     preempted: str = ""
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from meshgpu.core import effects as fx
 from meshgpu.core.events import Event, MessageArrived
 from meshgpu.core.jobs.placement import find_room, lacking
 from meshgpu.core.owner import permission
+from meshgpu.core.sweep import expand, trial_spec
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.gossip import Allocation, GossipValue
 from meshgpu.model.ids import GpuId, HoldId, JobId, NodeId
@@ -224,6 +225,8 @@ class Invariants:
         if register.stop is not None and register.job not in self.ledger.stops_asked:
             self._fail(f"{register.job} is stopped, but its user did not ask for it")
         if not isinstance(before, JobRecord):
+            if record.trial is not None:
+                self._check_parallel(machine, record)
             if register.epoch or register.state is not JobState.QUEUED:
                 self._fail(f"the first register of {register.job} on disk is {register}")
             return
@@ -234,6 +237,14 @@ class Invariants:
             self._check_new_epoch(was, register)
         if register.state.is_final and not was.state.is_final:
             self._check_final(register)
+
+    def _check_parallel(self, machine: Machine, record: JobRecord) -> None:
+        """A trial begins: no more of them at a time than its user wants, whatever became of the steward between."""
+        records = [r for r in machine.disk.values() if isinstance(r, JobRecord) and r.spec == record.spec]
+        running = sum(r.trial is not None and not r.register.state.is_final for r in records)
+        sweep = next(self.ledger.submitted[r.register.job].sweep for r in records if r.trial is None)
+        if sweep is None or running >= sweep.parallel:
+            self._fail(f"{record.register.job} begins beside {running} trials of {sweep}")
 
     def _check_new_epoch(self, was: Register, register: Register) -> None:
         if register.epoch != was.epoch + 1 or was.state is not JobState.QUEUED:
@@ -249,6 +260,11 @@ class Invariants:
             self._fail(f"{register.job}/{register.epoch} was sent away, but is recorded as {register.state}")
         if register.state is JobState.CANCELLED and register.job not in self.ledger.stops_asked:
             self._fail(f"{register.job} is cancelled, but its user did not ask for it")
+        for trial in trials_of(self.ledger.submitted[register.job]):
+            found = self._register(trial.job, trial.stewards[0])
+            must = register.state is not JobState.CANCELLED
+            if (found is None and must) or (found is not None and not found.state.is_final):
+                self._fail(f"the sweep {register.job} is {register.state}, but of its trials {trial.job} is {found}")
         if register.result is not None and register.result.outcome is AttemptState.EXITED:
             true = self.ledger.results.get((register.job, register.epoch))
             if true != register.result:
@@ -285,19 +301,28 @@ class Invariants:
             self._check_held(job)
 
     def _job_unsettled(self, job: JobId, away: set[NodeId]) -> str:
-        confirmed = self.ledger.confirmed[job]
-        register = self._register(job, confirmed.steward)
-        if confirmed.steward in away or register is None:
+        spec = self.ledger.submitted[job]
+        steward = self.ledger.machines[spec.stewards[0]]
+        register = self._register(job, steward.node)
+        if steward.node in away or register is None or steward.agent is None:
             return ""
-        steward = self.ledger.machines[confirmed.steward].agent
-        view = steward.stewardship.view(job) if steward else None
+        view = steward.agent.stewardship.view(job)
         if view is None:
             self._fail(f"{job} is on its steward's disk, but its steward does not know it")
         if view.register.state.is_final or (view.register.node in away and view.register.state in UNSETTLED_STATES):
             return ""
         if view.register.state is JobState.QUEUED and view.register.reason and self._must_wait(view, away):
             return ""
+        begun = [trial.job for trial in trials_of(spec) if steward.agent.stewardship.view(trial.job)]
+        if begun and register.state is not JobState.QUEUED:
+            is_waiting = any(not self._is_final(trial, steward.node) for trial in begun)
+            stuck = "" if is_waiting else f"the sweep {job} goes on, but none of its trials does"
+            return next(filter(None, (self._job_unsettled(trial, away) for trial in begun)), stuck)
         return f"{job} is {view.register}"
+
+    def _is_final(self, job: JobId, steward: NodeId) -> bool:
+        register = self._register(job, steward)
+        return register is not None and register.state.is_final
 
     def _must_wait(self, view: JobView, away: set[NodeId]) -> bool:
         """Whether no machine that is there could ever run the job."""
@@ -323,6 +348,11 @@ class Invariants:
 
     def _fail(self, message: str) -> NoReturn:
         raise BrokenInvariant(message, tuple(self._story))
+
+
+def trials_of(spec: JobSpec) -> list[JobSpec]:
+    """Every trial of a sweep, as its steward must make them; none of a job of its own."""
+    return [trial_spec(spec, expand(spec.sweep, n)) for n in range(1, spec.sweep.trials + 1)] if spec.sweep else []
 
 
 def _too_small(view: JobView, inventory: Inventory) -> str:

@@ -1,6 +1,6 @@
 """What people do in a simulated office: run, stop, kill, watch and list, from whatever machine they sit at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from meshgpu.core.effects import Answered
@@ -8,7 +8,8 @@ from meshgpu.core.events import ActionAsked, JobsAsked, RunAsked, WatchStarted, 
 from meshgpu.model.ids import Digest, KeyId, UserName, digest
 from meshgpu.model.job import Action, Draft, EnvironmentRequest, JobView
 from meshgpu.model.resources import GB, NO_GPU, GpuRequest, Resources
-from meshgpu.sim.invariants import Ledger
+from meshgpu.model.sweep import Method, Param, Space
+from meshgpu.sim.invariants import Ledger, trials_of
 from meshgpu.sim.machine import Machine
 from meshgpu.sim.timeline import Timeline
 
@@ -48,13 +49,34 @@ class People:
         named = rng.choice(sorted(m.setup.name for m in self.ledger.machines.values())) if rng.random() < 0.4 else ""
         self.run(machine, key, named, None if gpus is None else Resources(gpus, cpus))
 
-    def run(self, machine: Machine, key: KeyId, named: str, resources: Resources | None, name: str = "train") -> str:
+    def sweep_something(self) -> None:
+        """A sweep from a random machine that is on."""
+        rng = self.timeline.rng
+        found = self._seat()
+        if found is not None:
+            trials = rng.randrange(2, 9)
+            space = Space(Method.RANDOM, (Param("lr", (), 1e-4, 1e-1, True),), trials, rng.randrange(1, 5), 1)
+            machine, _, key = found
+            self.run(machine, key, "", Resources(rng.choice((NO_GPU, GpuRequest(1)))), space=space)
+
+    def run(
+        self,
+        machine: Machine,
+        key: KeyId,
+        named: str,
+        resources: Resources | None,
+        name: str = "train",
+        space: Space | None = None,
+    ) -> str:
         """Submit at `machine`; returns the query."""
         self.queries += 1
         query = f"run{self.queries}"
         tree = digest(query.encode())
         machine.trees.add(tree)
-        machine.post(RunAsked(query, key, draft(name, named, resources, tree)))
+        asked = draft(name, named, resources, tree)
+        if space is not None:
+            asked = replace(asked, command=(*asked.command, "{lr}"), sweep=space, retries=2)
+        machine.post(RunAsked(query, key, asked))
         return query
 
     def end_something(self, action: Action) -> None:
@@ -70,7 +92,7 @@ class People:
 
     def end(self, machine: Machine, key: KeyId, view: JobView, action: Action) -> None:
         self.queries += 1
-        self.ledger.stops_asked.add(view.spec.job)
+        self.ledger.stops_asked |= {view.spec.job, *(trial.job for trial in trials_of(view.spec))}
         machine.post(ActionAsked(f"end{self.queries}", key, action, view.spec.job, view.spec.stewards[0]))
 
     def watch_something(self) -> None:

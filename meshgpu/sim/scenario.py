@@ -15,12 +15,13 @@ RUSH: Final = 0.4
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """trouble_s: how long faults and load go on. settle_s: how long all may take to come to rest after that.
-    jobs, stops, watches: how often people do what. lies: messages of an intruder in a fifth of all worlds.
+    jobs, sweeps, stops, watches: how often people do what. lies: messages of an intruder in a fifth of all worlds.
     """
 
     trouble_s: float = 40.0
     settle_s: float = 240.0
     jobs: int = 24
+    sweeps: int = 0
     stops: int = 4
     watches: int = 3
     lies: int = 300
@@ -32,6 +33,10 @@ OWNERS: Final = Scenario(
     faults=FaultRates(owners=12.0), world=WorldConfig(executor=ExecutorTiming(long=0.6, stubborn=0.5))
 )
 """Owners come back again and again to machines where jobs run long and do not like to leave."""
+
+
+SWEEPS: Final = Scenario(jobs=6, sweeps=6, faults=FaultRates(crashes=5.0, crashes_at_write=8.0))
+"""Sweeps whose stewards crash again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,8 @@ def simulate(seed: int, scenario: Scenario | None = None) -> Outcome:
     for _ in range(scenario.jobs):
         is_rush = rng.random() < RUSH
         at(rush_s if is_rush else rng.uniform(0.5, scenario.trouble_s), world.people.run_something)
+    for _ in range(scenario.sweeps):
+        at(rng.uniform(0.5, scenario.trouble_s / 2), world.people.sweep_something)
     for _ in range(scenario.stops):
         action = rng.choice((Action.STOP, Action.KILL))
         at(rng.uniform(3.0, scenario.trouble_s), lambda action=action: world.people.end_something(action))  # type: ignore[misc]  # mypy cannot type bound defaults

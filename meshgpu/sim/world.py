@@ -13,7 +13,7 @@ from meshgpu.model.job import AttemptPlan, JobSpec, Result
 from meshgpu.sim.fakes import ExecutorTiming
 from meshgpu.sim.faults import Faults
 from meshgpu.sim.intruder import Intruder
-from meshgpu.sim.invariants import Invariants
+from meshgpu.sim.invariants import Invariants, trials_of
 from meshgpu.sim.load import People
 from meshgpu.sim.machine import Machine
 from meshgpu.sim.network import Network
@@ -123,6 +123,8 @@ class World:
     def _signed(self, value: object) -> None:
         if isinstance(value, JobSpec):
             self.ledger.submitted[value.job] = value
+            for trial in trials_of(value):
+                self.ledger.submitted[trial.job] = trial
         elif isinstance(value, GossipEntry):
             self.ledger.said.setdefault(value.owner, set()).add(value.value)
 

@@ -16,7 +16,20 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
 from meshgpu.errors import BrokenInvariant, MeshgpuError
-from meshgpu.model import bulk, cloud, gossip, inventory, job, lending, messages, pairing, records, resources, trust
+from meshgpu.model import (
+    bulk,
+    cloud,
+    gossip,
+    inventory,
+    job,
+    lending,
+    messages,
+    pairing,
+    records,
+    resources,
+    sweep,
+    trust,
+)
 from meshgpu.model.ids import Digest, JobId, MeshId
 from meshgpu.wire.v1 import (
     bulk_pb2,
@@ -30,6 +43,7 @@ from meshgpu.wire.v1 import (
     pairing_pb2,
     records_pb2,
     resources_pb2,
+    sweep_pb2,
     trust_pb2,
 )
 
@@ -47,6 +61,7 @@ _MODULES: Final = (
     (inventory, inventory_pb2),
     (gossip, gossip_pb2),
     (lending, lending_pb2),
+    (sweep, sweep_pb2),
     (job, job_pb2),
     (messages, messages_pb2),
     (pairing, pairing_pb2),

@@ -1,12 +1,13 @@
 """The checker bites: bugs planted in the core are found within a few seeds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 import pytest
 
 from meshgpu.core.effects import Effect, Persist, Send
 from meshgpu.core.jobs import attempts as attempts_module
+from meshgpu.core.jobs import sweeps
 from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.jobs.attempts import Attempts
 from meshgpu.core.jobs.held_job import HeldJob
@@ -15,6 +16,7 @@ from meshgpu.core.jobs.steward import Stewardship
 from meshgpu.core.jobs.submission import Submissions
 from meshgpu.core.node import Node
 from meshgpu.core.owner import Owner, Permission
+from meshgpu.core.sweep import expand
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.clock import Now
@@ -22,9 +24,11 @@ from meshgpu.model.gossip import GossipEntry
 from meshgpu.model.ids import JobId, NodeId
 from meshgpu.model.job import AttemptState, JobRequest, JobState, Register, Result
 from meshgpu.model.messages import Activate, AttemptReport, CommitAnswer, ReportAck, SubmitAnswer
+from meshgpu.model.records import JobRecord
+from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import Signed
 from meshgpu.sim.fakes import ToyNotary
-from meshgpu.sim.scenario import OWNERS, Scenario, simulate
+from meshgpu.sim.scenario import OWNERS, SWEEPS, Scenario, simulate
 from meshgpu.sim.world import WorldConfig
 
 SEEDS = 120
@@ -186,6 +190,32 @@ def test_steward_that_takes_a_preempted_job_for_a_finished_one_is_caught(monkeyp
 
     monkeypatch.setattr(Attempts, "finished", forgetful)
     find("was sent away, but is recorded as", scenario=OWNERS)
+
+
+def test_steward_that_begins_all_trials_at_once_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hasty(sweep: HeldJob, trials: Collection[HeldJob]) -> list[Trial]:
+        assert sweep.spec.sweep is not None
+        return [expand(sweep.spec.sweep, n) for n in range(len(trials) + 1, sweep.spec.sweep.trials + 1)]
+
+    monkeypatch.setattr(sweeps, "beginning", hasty)
+    find("begins beside", scenario=SWEEPS)
+
+
+def test_steward_that_ends_a_sweep_before_its_trials_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "ending", lambda _sweep, _trials: (JobState.SUCCEEDED, ""))
+    find("but of its trials", scenario=SWEEPS)
+
+
+def test_steward_that_forgets_its_sweeps_at_restart_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Stewardship.restore
+
+    def forgetful(self: Stewardship, now: Now, records: Iterable[JobRecord]) -> list[Effect]:
+        effects = original(self, now, records)
+        self._trials.clear()
+        return effects
+
+    monkeypatch.setattr(Stewardship, "restore", forgetful)
+    find("epochs of .* jump|begins beside|not at rest", scenario=SWEEPS)
 
 
 # -- what an intruder finds --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from meshgpu.errors import BrokenInvariant
 from meshgpu.sim.faults import FaultRates
-from meshgpu.sim.scenario import OWNERS, Outcome, Scenario, simulate
+from meshgpu.sim.scenario import OWNERS, SWEEPS, Outcome, Scenario, simulate
 
 FAST_SEEDS = 60
 ALL_SEEDS = 1000
@@ -41,6 +41,15 @@ def test_owners_get_their_machines_back_and_no_job_is_lost(first: int) -> None:
     for seed in range(first, first + (10 if first < 20 else 80)):
         left += len(check(seed, OWNERS).world.invariants.ledger.preempted)
     assert left > 10  # else this proves nothing
+
+
+@pytest.mark.parametrize("first", [0, 10, pytest.param(20, marks=pytest.mark.slow)])
+def test_no_trial_is_lost_or_doubled_when_the_stewards_of_sweeps_crash(first: int) -> None:
+    ended = 0
+    for seed in range(first, first + (10 if first < 20 else 80)):
+        ledger = check(seed, SWEEPS).world.invariants.ledger
+        ended += sum(spec.sweep is not None and job in ledger.confirmed for job, spec in ledger.submitted.items())
+    assert ended > 30  # else this proves nothing
 
 
 @pytest.mark.slow

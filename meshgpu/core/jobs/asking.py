@@ -7,13 +7,15 @@ from typing import Final
 
 from meshgpu.core.effects import Answered, Effect, Send, TellWatchers
 from meshgpu.core.statemachine import earliest
+from meshgpu.core.sweep import trial_spec
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import JobId, KeyId, NodeId, UserName, base32
-from meshgpu.model.job import Action, JobRequest, JobView, Register
+from meshgpu.model.job import Action, JobRequest, JobSpec, JobView, Register
 from meshgpu.model.messages import Answer, Ask, JobUpdate, SignedView
+from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import Notary, Signed
 
 _WATCH: Final = "watch-"
@@ -117,11 +119,12 @@ class Asking:
         found: list[JobView] = []
         for view in views:
             try:
-                spec = self._rules.verify_spec(view.spec)
+                asked = self._rules.verify_spec(view.spec)
+                own = JobView(asked, view.register) if view.trial is None else _trial(asked, view.trial, view.register)
+                trials = [_trial(asked, trial.trial, trial.register) for trial in view.trials]
             except TrustError:
                 continue
-            if node in spec.stewards and view.register.job == spec.job:
-                found.append(JobView(spec, view.register))
+            found.extend(v for v in (own, *trials) if node in v.spec.stewards and v.register.job == v.spec.job)
         return found
 
     def _is_steward_of(self, node: NodeId, register: Register) -> bool:
@@ -179,3 +182,8 @@ class Asking:
             reason = f"cannot {question.action} the job: {name}, which holds it, did not answer"
             return [Answered(query, silent=silent, code="no-answer", reason=reason, hint="meshgpu machines")]
         return [Answered(query, tuple(question.views))]
+
+
+def _trial(sweep: JobSpec, trial: Trial, register: Register) -> JobView:
+    """Raises TrustError where it lies outside the sweep."""
+    return JobView(trial_spec(sweep, trial), register, trial, sweep)

@@ -21,6 +21,7 @@ from meshgpu.model.job import (
 from meshgpu.model.messages import AttemptReport
 from meshgpu.model.records import AttemptRecord
 from meshgpu.model.resources import GpuShare
+from meshgpu.model.sweep import Metric, Trial
 from meshgpu.model.trust import Signed
 
 STORY_LENGTH: Final = 16
@@ -30,6 +31,7 @@ STORY_LENGTH: Final = 16
 class Attempt:
     """Mutable, owned by `Attempts`. due: `boot_s` of the next thing to do; what that is follows from the state.
 
+    trial: which of a sweep, None for a job of its own. metric: what the job has reported of its objective.
     preempted: why the machine's owner wants it gone, empty where he does not. kill_at: `boot_s` at which it must be.
     """
 
@@ -47,6 +49,8 @@ class Attempt:
     stop: StopMode | None = None
     preempted: str = ""
     kill_at: float | None = None
+    trial: Trial | None = None
+    metric: Metric | None = None
     result: Result | None = None
     started_wall_s: float | None = None
     ended_wall_s: float | None = None
@@ -92,6 +96,7 @@ class Attempt:
             self.started_wall_s,
             self.ended_wall_s,
             self.preempted,
+            self.trial,
         )
         return Persist("attempt", f"{self.spec.job}/{self.epoch}", record)
 
@@ -104,5 +109,6 @@ class Attempt:
             self.started_wall_s,
             self.ended_wall_s,
             self.result,
+            self.metric,
         )
         return Send(self.steward, report)

@@ -35,6 +35,7 @@ from meshgpu.model.messages import (
     ReportAck,
 )
 from meshgpu.model.records import AttemptRecord
+from meshgpu.model.sweep import Metric
 from meshgpu.model.trust import Notary
 
 HOLDS_LIMIT: Final = 256
@@ -107,9 +108,17 @@ class Attempts:
         return effects
 
     def _from_record(self, now: Now, record: AttemptRecord) -> Attempt:
-        spec = self._rules.verify_spec(record.spec)
+        spec = self._rules.verify_job(record.spec, record.trial)
         attempt = Attempt(
-            spec, record.spec, record.epoch, record.state, record.gpus, record.hold, spec.stewards[0], now.boot_s
+            spec,
+            record.spec,
+            record.epoch,
+            record.state,
+            record.gpus,
+            record.hold,
+            spec.stewards[0],
+            now.boot_s,
+            trial=record.trial,
         )
         attempt.accepted_at = now.boot_s
         attempt.stop, attempt.result = record.stop, record.result
@@ -132,7 +141,7 @@ class Attempts:
 
     def offered(self, now: Now, steward: NodeId, offer: Offer) -> list[Effect]:
         try:
-            spec = self._rules.verify_spec(offer.spec)
+            spec = self._rules.verify_job(offer.spec, offer.trial)
         except TrustError as error:
             return [Reject(steward, error.message), _refuse(steward, offer, error.message)]
         refusal = self._offer_refusal(steward, offer, spec)
@@ -146,7 +155,7 @@ class Attempts:
         hold = HoldId(random_id(self._rng.randbytes(RANDOM_ID_BYTES)))
         ends = now.boot_s + self._timing.hold_s
         self._live[spec.job, offer.epoch] = Attempt(
-            spec, offer.spec, offer.epoch, AttemptState.HELD, room.gpus, hold, steward, ends
+            spec, offer.spec, offer.epoch, AttemptState.HELD, room.gpus, hold, steward, ends, trial=offer.trial
         )
         return [Send(steward, OfferAnswer(spec.job, offer.epoch, hold, room.gpus))]
 
@@ -230,8 +239,9 @@ class Attempts:
 
     def cancelled(self, now: Now, steward: NodeId, cancel: Cancel) -> list[Effect]:
         try:
-            spec = self._rules.verify_spec(cancel.spec)
-            request = self._rules.verify_cancel(cancel.request, spec)
+            spec = self._rules.verify_job(cancel.spec, cancel.trial)
+            asked = self._rules.verify_spec(cancel.spec)
+            request = self._rules.verify_cancel(cancel.request, spec, asked.job)
         except TrustError as error:
             return [Reject(steward, error.message)]
         attempt = self._of_steward(steward, cancel.job, cancel.epoch)
@@ -259,6 +269,14 @@ class Attempts:
                 attempt.due = now.boot_s
 
     # -- what the executor says ---------------------------------------------------------------------------------------
+
+    def measured(self, job: JobId, epoch: int, metric: Metric) -> list[Effect]:
+        """The job has reported its objective."""
+        attempt = self._live.get((job, epoch))
+        if attempt is None or attempt.state not in MAY_LIVE or attempt.metric == metric:
+            return []
+        attempt.metric = metric
+        return [attempt.report()]
 
     def progressed(self, job: JobId, epoch: int, phase: Phase, detail: str) -> list[Effect]:
         attempt = self._live.get((job, epoch))

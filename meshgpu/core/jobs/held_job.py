@@ -9,6 +9,7 @@ from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.job import JobSpec, JobState, PlacingVote, Register
 from meshgpu.model.messages import Cancel, Commit, JobUpdate, Offer, OfferAnswer, SignedView
 from meshgpu.model.records import JobRecord
+from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import Notary, Signed
 
 
@@ -18,6 +19,7 @@ class HeldJob:
 
     offers, ranked, round, refused: the offers under way, belonging to `Offering`. cancel: the user's signed request to
     end it. unstarted: attempts that died before they started. watchers: {peer: boot_s until which it is told}.
+    trial, sweep: which of which sweep it is; None for a job of its own.
     """
 
     spec: JobSpec
@@ -31,13 +33,15 @@ class HeldJob:
     cancel: Signed | None = None
     unstarted: int = 0
     watchers: dict[NodeId, float] = field(default_factory=dict)
+    trial: Trial | None = None
+    sweep: JobSpec | None = None
 
     @property
     def state(self) -> JobState:
         return self.register.state
 
     def view(self) -> SignedView:
-        return SignedView(self.signed, self.register)
+        return SignedView(self.signed, self.register, self.trial)
 
     def change(self, now: Now, *, durable: bool = True, **changes: object) -> list[Effect]:
         """Compare-and-set of the register; watchers are told. A final register never changes."""
@@ -46,14 +50,16 @@ class HeldJob:
         self.register = replace(self.register, **changes)  # type: ignore[arg-type]  # names and types are Register's
         effects: list[Effect] = []
         if durable:
-            effects.append(Persist("job", self.spec.job, JobRecord(self.signed, self.register, self.cancel)))
+            effects.append(
+                Persist("job", self.spec.job, JobRecord(self.signed, self.register, self.cancel, self.trial))
+            )
         self.watchers = {peer: until for peer, until in self.watchers.items() if until > now.boot_s}
         effects.extend(Send(peer, JobUpdate(self.register)) for peer in self.watchers)
         return effects
 
     def offer(self) -> Offer:
         """For the epoch after the last one that was spent."""
-        return Offer(self.spec.job, self.register.epoch + 1, self.signed)
+        return Offer(self.spec.job, self.register.epoch + 1, self.signed, self.trial)
 
     def commit(self, notary: Notary, steward: NodeId) -> Commit:
         """The attempt ticket for the node and hold that the register names, with this steward's vote."""
@@ -76,4 +82,5 @@ class HeldJob:
         """Tell the attempt's node what the user asked for; to be repeated until it confirms."""
         if self.cancel is None or self.register.node is None:
             return []
-        return [Send(self.register.node, Cancel(self.spec.job, self.register.epoch, self.signed, self.cancel))]
+        order = Cancel(self.spec.job, self.register.epoch, self.signed, self.cancel, self.trial)
+        return [Send(self.register.node, order)]

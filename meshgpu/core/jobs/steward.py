@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
+from meshgpu.core.jobs import sweeps
 from meshgpu.core.jobs.held_job import HeldJob
 from meshgpu.core.jobs.offering import Offering, OfferTiming
 from meshgpu.core.jobs.placement import Candidate, Guest
 from meshgpu.core.statemachine import earliest
+from meshgpu.core.sweep import check_space, trial_spec
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
-from meshgpu.errors import TrustError
+from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Digest, JobId, NodeId, UserName
 from meshgpu.model.job import (
@@ -44,6 +46,7 @@ from meshgpu.model.messages import (
     SignedView,
     Submit,
     SubmitAnswer,
+    TrialView,
 )
 from meshgpu.model.records import JobRecord
 from meshgpu.model.trust import Notary, Signed
@@ -63,8 +66,12 @@ REASON_CHARACTERS: Final = 2_000
 VIEWS_LIMIT_BYTES: Final = 700_000
 """Of the specs in one answer, newest first: with their registers they fit a frame of 1 MiB."""
 
-REGISTER_BYTES: Final = 6_000
-"""What a register with its detail and reason adds to its spec in an answer, at most."""
+REGISTER_BYTES: Final = 600
+GPU_BYTES: Final = 60
+"""What a register, and a GPU in it, add to their spec in an answer, besides what people read."""
+
+TRIAL_REASON_CHARACTERS: Final = 200
+"""Of why a trial waits or failed, in a list; asked for alone it tells all."""
 
 UNSTARTED_TRIES: Final = 3
 """Attempts that may die before they start (a machine that reboots) before the job is given up."""
@@ -108,6 +115,7 @@ class Stewardship:
         self._offering = Offering(rng, candidates, timing.offers)
         self._jobs: dict[JobId, HeldJob] = {}
         self._final: dict[JobId, HeldJob] = {}
+        self._trials: dict[JobId, dict[int, HeldJob]] = {}
         self._sweep_at: float | None = None
 
     def restore(self, now: Now, records: Iterable[JobRecord]) -> list[Effect]:
@@ -116,37 +124,52 @@ class Stewardship:
         effects: list[Effect] = []
         for record in records:
             try:
-                spec = self._rules.verify_spec(record.spec)
+                asked = self._rules.verify_spec(record.spec)
+                spec = asked if record.trial is None else trial_spec(asked, record.trial)
             except TrustError as error:
                 effects.append(Reject(self._node, error.message))
                 continue
-            job = HeldJob(spec, record.spec, record.register, due=now.boot_s, cancel=record.cancel)
+            job = HeldJob(spec, record.spec, record.register, now.boot_s, cancel=record.cancel, trial=record.trial)
+            if record.trial is not None:
+                job.sweep = asked
+                self._trials.setdefault(asked.job, {})[record.trial.number] = job
             if record.register.state in (JobState.ACTIVE, JobState.UNKNOWN):
                 job.due = now.boot_s + self._timing.silence_s
+            if spec.sweep is not None:
+                job.due = None  # its trials have their own
             (self._final if record.register.state.is_final else self._jobs)[spec.job] = job
+        for job in [job for job in self._jobs.values() if job.spec.sweep is not None]:
+            effects += self._drive(now, job)
         return effects
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def view(self, job: JobId) -> JobView | None:
         found = self._jobs.get(job) or self._final.get(job)
-        return JobView(found.spec, found.register) if found else None
+        return JobView(found.spec, found.register, found.trial, found.sweep) if found else None
 
     def views_of(self, user: UserName) -> tuple[SignedView, ...]:
+        """The user's jobs, newest first, as many as fit a frame; trials are told with their sweep."""
         mine = [
             job
             for job in (*self._final.values(), *self._jobs.values())
-            if job.spec.user == user and job.state is not JobState.DRAFT
+            if job.spec.user == user and job.state is not JobState.DRAFT and job.trial is None
         ]
         mine.sort(key=lambda job: (-job.register.submitted_wall_s, job.spec.job))
         room = VIEWS_LIMIT_BYTES
         views = []
         for job in mine:
-            room -= len(job.signed.payload) + REGISTER_BYTES
+            view = replace(job.view(), trials=self._trial_views(job.spec.job))
+            room -= len(view.spec.payload) + sum(map(_size, (view.register, *(t.register for t in view.trials))))
             if room < 0:
                 break
-            views.append(job.view())
+            views.append(view)
         return tuple(views)
+
+    def _trial_views(self, sweep: JobId) -> tuple[TrialView, ...]:
+        """Short enough that a whole sweep fits a frame."""
+        trials = sorted(self._trials.get(sweep, {}).items())
+        return tuple(TrialView(job.trial, _brief(job.register)) for _, job in trials if job.trial is not None)
 
     def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
         """The job's tree, if `peer` runs the job now."""
@@ -164,7 +187,7 @@ class Stewardship:
         try:
             spec = self._rules.verify_fresh_spec(submit.spec, now)
             self._check_acceptable(spec, peer, submit)
-        except TrustError as error:
+        except MeshgpuError as error:
             answer = SubmitAnswer(submit.job, held=False, code=error.code, reason=error.message)
             return [Reject(peer, error.message), Send(peer, answer)]
         register = Register(spec.job, JobState.DRAFT, submitted_wall_s=now.wall_s)
@@ -179,10 +202,37 @@ class Stewardship:
         if sum(job.spec.user == spec.user for job in self._jobs.values()) >= UNFINISHED_LIMIT:
             raise TrustError("too-many-jobs", f"cannot hold a job: {UNFINISHED_LIMIT} of yours are here already")
         held = (*self._jobs.values(), *self._final.values())
-        if sum(len(job.signed.payload) for job in held if job.spec.user == spec.user) >= USER_LIMIT_BYTES:
+        if (
+            sum(len(job.signed.payload) for job in held if job.spec.user == spec.user and job.trial is None)
+            >= USER_LIMIT_BYTES
+        ):
             raise TrustError("too-many-jobs", "cannot hold a job: your jobs of the last 30 days fill what is kept here")
+        if spec.sweep is not None:
+            check_space(spec.sweep, spec.command)
         if len(submit.spec.payload) > SPEC_LIMIT_BYTES:
             raise TrustError("too-large", f"cannot hold a job: its request has more than {SPEC_LIMIT_BYTES} bytes")
+
+    # -- sweeps -------------------------------------------------------------------------------------------------------
+
+    def _drive(self, now: Now, sweep: HeldJob) -> list[Effect]:
+        """Begin the trials that are due, or end the sweep; to be asked whenever one of its trials ends."""
+        trials = self._trials.setdefault(sweep.spec.job, {})
+        effects: list[Effect] = []
+        for trial in sweeps.beginning(sweep, trials.values()):
+            spec = trial_spec(sweep.spec, trial)
+            register = Register(spec.job, JobState.DRAFT, submitted_wall_s=now.wall_s)
+            job = HeldJob(spec, sweep.signed, register, trial=trial, sweep=sweep.spec)
+            trials[trial.number] = self._jobs[spec.job] = job
+            effects += job.change(now, state=JobState.QUEUED)
+            self._offering.retry_at = now.boot_s
+        if end := sweeps.ending(sweep, trials.values()):
+            return [*effects, *self._finish(now, sweep, end[0], None, None, end[1])]
+        if sweep.state is JobState.QUEUED:
+            effects += sweep.change(now, state=JobState.ACTIVE, started_wall_s=now.wall_s)
+            sweep.due = None
+        return effects
+
+    # -- while the tree comes -----------------------------------------------------------------------------------------
 
     def tree_progressed(self, job: JobId, done_bytes: int, total_bytes: int) -> list[Effect]:
         found = self._jobs.get(job)
@@ -205,6 +255,7 @@ class Stewardship:
         effects = found.change(now, state=JobState.QUEUED)
         return [
             *effects,
+            *(self._drive(now, found) if found.spec.sweep is not None else ()),
             Send(found.spec.submitter, SubmitAnswer(job, held=True)),
             *self._offering.place_waiting(now, self._jobs.values()),
         ]
@@ -255,9 +306,18 @@ class Stewardship:
             return [Send(node, Fence(answer.job, answer.epoch))]
         return []
 
-    def _requeue(self, now: Now, job: HeldJob, reason: str) -> list[Effect]:
+    def _requeue(self, now: Now, job: HeldJob, reason: str, died: int = 0) -> list[Effect]:
         """The attempt is over and nothing of it lives: its epoch is spent, the job waits again."""
-        effects = job.change(now, state=JobState.QUEUED, phase=None, detail="", started_wall_s=None, reason=reason)
+        effects = job.change(
+            now,
+            state=JobState.QUEUED,
+            phase=None,
+            detail="",
+            started_wall_s=None,
+            reason=reason,
+            metric=None,
+            died=job.register.died + died,
+        )
         job.due = self._offering.soon(now)
         return effects
 
@@ -288,6 +348,7 @@ class Stewardship:
             detail=report.detail,
             started_wall_s=report.started_wall_s,
             heard_wall_s=now.wall_s,
+            metric=report.metric,
         )
 
     def _answer_stale(self, node: NodeId, report: AttemptReport) -> list[Effect]:
@@ -308,6 +369,8 @@ class Stewardship:
             return self._finish(now, job, state, report, result, result.reason)
         if result.outcome is AttemptState.PREEMPTED:
             return self._requeue(now, job, result.reason)
+        if report.started_wall_s is not None and register.died < job.spec.retries:
+            return self._requeue(now, job, result.reason, died=1)
         if report.started_wall_s is None:
             job.unstarted += 1
             if job.unstarted < UNSTARTED_TRIES:
@@ -323,12 +386,15 @@ class Stewardship:
             phase=None,
             result=result,
             reason=reason,
-            started_wall_s=report.started_wall_s if report else None,
+            started_wall_s=report.started_wall_s if report else job.register.started_wall_s,
+            metric=result.metric if result else job.register.metric,
             ended_wall_s=(report.ended_wall_s if report else None) or now.wall_s,
         )
         job.due = None
         job.cancel = None
         self._final[job.spec.job] = self._jobs.pop(job.spec.job)
+        if job.sweep is not None and (sweep := self._jobs.get(job.sweep.job)) is not None:
+            effects += self._drive(now, sweep)
         return effects
 
     # -- what users ask -----------------------------------------------------------------------------------------------
@@ -364,12 +430,21 @@ class Stewardship:
         register = job.register
         if register.state.is_final or register.state is JobState.DRAFT or register.stop is StopMode.KILL:
             return []
+        if job.spec.sweep is not None:
+            return self._stop_sweep(now, job, mode, signed)
         if register.state is JobState.QUEUED:
             return self._finish(now, job, JobState.CANCELLED, None, None, "stopped before it started")
         job.cancel = signed
         job.due = now.boot_s + self._timing.cancel_s
         effects = job.change(now, state=JobState.CANCELLING, stop=mode)
         return [*effects, *job.cancel_order()]
+
+    def _stop_sweep(self, now: Now, sweep: HeldJob, mode: StopMode, signed: Signed) -> list[Effect]:
+        """Ends all trials that have not ended, then the sweep."""
+        effects = sweep.change(now, state=JobState.CANCELLING, stop=mode)
+        for trial in list(self._trials[sweep.spec.job].values()):
+            effects += self._stop(now, trial, mode, signed)
+        return effects if sweep.state.is_final else [*effects, *self._drive(now, sweep)]
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -416,6 +491,7 @@ class Stewardship:
         ]
         for job in old:
             del self._final[job]
+            self._trials.pop(job, None)
         return [Persist("job", job, None) for job in old]
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -423,6 +499,17 @@ class Stewardship:
     def _name(self, node: NodeId | None) -> str:
         member = self._log.members.get(node) if node else None
         return member.name if member else "the machine"
+
+
+def _brief(register: Register) -> Register:
+    result = register.result and replace(register.result, reason="")
+    return replace(register, detail="", reason=register.reason[:TRIAL_REASON_CHARACTERS], result=result)
+
+
+def _size(register: Register) -> int:
+    """Bytes of a register on the wire, at most: its reason is told twice, in its result as well."""
+    words = 2 * len((register.detail + register.reason).encode())
+    return REGISTER_BYTES + words + GPU_BYTES * len(register.gpus)
 
 
 def _clipped(report: AttemptReport) -> AttemptReport:

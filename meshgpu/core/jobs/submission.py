@@ -8,6 +8,7 @@ from typing import Final
 from meshgpu.core.effects import Answered, Effect, QueryProgressed, Send
 from meshgpu.core.jobs.placement import Candidate, Guest, explain, nearest_name, never_fits, rank
 from meshgpu.core.statemachine import earliest
+from meshgpu.core.sweep import check_space
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import Now
@@ -120,6 +121,8 @@ class Submissions:
 
     def _resolve(self, now: Now, user: UserKey, draft: Draft) -> JobSpec:
         assert self._log.mesh is not None
+        if draft.sweep is not None:
+            check_space(draft.sweep, draft.command)
         machine = self._machine(draft.machine) if draft.machine else None
         guest = Guest(user.user, draft.image)
         candidates = self._candidates(guest, machine.node if machine else None)
@@ -147,6 +150,8 @@ class Submissions:
             draft.image,
             draft.cloud or CloudUse.NEVER,
             draft.retries,
+            draft.sweep,
+            draft.objective,
         )
 
     def _machine(self, name: str) -> Member:

@@ -2,11 +2,13 @@
 
 from typing import Final
 
+from meshgpu.core.sweep import trial_spec
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
-from meshgpu.model.ids import KeyId, NodeId, job_id
+from meshgpu.model.ids import JobId, KeyId, NodeId, job_id
 from meshgpu.model.job import Action, JobRequest, JobSpec, PlacingVote
+from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import Notary, Signed, T, UserKey
 
 MAX_STEWARDS: Final = 3
@@ -20,8 +22,17 @@ class RequestRules:
         self._log = log
         self._node = node
 
+    def verify_job(self, signed: Signed, trial: Trial | None) -> JobSpec:
+        """A job that may run: a user of this mesh asked for it, or for the sweep that it is a trial of."""
+        spec = self.verify_spec(signed)
+        if trial is not None:
+            return trial_spec(spec, trial)
+        if spec.sweep is not None:
+            raise TrustError("not-allowed", "cannot run a sweep: its trials run")
+        return spec
+
     def verify_spec(self, signed: Signed) -> JobSpec:
-        """A job that a user of this mesh really asked for. Says nothing about its age."""
+        """A job or a sweep that a user of this mesh really asked for. Says nothing about its age."""
         user, spec = self._read_as_user(signed, JobSpec)
         if spec.mesh != self._log.mesh:
             raise TrustError("not-allowed", "cannot accept a job: it was signed for another mesh")
@@ -54,10 +65,13 @@ class RequestRules:
         self._check_fresh(f"a request to {request.action} a job", request.issued_wall_s, now)
         return request
 
-    def verify_cancel(self, signed: Signed, spec: JobSpec) -> JobRequest:
-        """A user's own request to end this very job, made to one of its stewards, however long ago."""
+    def verify_cancel(self, signed: Signed, spec: JobSpec, sweep: JobId) -> JobRequest:
+        """A user's own request to end this very job or its whole sweep, made to one of its stewards, however long ago.
+
+        sweep: what `spec` is a trial of, else its own id.
+        """
         request = self.read_request(signed)
-        if request.action not in (Action.STOP, Action.KILL) or request.job != spec.job:
+        if request.action not in (Action.STOP, Action.KILL) or request.job not in (spec.job, sweep):
             raise TrustError("not-allowed", f"cannot stop {spec.name}: the request is about something else")
         if request.user != spec.user or request.node not in spec.stewards:
             raise TrustError("not-allowed", f"cannot stop {spec.name}: it belongs to {spec.user}")

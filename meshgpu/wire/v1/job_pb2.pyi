@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from meshgpu.wire.v1 import resources_pb2 as _resources_pb2
+from meshgpu.wire.v1 import sweep_pb2 as _sweep_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -103,6 +104,8 @@ class JobSpec(_message.Message):
     NONCE_FIELD_NUMBER: _builtins.int
     CLOUD_FIELD_NUMBER: _builtins.int
     RETRIES_FIELD_NUMBER: _builtins.int
+    SWEEP_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id."""
     job: _builtins.str
@@ -153,6 +156,14 @@ class JobSpec(_message.Message):
     def stewards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of the nodes that hold the register."""
 
+    @_builtins.property
+    def sweep(self) -> _sweep_pb2.Space:
+        """Present for a sweep, each of whose trials is a job."""
+
+    @_builtins.property
+    def objective(self) -> _sweep_pb2.Objective:
+        """Present where the job reports a number."""
+
     def __init__(
         self,
         *,
@@ -176,14 +187,25 @@ class JobSpec(_message.Message):
         nonce: _builtins.bytes = ...,
         cloud: _builtins.str = ...,
         retries: _builtins.int = ...,
+        sweep: _sweep_pb2.Space | None = ...,
+        objective: _sweep_pb2.Objective | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "environment", b"environment", "machine", b"machine", "resources", b"resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_sweep", b"_sweep", "environment", b"environment", "machine", b"machine", "objective", b"objective", "resources", b"resources", "sweep", b"sweep"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "cloud", b"cloud", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "resources", b"resources", "retries", b"retries", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_sweep", b"_sweep", "cloud", b"cloud", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "objective", b"objective", "resources", b"resources", "retries", b"retries", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "sweep", b"sweep", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__machine: _TypeAlias = _typing.Literal["machine"]  # noqa: Y015
     _WhichOneofArgType__machine: _TypeAlias = _typing.Literal["_machine", b"_machine"]  # noqa: Y015
+    _WhichOneofReturnType__objective: _TypeAlias = _typing.Literal["objective"]  # noqa: Y015
+    _WhichOneofArgType__objective: _TypeAlias = _typing.Literal["_objective", b"_objective"]  # noqa: Y015
+    _WhichOneofReturnType__sweep: _TypeAlias = _typing.Literal["sweep"]  # noqa: Y015
+    _WhichOneofArgType__sweep: _TypeAlias = _typing.Literal["_sweep", b"_sweep"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__machine) -> _WhichOneofReturnType__machine | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__objective) -> _WhichOneofReturnType__objective | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sweep) -> _WhichOneofReturnType__sweep | None: ...
 
 Global___JobSpec: _TypeAlias = JobSpec  # noqa: Y015
 
@@ -198,6 +220,7 @@ class Result(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     OUTPUT_FILES_FIELD_NUMBER: _builtins.int
     OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
     outcome: _builtins.str
     """exited, rejected, fenced, crashed, abandoned, …: what the attempt came to."""
     exit_code: _builtins.int
@@ -208,6 +231,10 @@ class Result(_message.Message):
     """Files that it left."""
     output_bytes: _builtins.int
     """Bytes that it left."""
+    @_builtins.property
+    def metric(self) -> _sweep_pb2.Metric:
+        """Present where the job reported its objective."""
+
     def __init__(
         self,
         *,
@@ -216,14 +243,20 @@ class Result(_message.Message):
         reason: _builtins.str = ...,
         output_files: _builtins.int = ...,
         output_bytes: _builtins.int = ...,
+        metric: _sweep_pb2.Metric | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_metric", b"_metric", "exit_code", b"exit_code", "metric", b"metric"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code", "outcome", b"outcome", "output_bytes", b"output_bytes", "output_files", b"output_files", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_metric", b"_metric", "exit_code", b"exit_code", "metric", b"metric", "outcome", b"outcome", "output_bytes", b"output_bytes", "output_files", b"output_files", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
+    _WhichOneofReturnType__metric: _TypeAlias = _typing.Literal["metric"]  # noqa: Y015
+    _WhichOneofArgType__metric: _TypeAlias = _typing.Literal["_metric", b"_metric"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__metric) -> _WhichOneofReturnType__metric | None: ...
 
 Global___Result: _TypeAlias = Result  # noqa: Y015
 
@@ -248,6 +281,8 @@ class Register(_message.Message):
     STARTED_WALL_S_FIELD_NUMBER: _builtins.int
     ENDED_WALL_S_FIELD_NUMBER: _builtins.int
     HEARD_WALL_S_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    DIED_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     state: _builtins.str
@@ -274,6 +309,8 @@ class Register(_message.Message):
     """Unix time in seconds; absent before it."""
     heard_wall_s: _builtins.float
     """When the node of this epoch last reported, Unix time in seconds; absent before it."""
+    died: _builtins.int
+    """Attempts that died after they started."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.GpuShare]:
         """What of which GPUs this epoch holds."""
@@ -281,6 +318,10 @@ class Register(_message.Message):
     @_builtins.property
     def result(self) -> Global___Result:
         """Absent before the end."""
+
+    @_builtins.property
+    def metric(self) -> _sweep_pb2.Metric:
+        """What the newest attempt has reported of the job's objective; absent for nothing."""
 
     def __init__(
         self,
@@ -300,10 +341,12 @@ class Register(_message.Message):
         started_wall_s: _builtins.float | None = ...,
         ended_wall_s: _builtins.float | None = ...,
         heard_wall_s: _builtins.float | None = ...,
+        metric: _sweep_pb2.Metric | None = ...,
+        died: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_node", b"_node", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "ended_wall_s", b"ended_wall_s", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "node", b"node", "phase", b"phase", "result", b"result", "started_wall_s", b"started_wall_s", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_metric", b"_metric", "_node", b"_node", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "ended_wall_s", b"ended_wall_s", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "metric", b"metric", "node", b"node", "phase", b"phase", "result", b"result", "started_wall_s", b"started_wall_s", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_node", b"_node", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "detail", b"detail", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "gpus", b"gpus", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "job", b"job", "node", b"node", "phase", b"phase", "reason", b"reason", "result", b"result", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop", "submitted_wall_s", b"submitted_wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_metric", b"_metric", "_node", b"_node", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "detail", b"detail", "died", b"died", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "gpus", b"gpus", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "job", b"job", "metric", b"metric", "node", b"node", "phase", b"phase", "reason", b"reason", "result", b"result", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop", "submitted_wall_s", b"submitted_wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ended_wall_s: _TypeAlias = _typing.Literal["ended_wall_s"]  # noqa: Y015
     _WhichOneofArgType__ended_wall_s: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s"]  # noqa: Y015
@@ -311,6 +354,8 @@ class Register(_message.Message):
     _WhichOneofArgType__heard_wall_s: _TypeAlias = _typing.Literal["_heard_wall_s", b"_heard_wall_s"]  # noqa: Y015
     _WhichOneofReturnType__hold: _TypeAlias = _typing.Literal["hold"]  # noqa: Y015
     _WhichOneofArgType__hold: _TypeAlias = _typing.Literal["_hold", b"_hold"]  # noqa: Y015
+    _WhichOneofReturnType__metric: _TypeAlias = _typing.Literal["metric"]  # noqa: Y015
+    _WhichOneofArgType__metric: _TypeAlias = _typing.Literal["_metric", b"_metric"]  # noqa: Y015
     _WhichOneofReturnType__node: _TypeAlias = _typing.Literal["node"]  # noqa: Y015
     _WhichOneofArgType__node: _TypeAlias = _typing.Literal["_node", b"_node"]  # noqa: Y015
     _WhichOneofReturnType__phase: _TypeAlias = _typing.Literal["phase"]  # noqa: Y015
@@ -327,6 +372,8 @@ class Register(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__heard_wall_s) -> _WhichOneofReturnType__heard_wall_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__hold) -> _WhichOneofReturnType__hold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__metric) -> _WhichOneofReturnType__metric | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__node) -> _WhichOneofReturnType__node | None: ...
     @_typing.overload

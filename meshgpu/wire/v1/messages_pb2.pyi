@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from meshgpu.wire.v1 import gossip_pb2 as _gossip_pb2
 from meshgpu.wire.v1 import job_pb2 as _job_pb2
 from meshgpu.wire.v1 import resources_pb2 as _resources_pb2
+from meshgpu.wire.v1 import sweep_pb2 as _sweep_pb2
 from meshgpu.wire.v1 import trust_pb2 as _trust_pb2
 import builtins as _builtins
 import sys
@@ -215,6 +216,7 @@ class Offer(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     epoch: _builtins.int
@@ -223,18 +225,25 @@ class Offer(_message.Message):
     def spec(self) -> _trust_pb2.Signed:
         """JobSpec, signed by its user; required."""
 
+    @_builtins.property
+    def trial(self) -> _sweep_pb2.Trial:
+        """Present for a trial of a sweep."""
+
     def __init__(
         self,
         *,
         job: _builtins.str = ...,
         epoch: _builtins.int = ...,
         spec: _trust_pb2.Signed | None = ...,
+        trial: _sweep_pb2.Trial | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job", b"job", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "epoch", b"epoch", "job", b"job", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__trial: _TypeAlias = _typing.Literal["trial"]  # noqa: Y015
+    _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trial) -> _WhichOneofReturnType__trial | None: ...
 
 Global___Offer: _TypeAlias = Offer  # noqa: Y015
 
@@ -441,6 +450,7 @@ class AttemptReport(_message.Message):
     STARTED_WALL_S_FIELD_NUMBER: _builtins.int
     ENDED_WALL_S_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     epoch: _builtins.int
@@ -457,6 +467,10 @@ class AttemptReport(_message.Message):
     def result(self) -> _job_pb2.Result:
         """Absent before the end."""
 
+    @_builtins.property
+    def metric(self) -> _sweep_pb2.Metric:
+        """What the job has reported of its objective; absent for nothing."""
+
     def __init__(
         self,
         *,
@@ -467,13 +481,16 @@ class AttemptReport(_message.Message):
         started_wall_s: _builtins.float | None = ...,
         ended_wall_s: _builtins.float | None = ...,
         result: _job_pb2.Result | None = ...,
+        metric: _sweep_pb2.Metric | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "ended_wall_s", b"ended_wall_s", "phase", b"phase", "result", b"result", "started_wall_s", b"started_wall_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_metric", b"_metric", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "ended_wall_s", b"ended_wall_s", "metric", b"metric", "phase", b"phase", "result", b"result", "started_wall_s", b"started_wall_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "detail", b"detail", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "job", b"job", "phase", b"phase", "result", b"result", "started_wall_s", b"started_wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_metric", b"_metric", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "detail", b"detail", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "job", b"job", "metric", b"metric", "phase", b"phase", "result", b"result", "started_wall_s", b"started_wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ended_wall_s: _TypeAlias = _typing.Literal["ended_wall_s"]  # noqa: Y015
     _WhichOneofArgType__ended_wall_s: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s"]  # noqa: Y015
+    _WhichOneofReturnType__metric: _TypeAlias = _typing.Literal["metric"]  # noqa: Y015
+    _WhichOneofArgType__metric: _TypeAlias = _typing.Literal["_metric", b"_metric"]  # noqa: Y015
     _WhichOneofReturnType__phase: _TypeAlias = _typing.Literal["phase"]  # noqa: Y015
     _WhichOneofArgType__phase: _TypeAlias = _typing.Literal["_phase", b"_phase"]  # noqa: Y015
     _WhichOneofReturnType__result: _TypeAlias = _typing.Literal["result"]  # noqa: Y015
@@ -482,6 +499,8 @@ class AttemptReport(_message.Message):
     _WhichOneofArgType__started_wall_s: _TypeAlias = _typing.Literal["_started_wall_s", b"_started_wall_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ended_wall_s) -> _WhichOneofReturnType__ended_wall_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__metric) -> _WhichOneofReturnType__metric | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__phase) -> _WhichOneofReturnType__phase | None: ...
     @_typing.overload
@@ -527,6 +546,7 @@ class Cancel(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     epoch: _builtins.int
@@ -539,6 +559,10 @@ class Cancel(_message.Message):
     def request(self) -> _trust_pb2.Signed:
         """JobRequest, signed by its user; required."""
 
+    @_builtins.property
+    def trial(self) -> _sweep_pb2.Trial:
+        """Present for a trial of a sweep."""
+
     def __init__(
         self,
         *,
@@ -546,12 +570,15 @@ class Cancel(_message.Message):
         epoch: _builtins.int = ...,
         spec: _trust_pb2.Signed | None = ...,
         request: _trust_pb2.Signed | None = ...,
+        trial: _sweep_pb2.Trial | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "request", b"request", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job", b"job", "request", b"request", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "epoch", b"epoch", "job", b"job", "request", b"request", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__trial: _TypeAlias = _typing.Literal["trial"]  # noqa: Y015
+    _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trial) -> _WhichOneofReturnType__trial | None: ...
 
 Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
@@ -584,16 +611,16 @@ class Ask(_message.Message):
 Global___Ask: _TypeAlias = Ask  # noqa: Y015
 
 @_typing.final
-class SignedView(_message.Message):
-    """A job as its steward holds it."""
+class TrialView(_message.Message):
+    """A trial as its steward holds it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SPEC_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
     REGISTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def spec(self) -> _trust_pb2.Signed:
-        """JobSpec, signed by its user; required."""
+    def trial(self) -> _sweep_pb2.Trial:
+        """Required."""
 
     @_builtins.property
     def register(self) -> _job_pb2.Register:
@@ -602,14 +629,58 @@ class SignedView(_message.Message):
     def __init__(
         self,
         *,
-        spec: _trust_pb2.Signed | None = ...,
+        trial: _sweep_pb2.Trial | None = ...,
         register: _job_pb2.Register | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["register", b"register", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["register", b"register", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["register", b"register", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["register", b"register", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrialView: _TypeAlias = TrialView  # noqa: Y015
+
+@_typing.final
+class SignedView(_message.Message):
+    """A job as its steward holds it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    REGISTER_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
+    TRIALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> _trust_pb2.Signed:
+        """JobSpec, signed by its user; required."""
+
+    @_builtins.property
+    def register(self) -> _job_pb2.Register:
+        """Required."""
+
+    @_builtins.property
+    def trial(self) -> _sweep_pb2.Trial:
+        """Present for a trial of a sweep."""
+
+    @_builtins.property
+    def trials(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrialView]:
+        """For a sweep in a list: the trials that have begun."""
+
+    def __init__(
+        self,
+        *,
+        spec: _trust_pb2.Signed | None = ...,
+        register: _job_pb2.Register | None = ...,
+        trial: _sweep_pb2.Trial | None = ...,
+        trials: _abc.Iterable[Global___TrialView] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "register", b"register", "spec", b"spec", "trial", b"trial", "trials", b"trials"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__trial: _TypeAlias = _typing.Literal["trial"]  # noqa: Y015
+    _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trial) -> _WhichOneofReturnType__trial | None: ...
 
 Global___SignedView: _TypeAlias = SignedView  # noqa: Y015
 

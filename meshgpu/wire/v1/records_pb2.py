@@ -25,26 +25,27 @@ _sym_db = _symbol_database.Default()
 from meshgpu.wire.v1 import job_pb2 as meshgpu_dot_wire_dot_v1_dot_job__pb2
 from meshgpu.wire.v1 import lending_pb2 as meshgpu_dot_wire_dot_v1_dot_lending__pb2
 from meshgpu.wire.v1 import resources_pb2 as meshgpu_dot_wire_dot_v1_dot_resources__pb2
+from meshgpu.wire.v1 import sweep_pb2 as meshgpu_dot_wire_dot_v1_dot_sweep__pb2
 from meshgpu.wire.v1 import trust_pb2 as meshgpu_dot_wire_dot_v1_dot_trust__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshgpu/wire/v1/records.proto\x12\x0fmeshgpu.wire.v1\x1a\x19meshgpu/wire/v1/job.proto\x1a\x1dmeshgpu/wire/v1/lending.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\")\n\nMeshRecord\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"E\n\rMeshLogRecord\x12\x0c\n\x04rank\x18\x01 \x01(\x04\x12&\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"-\n\nPeerRecord\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"\x98\x01\n\tJobRecord\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x42\t\n\x07_cancel\"\xdc\x02\n\rAttemptRecord\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12%\n\x04spec\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04hold\x18\x05 \x01(\t\x12\'\n\x04gpus\x18\x06 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x11\n\x04stop\x18\x07 \x01(\tH\x00\x88\x01\x01\x12,\n\x06result\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.ResultH\x01\x88\x01\x01\x12\x1b\n\x0estarted_wall_s\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0c\x65nded_wall_s\x18\n \x01(\x01H\x03\x88\x01\x01\x12\x11\n\tpreempted\x18\x0b \x01(\tB\x07\n\x05_stopB\t\n\x07_resultB\x11\n\x0f_started_wall_sB\x0f\n\r_ended_wall_s\"4\n\x0bPauseRecord\x12%\n\x05pause\x18\x01 \x01(\x0b\x32\x16.meshgpu.wire.v1.Pauseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshgpu/wire/v1/records.proto\x12\x0fmeshgpu.wire.v1\x1a\x19meshgpu/wire/v1/job.proto\x1a\x1dmeshgpu/wire/v1/lending.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\x1a\x1bmeshgpu/wire/v1/sweep.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\")\n\nMeshRecord\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"E\n\rMeshLogRecord\x12\x0c\n\x04rank\x18\x01 \x01(\x04\x12&\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"-\n\nPeerRecord\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"\xce\x01\n\tJobRecord\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x12*\n\x05trial\x18\x04 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x01\x88\x01\x01\x42\t\n\x07_cancelB\x08\n\x06_trial\"\x92\x03\n\rAttemptRecord\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12%\n\x04spec\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04hold\x18\x05 \x01(\t\x12\'\n\x04gpus\x18\x06 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x11\n\x04stop\x18\x07 \x01(\tH\x00\x88\x01\x01\x12,\n\x06result\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.ResultH\x01\x88\x01\x01\x12\x1b\n\x0estarted_wall_s\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0c\x65nded_wall_s\x18\n \x01(\x01H\x03\x88\x01\x01\x12\x11\n\tpreempted\x18\x0b \x01(\t\x12*\n\x05trial\x18\x0c \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x04\x88\x01\x01\x42\x07\n\x05_stopB\t\n\x07_resultB\x11\n\x0f_started_wall_sB\x0f\n\r_ended_wall_sB\x08\n\x06_trial\"4\n\x0bPauseRecord\x12%\n\x05pause\x18\x01 \x01(\x0b\x32\x16.meshgpu.wire.v1.Pauseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshgpu.wire.v1.records_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MESHRECORD']._serialized_start=170
-  _globals['_MESHRECORD']._serialized_end=211
-  _globals['_MESHLOGRECORD']._serialized_start=213
-  _globals['_MESHLOGRECORD']._serialized_end=282
-  _globals['_PEERRECORD']._serialized_start=284
-  _globals['_PEERRECORD']._serialized_end=329
-  _globals['_JOBRECORD']._serialized_start=332
-  _globals['_JOBRECORD']._serialized_end=484
-  _globals['_ATTEMPTRECORD']._serialized_start=487
-  _globals['_ATTEMPTRECORD']._serialized_end=835
-  _globals['_PAUSERECORD']._serialized_start=837
-  _globals['_PAUSERECORD']._serialized_end=889
+  _globals['_MESHRECORD']._serialized_start=199
+  _globals['_MESHRECORD']._serialized_end=240
+  _globals['_MESHLOGRECORD']._serialized_start=242
+  _globals['_MESHLOGRECORD']._serialized_end=311
+  _globals['_PEERRECORD']._serialized_start=313
+  _globals['_PEERRECORD']._serialized_end=358
+  _globals['_JOBRECORD']._serialized_start=361
+  _globals['_JOBRECORD']._serialized_end=567
+  _globals['_ATTEMPTRECORD']._serialized_start=570
+  _globals['_ATTEMPTRECORD']._serialized_end=972
+  _globals['_PAUSERECORD']._serialized_start=974
+  _globals['_PAUSERECORD']._serialized_end=1026
 # @@protoc_insertion_point(module_scope)

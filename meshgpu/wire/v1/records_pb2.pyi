@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from meshgpu.wire.v1 import job_pb2 as _job_pb2
 from meshgpu.wire.v1 import lending_pb2 as _lending_pb2
 from meshgpu.wire.v1 import resources_pb2 as _resources_pb2
+from meshgpu.wire.v1 import sweep_pb2 as _sweep_pb2
 from meshgpu.wire.v1 import trust_pb2 as _trust_pb2
 import builtins as _builtins
 import sys
@@ -113,6 +114,7 @@ class JobRecord(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     REGISTER_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> _trust_pb2.Signed:
         """JobSpec, signed by its user; required."""
@@ -125,20 +127,30 @@ class JobRecord(_message.Message):
     def cancel(self) -> _trust_pb2.Signed:
         """JobRequest to stop or kill it, signed by its user; absent unless asked for."""
 
+    @_builtins.property
+    def trial(self) -> _sweep_pb2.Trial:
+        """Present for a trial of a sweep."""
+
     def __init__(
         self,
         *,
         spec: _trust_pb2.Signed | None = ...,
         register: _job_pb2.Register | None = ...,
         cancel: _trust_pb2.Signed | None = ...,
+        trial: _sweep_pb2.Trial | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "cancel", b"cancel", "register", b"register", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_trial", b"_trial", "cancel", b"cancel", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "cancel", b"cancel", "register", b"register", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_trial", b"_trial", "cancel", b"cancel", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cancel: _TypeAlias = _typing.Literal["cancel"]  # noqa: Y015
     _WhichOneofArgType__cancel: _TypeAlias = _typing.Literal["_cancel", b"_cancel"]  # noqa: Y015
+    _WhichOneofReturnType__trial: _TypeAlias = _typing.Literal["trial"]  # noqa: Y015
+    _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cancel) -> _WhichOneofReturnType__cancel | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trial) -> _WhichOneofReturnType__trial | None: ...
 
 Global___JobRecord: _TypeAlias = JobRecord  # noqa: Y015
 
@@ -159,6 +171,7 @@ class AttemptRecord(_message.Message):
     STARTED_WALL_S_FIELD_NUMBER: _builtins.int
     ENDED_WALL_S_FIELD_NUMBER: _builtins.int
     PREEMPTED_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     epoch: _builtins.int
@@ -189,6 +202,10 @@ class AttemptRecord(_message.Message):
     def result(self) -> _job_pb2.Result:
         """Absent before the end."""
 
+    @_builtins.property
+    def trial(self) -> _sweep_pb2.Trial:
+        """Present for a trial of a sweep."""
+
     def __init__(
         self,
         *,
@@ -203,10 +220,11 @@ class AttemptRecord(_message.Message):
         started_wall_s: _builtins.float | None = ...,
         ended_wall_s: _builtins.float | None = ...,
         preempted: _builtins.str = ...,
+        trial: _sweep_pb2.Trial | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "ended_wall_s", b"ended_wall_s", "result", b"result", "spec", b"spec", "started_wall_s", b"started_wall_s", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "_trial", b"_trial", "ended_wall_s", b"ended_wall_s", "result", b"result", "spec", b"spec", "started_wall_s", b"started_wall_s", "stop", b"stop", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "gpus", b"gpus", "hold", b"hold", "job", b"job", "preempted", b"preempted", "result", b"result", "spec", b"spec", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "_trial", b"_trial", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "gpus", b"gpus", "hold", b"hold", "job", b"job", "preempted", b"preempted", "result", b"result", "spec", b"spec", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ended_wall_s: _TypeAlias = _typing.Literal["ended_wall_s"]  # noqa: Y015
     _WhichOneofArgType__ended_wall_s: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s"]  # noqa: Y015
@@ -216,6 +234,8 @@ class AttemptRecord(_message.Message):
     _WhichOneofArgType__started_wall_s: _TypeAlias = _typing.Literal["_started_wall_s", b"_started_wall_s"]  # noqa: Y015
     _WhichOneofReturnType__stop: _TypeAlias = _typing.Literal["stop"]  # noqa: Y015
     _WhichOneofArgType__stop: _TypeAlias = _typing.Literal["_stop", b"_stop"]  # noqa: Y015
+    _WhichOneofReturnType__trial: _TypeAlias = _typing.Literal["trial"]  # noqa: Y015
+    _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ended_wall_s) -> _WhichOneofReturnType__ended_wall_s | None: ...
     @_typing.overload
@@ -224,6 +244,8 @@ class AttemptRecord(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__started_wall_s) -> _WhichOneofReturnType__started_wall_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stop) -> _WhichOneofReturnType__stop | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trial) -> _WhichOneofReturnType__trial | None: ...
 
 Global___AttemptRecord: _TypeAlias = AttemptRecord  # noqa: Y015
 

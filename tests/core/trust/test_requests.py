@@ -112,16 +112,16 @@ def test_cancel_must_be_about_this_job_by_its_user(
 ) -> None:
     spec, _ = signed()
     _, good = ask(office, at(0), job=spec.job)
-    rules.verify_cancel(good, spec)
+    rules.verify_cancel(good, spec, spec.job)
     for changes in (
         {"job": JobId("k" * 26)},
         {"job": spec.job, "action": Action.LIST},
         {"node": office.setups[2].node},
     ):
         with pytest.raises(TrustError):
-            rules.verify_cancel(ask(office, at(0), **{"job": spec.job, **changes})[1], spec)
+            rules.verify_cancel(ask(office, at(0), **{"job": spec.job, **changes})[1], spec, spec.job)
     with pytest.raises(TrustError):
-        rules.verify_cancel(good, replace(spec, user=UserName("bob")))
+        rules.verify_cancel(good, replace(spec, user=UserName("bob")), spec.job)
 
 
 # -- tickets -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,31 @@
+"""Flags that `run` and `sweep` share: where a job runs, in what, with what."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meshgpu.cli.complete import machine_names
+
+Command = Annotated[list[str], typer.Argument(metavar="CMD…", help="What to run; a quoted string runs in a shell.")]
+Machine = Annotated[
+    str | None, typer.Option("-m", "--machine", metavar="NAME", help="Only there.", autocompletion=machine_names)
+]
+Gpus = Annotated[
+    str | None, typer.Option("-g", "--gpus", metavar="GPUS", help="2, 8GB, 2x24GB, 4090:2 or 0 (one if there is one).")
+]
+Env = Annotated[list[str] | None, typer.Option("-e", "--env", metavar="K[=V]", help="A variable; K alone: as here.")]
+Pip = Annotated[list[str] | None, typer.Option("--pip", metavar="SPEC", help="A package to install.")]
+PipReq = Annotated[Path | None, typer.Option("--pip-req", metavar="FILE", help="A requirements file.")]
+NoEnv = Annotated[bool, typer.Option("--no-env", help="Not the environment that the project's files ask for.")]
+Image = Annotated[
+    str, typer.Option("--image", metavar="IMAGE", help="Run in a container of this image, not in an environment.")
+]
+Cpus = Annotated[int, typer.Option("--cpus", min=0, metavar="N", help="Processors to reserve.")]
+Memory = Annotated[str, typer.Option("--memory", metavar="8GB", help="Main memory to reserve.")]
+Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="The job's name (the script's).")]
+Detach = Annotated[bool, typer.Option("--detach", "-d", help="Print the id and return.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Start the agent without asking.")]
+Retries = Annotated[
+    int, typer.Option("--retries", min=0, max=100, metavar="N", help="Start it again if its attempt dies, N times.")
+]
