@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import re2
-
 from meshgpu.adapters.log_ledger import read_records
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.logs import LogStream
@@ -26,6 +24,8 @@ PIECE_BYTES: Final = 1024 * 1024
 
 def compile_pattern(text: str) -> Any:
     """RE2: linear time, whatever its author had in mind. Raises MeshgpuError `bad-request`."""
+    import re2  # a library of its own, which only sweeps over logs pay for
+
     options = re2.Options()
     options.log_errors = False
     try:

@@ -27,5 +27,6 @@ Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="The jo
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Print the id and return.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Start the agent without asking.")]
 Retries = Annotated[
-    int, typer.Option("--retries", min=0, max=100, metavar="N", help="Start it again if its attempt dies, N times.")
+    int,
+    typer.Option("--retries", min=0, max=100, metavar="N", help="Start it again if it dies with its machine, N times."),
 ]

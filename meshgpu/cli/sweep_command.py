@@ -57,7 +57,9 @@ Pattern = Annotated[
 ]
 Retries = Annotated[
     int,
-    typer.Option("--retries", min=0, max=100, metavar="N", help="Start a trial again if its attempt dies, N times."),
+    typer.Option(
+        "--retries", min=0, max=100, metavar="N", help="Start a trial again if it dies with its machine, N times."
+    ),
 ]
 
 sweep = typer.Typer(
@@ -286,7 +288,7 @@ def _news(view: SweepView, trial: JobView) -> str:
         number = _number(trial)
         return f"{name}  {status(trial)}{because}{took}{'  ' + number if number else ''}{best}"
     if trial["machine"] and trial["phase"] == "running":
-        again = f" (attempt {trial['epoch']})" if trial["epoch"] > 1 else ""
+        again = " (again)" if trial["epoch"] > 1 else ""
         return f"{name} → {trial['machine']}{again}"
     if trial["state"] == "queued" and trial["epoch"]:
         return f"{name}  waits again: {trial['reason']}" if trial["reason"] else ""

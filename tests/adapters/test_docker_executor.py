@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from meshgpu import container
-from meshgpu.adapters import docker_executor, guards
+from meshgpu.adapters import docker_executor, guards, inside
 from meshgpu.adapters.docker_executor import DockerExecutor, find_engine
 from meshgpu.adapters.guarded import GuardedExecutor
 from meshgpu.adapters.log_ledger import follow, read_records
@@ -580,7 +580,8 @@ async def test_nothing_but_the_jobs_own_is_asked_for(tmp_path: Path) -> None:
     assert (created["Entrypoint"], created["Cmd"], created["WorkingDir"]) == (["python"], ["train.py"], "/work")
     assert created["Labels"] == {"meshgpu.node": "f" * 12, "meshgpu.job": "job", "meshgpu.epoch": "1"}
     assert created["Image"] == "sha256:1"
-    assert [(mount["Source"], mount["Target"]) for mount in host["Mounts"]] == [(str(work), "/work")]
+    mounts = [(mount["Source"], mount["Target"], mount["ReadOnly"]) for mount in host["Mounts"]]
+    assert mounts == [(str(work), "/work", False), (str(inside.LIBRARY), "/meshgpu", True)]
     assert host["CapDrop"] == ["ALL"]
     assert host["SecurityOpt"] == ["no-new-privileges:true"]
     assert (host["Init"], host["PidsLimit"], host["LogConfig"]["Type"]) == (True, 16_384, "none")

@@ -17,6 +17,7 @@ import pytest
 from meshgpu import guard
 from meshgpu.adapters import guards
 from meshgpu.adapters.fences import Fence, _try_fence
+from meshgpu.adapters.inside import LIBRARY
 from meshgpu.adapters.log_ledger import follow, read_records
 from meshgpu.adapters.process_executor import ProcessExecutor
 from meshgpu.errors import MeshgpuError
@@ -32,7 +33,8 @@ from meshgpu.model.job import (
 )
 from meshgpu.model.logs import LogStream
 from meshgpu.model.resources import NO_GPU, GpuShare, Resources
-from meshgpu.ports import AttemptEnded, AttemptProgress, AttemptStarted, Environment, ExecutorEvent
+from meshgpu.model.sweep import Goal, Metric, Objective
+from meshgpu.ports import AttemptEnded, AttemptMeasured, AttemptProgress, AttemptStarted, Environment, ExecutorEvent
 
 DEADLINE_S = 30.0
 NO_FENCE = Fence("")
@@ -151,6 +153,7 @@ def plan(
     env: tuple[tuple[str, str], ...] = (),
     gpus: tuple[str, ...] = (),
     fenced: bool = False,
+    objective: Objective | None = None,
 ) -> AttemptPlan:
     spec = JobSpec(
         mesh=MeshId("mesh"),
@@ -170,6 +173,7 @@ def plan(
         machine=None,
         stewards=(),
         issued_wall_s=0.0,
+        objective=objective,
     )
     return AttemptPlan(spec, 1, tuple(GpuShare(GpuId(gpu)) for gpu in gpus), fenced, "rig7")
 
@@ -328,7 +332,30 @@ async def test_job_sees_only_what_it_is_given(rig: Rig, monkeypatch: pytest.Monk
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "PYTHONUNBUFFERED": "1",
         "VIRTUAL_ENV": str(BIN.parent),
+        "PYTHONPATH": str(LIBRARY),
+        "MESHGPU_METRICS": str(rig.attempt("job") / "work" / "meshgpu-metrics.jsonl"),
     }
+
+
+async def test_job_reports_numbers_which_are_told_while_it_runs_and_in_its_result(rig: Rig) -> None:
+    script = "import meshgpu, time; meshgpu.log(step=1, loss=0.5); time.sleep(0.5); meshgpu.log(step=2, loss=0.7)"
+    done = await rig.run("python", "-c", script, objective=Objective("loss", Goal.MIN, ""))
+    assert done.result.metric == Metric(0.7, 0.5, 2)
+    assert all(isinstance(e.metric, Metric) for e in rig.events if isinstance(e, AttemptMeasured))
+
+
+async def test_users_own_import_path_comes_after_ours(rig: Rig) -> None:
+    script = "import os; print(os.environ['PYTHONPATH'])"
+    done = await rig.run("python", "-c", script, env=(("PYTHONPATH", "/opt/mine"),))
+    assert done.stdout == f"{LIBRARY}:/opt/mine\n"
+
+
+async def test_fenced_job_reports_numbers_too(rig: Rig) -> None:
+    if not rig.executor.fence():
+        pytest.skip("nothing shuts jobs in here")
+    script = "import meshgpu; meshgpu.log(loss=0.25)"
+    done = await rig.run("python", "-c", script, fenced=True, objective=Objective("loss", Goal.MIN, ""))
+    assert done.result.metric == Metric(0.25, 0.25)
 
 
 async def test_job_without_gpu_sees_none(rig: Rig) -> None:
@@ -872,7 +899,7 @@ async def main(top, name, script):
     assert executor.fence() == name, executor.fence_reason()
     events = asyncio.Queue()
     await executor.start(events.put_nowait)
-    spec = SimpleNamespace(job="job", user="ada", command=(script,), shell=True, env=())
+    spec = SimpleNamespace(job="job", user="ada", command=(script,), shell=True, env=(), objective=None)
     work = top / "jobs" / "job" / "1" / "work"
     work.mkdir(parents=True)
     (top / "secret").write_text("the agent's key")

@@ -218,6 +218,12 @@ def make_job() -> Callable[..., JobView]:
             "tree_files": 12,
             "tree_bytes": 41_000,
             "requested_machine": None,
+            "retries": 0,
+            "died": 0,
+            "metric": None,
+            "sweep": None,
+            "trial": None,
+            "space": None,
         }
         assert not changes.keys() - job.keys()
         return job | changes  # type: ignore[return-value]  # a dict of exactly the keys of JobView
