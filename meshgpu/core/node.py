@@ -10,7 +10,7 @@ from meshgpu.core import events as ev
 from meshgpu.core.effects import Announce, Effect, Persist, Reject, Send, TrustMembers
 from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
-from meshgpu.core.jobs.placement import Candidate, Guest, MachineVerdict, Rule, explain_each
+from meshgpu.core.jobs.placement import Candidate, Guest, MachineVerdict, Rule, explain_each, out_of_bounds
 from meshgpu.core.jobs.steward import Stewardship, StewardTiming
 from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
 from meshgpu.core.membership.gossip import Gossip, GossipTiming
@@ -19,15 +19,16 @@ from meshgpu.core.owner import NEEDS_IMAGE, PAUSED, Owner, OwnerPolicy, permissi
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
+from meshgpu.core.trust.roles import may_say
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
-from meshgpu.model.gossip import Capacity, MemberState, NodeRecord
+from meshgpu.model.gossip import Capacity, Demand, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, JobId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import JobSpec
 from meshgpu.model.records import AttemptRecord, JobRecord, MeshLogRecord, MeshRecord, PauseRecord, PeerRecord, Record
-from meshgpu.model.trust import Member, Notary, Signed
+from meshgpu.model.trust import Member, Notary, Role, Signed
 
 LOOPS_LIMIT = 100_000
 """Messages a node sends to itself in one step: some for each of its jobs; more means that two rules feed each other."""
@@ -135,10 +136,12 @@ class Node:
     def _candidate(self, guest: Guest, member: Member) -> Candidate:
         record, capacity = self._gossip.record(member.node), self._gossip.capacity(member.node)
         rule, refusal = self._refusal(guest, member, record)
-        return Candidate(member.node, member.name, record, capacity, refusal, rule)
+        return Candidate(member.node, member.name, record, capacity, refusal, rule, member.role is Role.CLOUD)
 
     def _refusal(self, guest: Guest, member: Member, record: NodeRecord | None) -> tuple[Rule | None, str]:
         """Why an offer would be in vain, as far as it is known here: the machine itself has the last word."""
+        if wrong_side := out_of_bounds(guest.cloud, is_rented=member.role is Role.CLOUD):
+            return Rule.CLOUD, wrong_side
         if record is not None:
             policy = OwnerPolicy(record.lends, record.trusts)
             if closed := permission(policy, guest.user, member.owner, record.fence).refusal:
@@ -180,6 +183,7 @@ class Node:
 
     def step(self, now: Now, event: ev.Event) -> list[Effect]:
         effects = self._route(now, event)
+        effects += self._expire(now)
         effects += self._links.step(now)
         effects += self._owner_step(now)
         effects += self._gossip.step(now)
@@ -189,6 +193,7 @@ class Node:
         effects += self.asking.step(now)
         effects = self._loop_back(now, effects)
         self._say_capacity(now, force=False)
+        self._say_demand(now)
         return [effect for effect in effects if isinstance(effect, Persist)] + [
             effect for effect in effects if not isinstance(effect, Persist)
         ]
@@ -225,8 +230,11 @@ class Node:
             case ev.Ticked():
                 return []
             case ev.MessageArrived(peer=peer, message=message):
-                if peer not in self.log.members:
+                member = self.log.members.get(peer)
+                if member is None:
                     return [Reject(peer, "a node outside the mesh sent a message")]
+                if not may_say(member, message):
+                    return [Reject(peer, f"a cloud node sent a {type(message).__name__}")]
                 return self._heard(now, peer, message)
             case ev.LinkOpened(peer=peer):
                 return self._link_opened(now, peer)
@@ -258,7 +266,7 @@ class Node:
             case ev.MeshEntered(mesh=mesh, log=log, met=met):
                 return self._enter(now, mesh, log, met)
             case ev.LogWritten(log=log):
-                return self._log_learned(log, None)
+                return self._log_learned(now, log, None)
             case ev.RunAsked(query=query, key=key, draft=draft):
                 return self.submissions.asked(now, query, key, draft)
             case ev.JobsAsked(query=query, key=key):
@@ -295,7 +303,7 @@ class Node:
             case msg.GossipDelta():
                 return self._gossip_arrived(now, peer, message)
             case msg.LogDelta(entries=entries):
-                return self._log_learned(entries, peer)
+                return self._log_learned(now, entries, peer)
             case msg.Submit():
                 return self.stewardship.submitted(now, peer, message)
             case msg.SubmitAnswer():
@@ -345,11 +353,27 @@ class Node:
         self._say_capacity(now, force=True)
         return effects
 
-    def _log_learned(self, entries: tuple[Signed, ...], source: NodeId | None) -> list[Effect]:
+    def _log_learned(self, now: Now, entries: tuple[Signed, ...], source: NodeId | None) -> list[Effect]:
+        before = tuple(self.log.members)
         added = self.log.add(entries)
         if not added:
             return []
-        return [*self._log_records(added), *self._trust_effects(), *self._gossip.log_grew(added, source)]
+        effects = [*self._log_records(added), *self._trust_effects(), *self._gossip.log_grew(added, source)]
+        return effects + self._let_go(now, before)
+
+    def _expire(self, now: Now) -> list[Effect]:
+        """Cloud nodes whose lease is over leave the mesh by the clock."""
+        before = tuple(self.log.members)
+        return [*self._trust_effects(), *self._let_go(now, before)] if self.log.expire(now) else []
+
+    def _let_go(self, now: Now, before: tuple[NodeId, ...]) -> list[Effect]:
+        """Members that are none any more: instances that are gone, and nothing that they ran lives on."""
+        effects: list[Effect] = []
+        for node in before:
+            if node not in self.log.members:
+                self._gossip.forget(node)
+                effects += self.stewardship.node_gone(now, node)
+        return effects
 
     def _link_opened(self, now: Now, peer: NodeId) -> list[Effect]:
         self._links.link_opened(now, peer)
@@ -419,6 +443,11 @@ class Node:
             if capacity != told:
                 self._gossip.say(now, capacity)
                 self.stewardship.room_changed(now)
+
+    def _say_demand(self, now: Now) -> None:
+        """What would fit nowhere in the office, where the mesh lets it leave: for whoever rents."""
+        if self.log.may_leave or self._gossip.demand(self.node) is not None:
+            self._gossip.say(now, self.stewardship.demand() if self.log.may_leave else Demand(()))
 
     def _mesh_record(self) -> Persist:
         assert self.log.mesh is not None

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from meshgpu.model.ids import Digest, KeyId, MeshId, NodeId, UserName
 
@@ -52,6 +52,10 @@ class Role(StrEnum):
     """A rented instance: runs only jobs that allow it; dials nobody, never submits, stewards or invites."""
     BURST = "burst"
     """A rig that may also rent: its own chain adds and removes cloud nodes, and nothing else."""
+
+
+OFFICE_ROLES: Final = frozenset({Role.RIG, Role.SUBMITTER, Role.BURST})
+"""Of machines that people own; only admins give them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,9 @@ class LinkUser:
     uid: int
 
 
+Body = Genesis | AddNode | LinkUser | RemoveNode | SetRole | SetPolicy
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """The newest entry of one author's chain that somebody knows. `seq` counts from 0."""
@@ -129,7 +136,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One link of one admin's chain.
+    """One link of one author's chain: an admin's, or a burst node's.
 
     seq counts from 0 without gaps; previous is the digest of the author's entry before, empty at seq 0;
     heads are the newest entries of other chains that the author had seen.
@@ -140,7 +147,7 @@ class LogEntry:
     seq: int
     previous: Digest
     heads: tuple[Head, ...]
-    body: Genesis | AddNode | LinkUser | RemoveNode | SetRole | SetPolicy
+    body: Body
 
 
 @dataclass(frozen=True, slots=True)

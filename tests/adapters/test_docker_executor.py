@@ -241,7 +241,8 @@ async def test_container_is_shut_in(rig: Rig) -> None:
     zero = "0" * 16
     assert [["CapEff:", zero], ["CapBnd:", zero], ["NoNewPrivs:", "1"]] == lines[:3]
     (one,) = rig.containers()
-    assert [(mount["Source"], mount["Destination"]) for mount in one["Mounts"]] == [(str(rig.work), "/work")]
+    mounts = {(mount["Source"], mount["Destination"], mount["RW"]) for mount in one["Mounts"]}
+    assert mounts == {(str(rig.work), "/work", True), (str(inside.LIBRARY), "/meshgpu", False)}
     assert one["Config"]["Labels"] == {"meshgpu.node": rig.node, "meshgpu.job": "job", "meshgpu.epoch": "1"}
     rig.executor.stop(JOB, 1, StopMode.KILL)
     await rig.ended()

@@ -11,7 +11,7 @@ from typing import Final
 
 from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttempt, Persist, Reject, Send, StartAttempt
 from meshgpu.core.jobs.attempt import Attempt
-from meshgpu.core.jobs.placement import find_room
+from meshgpu.core.jobs.placement import find_room, out_of_bounds
 from meshgpu.core.owner import GRACE_S, NEEDS_IMAGE, Owner, Permission, permission
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
@@ -36,7 +36,7 @@ from meshgpu.model.messages import (
 )
 from meshgpu.model.records import AttemptRecord
 from meshgpu.model.sweep import Metric
-from meshgpu.model.trust import Notary
+from meshgpu.model.trust import Notary, Role
 
 HOLDS_LIMIT: Final = 256
 """Open holds at a time: more than any burst of offers needs, less than what hurts."""
@@ -168,6 +168,9 @@ class Attempts:
             return f"attempt {offer.epoch} of this job was here before"
         if sum(attempt.state is AttemptState.HELD for attempt in self._live.values()) >= HOLDS_LIMIT:
             return "has too many open offers"
+        is_rented = self._log.members[self._node].role is Role.CLOUD
+        if wrong_side := out_of_bounds(spec.cloud, is_rented=is_rented):
+            return wrong_side
         if self._owner.policy.needs_image and not spec.image:
             return NEEDS_IMAGE
         return self._permission(spec).refusal or self._owner.refusal()

@@ -19,6 +19,7 @@ class HeldJob:
 
     offers, ranked, round, refused: the offers under way, belonging to `Offering`. cancel: the user's signed request to
     end it. unstarted: attempts that died before they started. watchers: {peer: boot_s until which it is told}.
+    waits_since: Unix time since when it is known that no machine has room for it.
     trial, sweep: which of which sweep it is; None for a job of its own.
     """
 
@@ -33,6 +34,7 @@ class HeldJob:
     cancel: Signed | None = None
     unstarted: int = 0
     watchers: dict[NodeId, float] = field(default_factory=dict)
+    waits_since: float | None = None
     trial: Trial | None = None
     sweep: JobSpec | None = None
 

@@ -152,4 +152,5 @@ def _reason(job: HeldJob, candidates: list[Candidate]) -> str:
 
 
 def _wait(now: Now, job: HeldJob, reason: str) -> list[Effect]:
+    job.waits_since = now.wall_s if job.waits_since is None else job.waits_since
     return [] if job.register.reason == reason else job.change(now, reason=reason, durable=False)

@@ -10,7 +10,7 @@ from typing import Final
 from meshgpu.model.gossip import Allocation, Capacity, NodeRecord
 from meshgpu.model.ids import GpuId, JobId, NodeId, UserName, display_name
 from meshgpu.model.inventory import Gpu, GpuReading, Inventory, short_gpu_name, sold_gigabytes
-from meshgpu.model.job import JobSpec
+from meshgpu.model.job import CloudUse, JobSpec
 from meshgpu.model.lending import Lending
 from meshgpu.model.resources import GB, GpuRequest, GpuShare, Resources
 
@@ -23,6 +23,8 @@ class Rule(StrEnum):
 
     ELSEWHERE = "elsewhere"
     """The job names another machine."""
+    CLOUD = "cloud"
+    """It is rented and the job may not leave the office, or it is not and the job must."""
     CLOSED = "closed"
     """The owner does not let its user in."""
     DOWN = "down"
@@ -47,21 +49,22 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """What of a job matters to the owner of a machine that is to run it. image: empty for a process."""
+    """What of a job decides whether a machine may run it at all. image: empty for a process."""
 
     user: UserName
     image: str = ""
+    cloud: CloudUse = CloudUse.NEVER
 
     @classmethod
     def of(cls, spec: JobSpec) -> "Guest":
-        return cls(spec.user, spec.image)
+        return cls(spec.user, spec.image, spec.cloud)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A machine as it is known here. refusal: why it is out of the question before its GPUs are looked at, by `rule`.
 
-    Of the rules, CLOSED holds now and later; OWNER and DOWN hold at the moment.
+    Of the rules, CLOSED and CLOUD hold now and later; OWNER and DOWN hold at the moment.
     """
 
     node: NodeId
@@ -70,10 +73,11 @@ class Candidate:
     capacity: Capacity | None
     refusal: str = ""
     rule: Rule | None = None
+    is_rented: bool = False
 
     @property
     def is_closed(self) -> bool:
-        return self.rule is Rule.CLOSED
+        return self.rule in (Rule.CLOSED, Rule.CLOUD)
 
     @property
     def is_down(self) -> bool:
@@ -157,6 +161,13 @@ def lacking(request: GpuRequest, inventory: Inventory) -> str:
     return f"has {installed}; the job asks for {request}"
 
 
+def out_of_bounds(cloud: CloudUse, *, is_rented: bool) -> str:
+    """Why a machine must not run a job because of where it stands; empty if it may."""
+    if is_rented and cloud is CloudUse.NEVER:
+        return "is rented, and the job may not leave the office"
+    return "is in the office, and the job is for the cloud only" if not is_rented and cloud is CloudUse.ONLY else ""
+
+
 def wanted_cpus(resources: Resources) -> int:
     """A job that names neither GPUs nor processors still occupies one, so that a machine can be full."""
     return resources.cpus or int(resources.gpus.count == 0)
@@ -170,15 +181,15 @@ def rank(resources: Resources, candidates: Iterable[Candidate], rng: random.Rand
     """Machines that seem to have room, best class first, at random within a class; at most OFFERS of them.
 
     Class: the smallest GPU that fits comes first, so that large ones stay free for those who need them; of equal
-    ones those of machines that nobody sits at.
+    ones those of machines that nobody sits at. What is rented comes after all that is not.
     """
-    classes: dict[tuple[int, bool], list[NodeId]] = {}
+    classes: dict[tuple[bool, int, bool], list[NodeId]] = {}
     for candidate in candidates:
         room = _room(resources, candidate)
         if room.rule is None and candidate.record is not None:
             size = _class(room.gpus, candidate.record.inventory)
             is_lived_in = candidate.record.lending is not Lending.DEDICATED
-            classes.setdefault((size, is_lived_in), []).append(candidate.node)
+            classes.setdefault((candidate.is_rented, size, is_lived_in), []).append(candidate.node)
     ranked: list[NodeId] = []
     for key in sorted(classes):
         members = sorted(classes[key])
@@ -276,6 +287,8 @@ def _remedy(rule: Rule | None, holding: Collection[Allocation]) -> str:
             return ""
         case Rule.ELSEWHERE:
             return "run it without -m"
+        case Rule.CLOUD:
+            return "run it with another --cloud"
         case Rule.CLOSED:
             return "its owner lets you in"
         case Rule.DOWN:

@@ -20,10 +20,12 @@ from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import Now
+from meshgpu.model.gossip import NEEDS_LIMIT, Demand, Need
 from meshgpu.model.ids import Digest, JobId, NodeId, UserName
 from meshgpu.model.job import (
     Action,
     AttemptState,
+    CloudUse,
     JobRequest,
     JobSpec,
     JobState,
@@ -72,6 +74,8 @@ GPU_BYTES: Final = 60
 
 TRIAL_REASON_CHARACTERS: Final = 200
 """Of why a trial waits or failed, in a list; asked for alone it tells all."""
+
+GONE: Final = "the instance it ran on is gone"
 
 UNSTARTED_TRIES: Final = 3
 """Attempts that may die before they start (a machine that reboots) before the job is given up."""
@@ -273,6 +277,7 @@ class Stewardship:
         chosen, others = self._offering.choose(now, job)
         if chosen is None:
             return others
+        job.waits_since = None
         effects = job.change(
             now,
             state=JobState.PLACING,
@@ -445,6 +450,35 @@ class Stewardship:
         for trial in list(self._trials[sweep.spec.job].values()):
             effects += self._stop(now, trial, mode, signed)
         return effects if sweep.state.is_final else [*effects, *self._drive(now, sweep)]
+
+    # -- the cloud ----------------------------------------------------------------------------------------------------
+
+    def demand(self) -> Demand:
+        """Jobs that may leave the office and for which no machine had room, the oldest first."""
+        waiting = [
+            Need(job.spec.job, job.spec.resources, job.waits_since)
+            for job in self._jobs.values()
+            if job.waits_since is not None and job.state is JobState.QUEUED and job.spec.cloud is not CloudUse.NEVER
+        ]
+        waiting.sort(key=lambda need: (need.since_wall_s, need.job))
+        return Demand(tuple(waiting[:NEEDS_LIMIT]))
+
+    def node_gone(self, now: Now, node: NodeId) -> list[Effect]:
+        """An instance is gone for good: what it ran has died, whatever it last said."""
+        effects: list[Effect] = []
+        for job in list(self._jobs.values()):
+            register = job.register
+            if register.node != node or register.state in (JobState.QUEUED, JobState.DRAFT):
+                continue
+            if register.state is JobState.CANCELLING:
+                effects += self._finish(now, job, JobState.CANCELLED, None, None, GONE)
+            elif register.started_wall_s is None:
+                effects += self._requeue(now, job, GONE)
+            elif register.died < job.spec.retries:
+                effects += self._requeue(now, job, GONE, died=1)
+            else:
+                effects += self._finish(now, job, JobState.FAILED, None, None, GONE)
+        return effects
 
     # -- time ---------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from meshgpu.core.effects import Answered, Effect, QueryProgressed, Send
@@ -18,6 +18,7 @@ from meshgpu.model.messages import Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources
 from meshgpu.model.trust import Member, Notary, Role, Signed, UserKey
 
+STEWARD_ROLES: Final = (Role.RIG, Role.BURST)
 ONE_WHOLE_GPU: Final = GpuRequest(count=1)
 
 
@@ -124,10 +125,10 @@ class Submissions:
         if draft.sweep is not None:
             check_space(draft.sweep, draft.command)
         machine = self._machine(draft.machine) if draft.machine else None
-        guest = Guest(user.user, draft.image)
+        guest = Guest(user.user, draft.image, self._cloud_use(draft))
         candidates = self._candidates(guest, machine.node if machine else None)
         resources = draft.resources or self._default_resources(draft, candidates)
-        self._check_possible(resources, machine, candidates)
+        self._check_possible(resources, machine, candidates, guest)
         nonce = self._rng.randbytes(RANDOM_ID_BYTES)
         return JobSpec(
             self._log.mesh,
@@ -148,7 +149,7 @@ class Submissions:
             (self._steward(guest, resources, machine),),
             now.wall_s,
             draft.image,
-            draft.cloud or CloudUse.NEVER,
+            guest.cloud,
             draft.retries,
             draft.sweep,
             draft.objective,
@@ -168,7 +169,21 @@ class Submissions:
         has_gpu = any(candidate.record and candidate.record.inventory.gpus for candidate in candidates)
         return Resources(ONE_WHOLE_GPU if has_gpu else NO_GPU, draft.cpus, draft.memory_bytes)
 
-    def _check_possible(self, resources: Resources, machine: Member | None, candidates: list[Candidate]) -> None:
+    def _cloud_use(self, draft: Draft) -> CloudUse:
+        """Where nothing is said, what the mesh allows."""
+        if draft.cloud in (None, CloudUse.NEVER):
+            return CloudUse.OK if draft.cloud is None and self._log.may_leave else CloudUse.NEVER
+        if not self._log.may_leave:
+            raise MeshgpuError(
+                "not-allowed",
+                f"cannot run with --cloud {draft.cloud}: this mesh lets no job leave the office",
+                "meshgpu burst setup, by an admin",
+            )
+        return draft.cloud
+
+    def _check_possible(
+        self, resources: Resources, machine: Member | None, candidates: list[Candidate], guest: Guest
+    ) -> None:
         """A request that no machine can ever satisfy is refused now, not queued for ever."""
         known = [candidate for candidate in candidates if candidate.record is not None]
         if machine is not None:
@@ -179,6 +194,8 @@ class Submissions:
                     "impossible", f"cannot run on {machine.name}: it {refusal or lacks}", "meshgpu machines"
                 )
             return
+        if guest.cloud is not CloudUse.NEVER and any(m.role is Role.BURST for m in self._log.members.values()):
+            return  # what no machine here has may be rented
         open_to_me = [c for c in known if not c.is_closed]
         if known and not open_to_me:
             raise MeshgpuError("impossible", f"cannot run: {explain(resources, known)}", "meshgpu machines")
@@ -188,9 +205,9 @@ class Submissions:
 
     def _steward(self, guest: Guest, resources: Resources, machine: Member | None) -> NodeId:
         """Who holds the job: the machine named by -m, else the best-ranked rig, else any that answers, else we."""
-        everyone = self._candidates(guest, None)
+        everyone = self._candidates(replace(guest, cloud=CloudUse.OK), None)
         alive = [c for c in everyone if c.record is not None and not c.is_down and c.record.may_steward]
-        rigs = [c for c in alive if self._log.members[c.node].role is Role.RIG]
+        rigs = [c for c in alive if self._log.members[c.node].role in STEWARD_ROLES]
         if machine is not None and any(c.node == machine.node for c in rigs):
             return machine.node
         ranked = rank(resources, rigs, self._rng)

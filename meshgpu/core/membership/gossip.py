@@ -1,5 +1,7 @@
 """What every node says of itself, kept the same everywhere: owner-only entries, eager push, digests (Scuttlebutt).
 
+A cloud node hears of nobody: only the mesh log goes to it, and only what it says of itself is taken from it.
+
 Invariant: who claims version v of an owner has every entry of that owner up to v. It holds because an owner always
 pushes all of its (few) entries, and because an answer to a digest carries all that is newer, in one message.
 """
@@ -26,7 +28,7 @@ from meshgpu.model.gossip import (
 )
 from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.messages import GossipDelta, GossipDigest, Known, LogDelta
-from meshgpu.model.trust import Notary, Signed
+from meshgpu.model.trust import Notary, Role, Signed
 
 DELTA_BYTES: Final = 700_000
 """Of the entries in one message: they fit a frame of 1 MiB."""
@@ -139,7 +141,12 @@ class Gossip:
             self._peers.append(peer)
         if self._digest_at is None:
             self._digest_at = now.boot_s + self._next_interval()
-        return [Send(peer, self._digest(wants_answer=True))]
+        return [Send(peer, self._digest(peer, wants_answer=True))]
+
+    def forget(self, node: NodeId) -> None:
+        """It is no member any more."""
+        if node != self._node and self._owners.pop(node, None) is not None:
+            self._known = None
 
     def link_closed(self, peer: NodeId) -> None:
         if peer in self._peers:
@@ -154,11 +161,11 @@ class Gossip:
         lacking_log = self._log.beyond(digest.heads)
         if lacking_log:
             effects.append(Send(peer, LogDelta(fitting(lacking_log))))
-        newer = self._newer_than(digest.known)
+        newer = () if self._is_cloud(peer) else self._newer_than(digest.known)
         if newer:
             effects.append(Send(peer, GossipDelta(newer)))
         if digest.wants_answer:
-            effects.append(Send(peer, self._digest(wants_answer=False)))
+            effects.append(Send(peer, self._digest(peer, wants_answer=False)))
         return effects
 
     def delta_arrived(self, now: Now, peer: NodeId, delta: GossipDelta) -> tuple[list[NodeId], list[Effect]]:
@@ -168,6 +175,9 @@ class Gossip:
         effects: list[Effect] = []
         for signed in delta.entries[:DELTA_ENTRIES]:
             owner = NodeId(signed.key)
+            if self._is_cloud(peer) and owner != peer:
+                effects.append(Reject(peer, "a cloud node speaks for somebody else"))
+                continue
             if owner in refused:
                 continue  # later entries of an owner would claim the refused one
             try:
@@ -185,11 +195,12 @@ class Gossip:
             self._push_at, self._pushed_at = None, now.boot_s
             # All of them: a peer whose Link is new, and breaks again, must not claim the newest without the others.
             push = GossipDelta(tuple(signed for _, signed in self._owners[self._node].in_order()))
-            effects.extend(Send(peer, push) for peer in self._peers)
+            effects.extend(Send(peer, push) for peer in self._peers if not self._is_cloud(peer))
         if self._digest_at is not None and now.boot_s >= self._digest_at:
             self._digest_at = now.boot_s + self._next_interval() if self._peers else None
             if self._peers:
-                effects.append(Send(self._rng.choice(self._peers), self._digest(wants_answer=True)))
+                peer = self._rng.choice(self._peers)
+                effects.append(Send(peer, self._digest(peer, wants_answer=True)))
         return effects
 
     def deadline(self) -> float | None:
@@ -197,8 +208,15 @@ class Gossip:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _digest(self, *, wants_answer: bool) -> GossipDigest:
-        return GossipDigest(self.known(), self._log.heads(), wants_answer)
+    def _digest(self, peer: NodeId, *, wants_answer: bool) -> GossipDigest:
+        known = self.known()
+        if self._is_cloud(peer):
+            known = tuple(row for row in known if row.owner == peer)
+        return GossipDigest(known, self._log.heads(), wants_answer)
+
+    def _is_cloud(self, peer: NodeId) -> bool:
+        member = self._log.members.get(peer)
+        return member is not None and member.role is Role.CLOUD
 
     def _next_interval(self) -> float:
         spread = self._timing.digest_s * self._timing.jitter

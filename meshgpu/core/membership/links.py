@@ -1,4 +1,7 @@
-"""Which Links to open: one to every member, dialled by the lower id, by the other after a while."""
+"""Which Links to open: one to every member, dialled by the lower id, by the other after a while.
+
+A cloud node dials nobody; everybody in the office dials it at once.
+"""
 
 import random
 from collections.abc import Iterable
@@ -10,6 +13,7 @@ from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Address, NodeId
+from meshgpu.model.trust import Role
 
 ADDRESSES_KEPT: Final = 4
 """Of each source and node: a desktop has two or three; a liar on the LAN must not make us dial hundreds."""
@@ -87,7 +91,7 @@ class Links:
             found.hints = list(dict.fromkeys((*addresses, *found.hints)))[:ADDRESSES_KEPT]
         if before.issuperset(found.addresses):
             return
-        soonest = now.boot_s + (0.0 if self._node < peer else self._timing.courtesy_s)
+        soonest = now.boot_s + (0.0 if self._goes_first(peer) else self._timing.courtesy_s)
         if found.next_dial is None or found.failures:
             found.next_dial = soonest
             found.failures = 0
@@ -108,7 +112,7 @@ class Links:
         found = self._peers.setdefault(peer, _Peer())
         found.lost_at = now.boot_s
         if found.addresses:
-            found.next_dial = now.boot_s + self._pause(found, courteous=self._node > peer)
+            found.next_dial = now.boot_s + self._pause(found, courteous=not self._goes_first(peer))
 
     def dial_failed(self, now: Now, peer: NodeId) -> None:
         found = self._peers.get(peer)
@@ -157,7 +161,16 @@ class Links:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def _goes_first(self, peer: NodeId) -> bool:
+        return self._node < peer or self._role(peer) is Role.CLOUD
+
+    def _role(self, node: NodeId) -> Role | None:
+        member = self._log.members.get(node)
+        return member.role if member else None
+
     def _is_wanted(self, peer: NodeId, found: _Peer) -> bool:
+        if self._role(self._node) is Role.CLOUD:
+            return False
         return peer in self._log.members and peer not in self.open and not found.is_dialling and bool(found.addresses)
 
     def _is_due(self, now: Now, peer: NodeId, found: _Peer) -> bool:

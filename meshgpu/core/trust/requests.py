@@ -9,7 +9,7 @@ from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
 from meshgpu.model.ids import JobId, KeyId, NodeId, job_id
 from meshgpu.model.job import Action, JobRequest, JobSpec, PlacingVote
 from meshgpu.model.sweep import Trial
-from meshgpu.model.trust import Notary, Signed, T, UserKey
+from meshgpu.model.trust import Notary, Role, Signed, T, UserKey
 
 MAX_STEWARDS: Final = 3
 
@@ -45,6 +45,8 @@ class RequestRules:
         stewards = set(spec.stewards)
         if len(stewards) != len(spec.stewards) or len(stewards) not in (1, MAX_STEWARDS):
             raise TrustError("not-allowed", "cannot accept a job: it names no proper set of machines to hold it")
+        if any(self._is_cloud(steward) for steward in stewards):
+            raise TrustError("not-allowed", "cannot accept a job: a rented machine is to hold it")
         if not stewards <= self._log.members.keys():
             raise TrustError("not-allowed", "cannot accept a job: it is to be held by a machine outside the mesh")
         return spec
@@ -99,9 +101,13 @@ class RequestRules:
                 "not-allowed", f"cannot start a job: {len(voters)} of {needed} machines that hold it agree"
             )
 
+    def _is_cloud(self, node: NodeId) -> bool:
+        member = self._log.members.get(node)
+        return member is not None and member.role is Role.CLOUD
+
     def _read_as_user(self, signed: Signed, kind: type[T]) -> tuple[UserKey, T]:
         user = self._log.users.get(signed.key)
-        if user is None:
+        if user is None or self._is_cloud(user.node):
             raise TrustError("not-allowed", "cannot obey a request: its key belongs to no user of this mesh")
         return user, self._notary.read(signed, user.public_key, kind)
 

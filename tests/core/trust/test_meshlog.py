@@ -1,6 +1,8 @@
 """The union of admins' chains: what counts, whatever the order in which it came."""
 
+import dataclasses
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -8,8 +10,20 @@ from hypothesis import strategies as st
 
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import TrustError
-from meshgpu.model.ids import NodeId, UserName, digest, key_id, node_id
-from meshgpu.model.trust import AddNode, Head, LinkUser, LogEntry, Role
+from meshgpu.model.clock import Now
+from meshgpu.model.ids import Digest, KeyId, NodeId, UserName, digest, key_id, node_id
+from meshgpu.model.trust import (
+    AddNode,
+    Body,
+    Head,
+    LinkUser,
+    LogEntry,
+    RemoveNode,
+    Role,
+    SetPolicy,
+    SetRole,
+    Signed,
+)
 from meshgpu.sim.office import Office, furnish
 
 OFFICE = furnish(random.Random(1), 4, is_plain=True)
@@ -169,3 +183,131 @@ def test_second_key_of_a_user_is_linked(log: MeshLog, office: Office) -> None:
     key = office.ring.make("bob")
     log.add(log.write(admin, [LinkUser(UserName("bob"), key, office.setups[3].node, 2000)]))
     assert log.user_of(key_id(key)) == "bob"
+
+
+# -- cloud nodes and who may let them in -------------------------------------------------------------------------------
+
+
+def burst(office: Office, seat: int = 1) -> tuple[MeshLog, Signed]:
+    """The log as it stands once the machine at `seat` may rent, and the entry that says so."""
+    log = entered(office)
+    admin = office.setups[0].accounts[UserName("ada")]
+    (entry,) = log.write(admin, [SetRole(office.setups[seat].node, Role.BURST)])
+    log.add([entry])
+    return log, entry
+
+
+def instance(office: Office, name: str = "cloud1", expires_wall_s: float | None = 1e9) -> AddNode:
+    public = office.ring.make(name)
+    return AddNode(node_id(public), public, b"ca", name, Role.CLOUD, UserName("ada"), expires_wall_s)
+
+
+def written(office: Office, log: MeshLog, *bodies: Body, seat: int = 1) -> tuple[Signed, ...]:
+    """What the machine at `seat` writes into its own chain, as it knows the log."""
+    own = MeshLog(office.notaries[seat])
+    own.enter(office.mesh, log.all_entries())
+    return own.write(KeyId(office.setups[seat].node), bodies)
+
+
+def test_burst_node_lets_a_cloud_node_in_and_removes_it_for_ever(office: Office) -> None:
+    log, _ = burst(office)
+    cloud = instance(office)
+    log.add(written(office, log, cloud))
+    assert (log.members[cloud.node].role, log.members[cloud.node].expires_wall_s) == (Role.CLOUD, 1e9)
+    log.add(written(office, log, RemoveNode(cloud.node), cloud))
+    assert cloud.node not in log.members
+
+
+@given(st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=40)
+def test_order_does_not_matter_for_cloud_nodes_either(rng: random.Random) -> None:
+    log, _ = burst(OFFICE)
+    one, other = instance(OFFICE, "one"), instance(OFFICE, "other")
+    log.add(written(OFFICE, log, one, other, RemoveNode(one.node)))
+    entries = list(log.all_entries())
+    rng.shuffle(entries)
+    shuffled = entered(OFFICE, 1)
+    for _ in range(3):  # a digest a second sends again what was not taken in before its author's role was known
+        for entry in entries:
+            shuffled.add((entry,))
+    assert shuffled.members == log.members
+    assert shuffled.heads() == log.heads()
+
+
+def test_entries_that_come_with_their_authors_role_count_at_once(office: Office) -> None:
+    log, _ = burst(office)
+    log.add(written(office, log, instance(office)))
+    fresh = entered(office, 1)
+    assert set(fresh.add(reversed(log.all_entries()))) >= set(log.all_entries()[1:])
+    assert fresh.members == log.members
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda office: admit(office, "evil", "evil"),
+        lambda office: dataclasses.replace(instance(office), role=Role.BURST),
+        lambda office: dataclasses.replace(instance(office), expires_wall_s=None),
+        lambda office: dataclasses.replace(instance(office), node=office.setups[2].node),
+        lambda office: SetPolicy(may_leave=True),
+        lambda office: SetRole(office.setups[2].node, Role.BURST),
+        lambda office: RemoveNode(office.setups[2].node),
+        lambda office: LinkUser(UserName("ada"), office.ring.make("evil"), office.setups[1].node, 0),
+    ],
+)
+def test_burst_node_may_do_nothing_else(office: Office, make: Callable[[Office], Body]) -> None:
+    log, _ = burst(office)
+    before = (dict(log.members), dict(log.users), log.may_leave)
+    log.add(written(office, log, make(office)))
+    assert (log.members, log.users, log.may_leave) == before
+
+
+def test_whoever_has_not_the_role_writes_nothing(office: Office) -> None:
+    log, _ = burst(office)
+    with pytest.raises(TrustError):
+        written(office, log, instance(office), seat=2)
+    chain = LogEntry(office.mesh, KeyId(office.setups[2].node), 0, Digest(""), (), instance(office))
+    forged = office.notaries[2].sign(KeyId(office.setups[2].node), chain)
+    assert log.add([forged]) == ()
+    cloud = instance(office)
+    log.add(written(office, log, cloud))
+    assert log.members[cloud.node].role is Role.CLOUD
+    admin = office.setups[0].accounts[UserName("ada")]
+    log.add(log.write(admin, [SetRole(office.setups[1].node, Role.RIG)]))
+    assert cloud.node not in log.members  # with the role goes what came by it
+
+
+def test_admins_let_in_no_cloud_nodes_and_make_none_of_machines(office: Office) -> None:
+    log = entered(office)
+    admin = office.setups[0].accounts[UserName("ada")]
+    log.add(log.write(admin, [instance(office), SetRole(office.setups[2].node, Role.CLOUD)]))
+    assert {member.role for member in log.members.values()} == {Role.RIG}
+
+
+def test_cloud_node_takes_no_name_that_a_machine_has(office: Office) -> None:
+    log, _ = burst(office, seat=0)
+    cloud = dataclasses.replace(instance(office), name="rig2")
+    log.add(written(office, log, cloud, seat=0))
+    assert log.members[office.setups[2].node].name == "rig2"
+    assert log.members[cloud.node].name == f"rig2-{cloud.node[:4]}"
+
+
+def test_cloud_node_leaves_by_the_clock_and_does_not_come_back(office: Office) -> None:
+    log, _ = burst(office)
+    cloud = instance(office, expires_wall_s=1000.0)
+    log.add(written(office, log, cloud))
+    assert not log.expire(Now(0.0, 1120.0, "boot"))
+    assert log.expire(Now(0.0, 1120.1, "boot"))
+    assert cloud.node not in log.members
+    assert not log.expire(Now(0.0, 2000.0, "boot"))
+    log.add(written(office, log, instance(office, "next")))
+    assert cloud.node not in log.members
+
+
+def test_policy_is_what_the_admin_said_last(office: Office) -> None:
+    log = entered(office)
+    admin = office.setups[0].accounts[UserName("ada")]
+    assert not log.may_leave
+    for may_leave in (True, False, True):
+        log.add(log.write(admin, [SetPolicy(may_leave)]))
+        assert log.may_leave == may_leave
