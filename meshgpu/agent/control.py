@@ -280,7 +280,7 @@ class Control:
             cpus,
             memory_bytes,
             str(body.get("image", "")),
-            CloudUse.NEVER,
+            _cloud(body),
             _whole(body, "retries"),
             _space(body),
             _objective(body),
@@ -473,6 +473,13 @@ def _whole(body: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise MeshgpuError("bad-request", f"cannot read the request: {key} is no whole number from 0")
     return value
+
+
+def _cloud(body: Mapping[str, Any]) -> CloudUse | None:
+    text = body.get("cloud")
+    if text is not None and text not in list(CloudUse):
+        raise MeshgpuError("bad-request", f"cannot submit: cloud is {text!r}, expected never, ok or only")
+    return None if text is None else CloudUse(text)
 
 
 def _space(body: Mapping[str, Any]) -> Space | None:

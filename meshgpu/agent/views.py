@@ -133,6 +133,7 @@ class JobDocuments:
             "tree_files": spec.tree_files,
             "tree_bytes": spec.tree_bytes,
             "requested_machine": self._name(spec.machine),
+            "cloud": spec.cloud.value,
             "retries": spec.retries,
             "died": register.died,
             "metric": _metric_document(register.metric, spec.objective),

@@ -30,3 +30,7 @@ Retries = Annotated[
     int,
     typer.Option("--retries", min=0, max=100, metavar="N", help="Start it again if it dies with its machine, N times."),
 ]
+Cloud = Annotated[
+    str | None,
+    typer.Option("--cloud", metavar="never|ok|only", help="Whether it may leave the office (what the mesh allows)."),
+]

@@ -14,6 +14,7 @@ import typer
 from meshgpu.cli.attach import Attachment, conclude, detached, events
 from meshgpu.cli.files import fetch, inside, keep_both
 from meshgpu.cli.flags import (
+    Cloud,
     Command,
     Cpus,
     Detach,
@@ -58,6 +59,7 @@ def run(
     image: Image = "",
     cpus: Cpus = 0,
     memory: Memory = "",
+    cloud: Cloud = None,
     retries: Retries = 0,
     name: Name = None,
     detach: Detach = False,
@@ -79,6 +81,7 @@ def run(
         "cpus": cpus,
         "memory_bytes": parse_memory(memory) if memory else 0,
         "retries": retries,
+        "cloud": checked_cloud(cloud),
     }
     client = agent_for(yes=yes)
     job = ship_and_submit(client, request)
@@ -121,6 +124,7 @@ def job_request(
         memory_bytes=0,
         image=_checked_image(image, has_packages=bool(pip or pip_req)),
         retries=0,
+        cloud=None,
         sweep=None,
         metric="",
         metric_pattern="",
@@ -191,6 +195,13 @@ def _checked_image(image: str, *, has_packages: bool) -> str:
     return image
 
 
+def checked_cloud(text: str | None) -> str | None:
+    """Raises MeshgpuError `bad-request` for what is no such wish."""
+    if text is not None and text not in ("never", "ok", "only"):
+        raise MeshgpuError("bad-request", f"cannot use --cloud {text}: expected never, ok or only", "--cloud never")
+    return text
+
+
 def not_empty(text: str, flag: str) -> str:
     """A variable that is not set must not silently mean any machine."""
     if not text.strip():
@@ -251,6 +262,8 @@ def _hand_over(job: JobView, *, as_json: bool) -> None:
         print(json.dumps({"id": job["id"], "display": job["display"]}))
         return
     print(job["display"], flush=True)
+    if job["cloud"] != "never":
+        note(plain(f"{job['display']} may leave the office (--cloud {job['cloud']})"))
     if len(job["held_by"]) == 1:
         note(plain(f"{job['display']} is held by {job['held_by'][0]} only"))
     detached(job)

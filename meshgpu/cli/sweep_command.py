@@ -13,6 +13,7 @@ import typer
 
 from meshgpu.cli.complete import job_names
 from meshgpu.cli.flags import (
+    Cloud,
     Command,
     Cpus,
     Detach,
@@ -30,7 +31,7 @@ from meshgpu.cli.flags import (
 from meshgpu.cli.job_commands import kill as kill_jobs
 from meshgpu.cli.job_commands import stop as stop_jobs
 from meshgpu.cli.render import clock, count, note, plain, print_table
-from meshgpu.cli.run_command import agent_for, job_request, not_empty, parse_memory, ship_and_submit
+from meshgpu.cli.run_command import agent_for, checked_cloud, job_request, not_empty, parse_memory, ship_and_submit
 from meshgpu.cli.watch import Json, Watch, repeat
 from meshgpu.cli.words import EXIT_FAILED_CHECK, EXIT_INTERRUPTED, EXIT_MESH_FAILED, is_final, run_time, status, where
 from meshgpu.client.agent import AgentClient
@@ -87,6 +88,7 @@ def grid(
     image: Image = "",
     cpus: Cpus = 0,
     memory: Memory = "",
+    cloud: Cloud = None,
     retries: Retries = TRIAL_RETRIES,
     name: Name = None,
     detach: Detach = False,
@@ -99,7 +101,7 @@ def grid(
     130: Ctrl-C, after which the sweep goes on.
     """
     request = job_request(command, name, env, pip, pip_req, image)
-    request |= _place(machine, gpus, cpus, memory, no_env=no_env)
+    request |= _place(machine, gpus, cpus, memory, no_env=no_env) | _leave(cloud)
     request |= _sweep(SweepRequest(method="grid", params=params, trials=0, parallel=parallel, seed=0))
     request |= _objective(metric, metric_regex, retries)
     _start(request, detach=detach, as_json=as_json, yes=yes)
@@ -123,6 +125,7 @@ def at_random(
     image: Image = "",
     cpus: Cpus = 0,
     memory: Memory = "",
+    cloud: Cloud = None,
     retries: Retries = TRIAL_RETRIES,
     name: Name = None,
     detach: Detach = False,
@@ -134,7 +137,7 @@ def at_random(
     {lr} or :lr: in the command stands for the value of lr. Exit codes as of `sweep grid`.
     """
     request = job_request(command, name, env, pip, pip_req, image)
-    request |= _place(machine, gpus, cpus, memory, no_env=no_env)
+    request |= _place(machine, gpus, cpus, memory, no_env=no_env) | _leave(cloud)
     request |= _sweep(SweepRequest(method="random", params=params, trials=trials, parallel=parallel, seed=seed))
     request |= _objective(metric, metric_regex, retries)
     _start(request, detach=detach, as_json=as_json, yes=yes)
@@ -222,6 +225,10 @@ def _place(machine: str | None, gpus: str | None, cpus: int, memory: str, *, no_
     }
 
 
+def _leave(cloud: str | None) -> JobRequest:
+    return {"cloud": checked_cloud(cloud)}  # type: ignore[typeddict-item]  # a part of one
+
+
 def _sweep(asked: SweepRequest) -> JobRequest:
     for text in asked["params"]:
         parse_param(text)
@@ -305,7 +312,8 @@ def _detached(job: JobView) -> None:
 
 def _headline(job: JobView) -> str:
     held = f" · held by {job['held_by'][0]} only" if len(job["held_by"]) == 1 else ""
-    return f"{job['display']} · {_space(job)}{held}"
+    leaves = {"ok": " · may leave the office", "only": " · for the cloud only"}.get(job["cloud"], "")
+    return f"{job['display']} · {_space(job)}{leaves}{held}"
 
 
 def _space(job: JobView) -> str:

@@ -97,6 +97,8 @@ def headline(job: JobView) -> str:
         parts.append(f"{count(job['tree_files'], 'file')} {size(job['tree_bytes'])}")
     if job["detail"] and ": " not in job["detail"]:  # with a colon it is progress: see waiting
         parts.append(job["detail"])
+    if leaves := {"ok": "may leave the office", "only": "for the cloud only"}.get(job["cloud"]):
+        parts.append(leaves)
     if len(job["held_by"]) == 1:
         parts.append(f"held by {job['held_by'][0]} only")
     return plain(" · ".join(parts))

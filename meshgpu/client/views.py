@@ -163,7 +163,7 @@ class JobView(TypedDict):
     """A job as its user sees it. phase is None unless the job is active; exit_code None where no process ended.
 
     sweep, trial: the id of the sweep that it is a trial of, and which; space: for a sweep itself. died: attempts that
-    died after they started, of which `retries` are forgiven.
+    died after they started, of which `retries` are forgiven. cloud: `never ok only`: whether it may leave the office.
     """
 
     id: str
@@ -190,6 +190,7 @@ class JobView(TypedDict):
     tree_files: int
     tree_bytes: int
     requested_machine: str | None
+    cloud: str
     retries: int
     died: int
     metric: MetricView | None
@@ -262,7 +263,8 @@ class SweepRequest(TypedDict):
 class JobRequest(TypedDict):
     """What `run` asks for. gpus: the text of `-g`, None without; machine, image: empty without; 0 where not said.
 
-    sweep: None for a job of its own. metric: `loss:min`, empty without; metric_pattern: where it is in the log.
+    cloud: None where nothing is said. sweep: None for a job of its own.
+    metric: `loss:min`, empty without; metric_pattern: where it is in the log.
     """
 
     name: str
@@ -278,6 +280,7 @@ class JobRequest(TypedDict):
     cpus: int
     memory_bytes: int
     image: str
+    cloud: str | None
     retries: int
     sweep: SweepRequest | None
     metric: str

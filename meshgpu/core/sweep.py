@@ -110,8 +110,8 @@ def _fill(word: str, values: dict[str, str], *, is_shell: bool) -> str:
 
 
 def _placeholder(name: str) -> re.Pattern[str]:
-    """`{lr}` or `:lr:`; other braces and colons of the command stay as they are."""
-    return re.compile(rf"\{{{re.escape(name)}\}}|:{re.escape(name)}:")
+    """`{lr}` or `:lr:`; other braces and colons stay as they are, and `${lr}` is the shell's."""
+    return re.compile(rf"(?<!\$)\{{{re.escape(name)}\}}|:{re.escape(name)}:")
 
 
 def _bad(message: str, hint: str) -> MeshgpuError:

@@ -38,6 +38,9 @@ class KeyRing:
         self._publics[key_id(public)] = public
         return public
 
+    def public(self, key: KeyId) -> bytes:
+        return self._publics[key]
+
     def sign(self, key: KeyId, value: object) -> Signed:
         """What the owner of `key` could make of `value`."""
         kind, payload = type(value).__name__, self.encode(value)

@@ -125,7 +125,7 @@ class Faults:
         """An owner plays for a while on one of his GPUs, and has it to himself soon, unless his agent is down."""
         rng = self._timeline.rng
         machine = self._any()
-        if not machine.setup.inventory.gpus or machine.has_owner_here:
+        if machine.setup.is_rented or not machine.setup.inventory.gpus or machine.has_owner_here:
             return
         gpu = rng.choice(machine.setup.inventory.gpus).uuid
         machine.owner_begins(gpu)

@@ -7,15 +7,25 @@ from typing import Final, NoReturn
 
 from meshgpu.core import effects as fx
 from meshgpu.core.events import Event, MessageArrived
-from meshgpu.core.jobs.placement import find_room, lacking
+from meshgpu.core.jobs.placement import find_room, lacking, out_of_bounds
 from meshgpu.core.owner import permission
 from meshgpu.core.sweep import expand, trial_spec
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.gossip import Allocation, GossipValue
 from meshgpu.model.ids import GpuId, HoldId, JobId, NodeId
 from meshgpu.model.inventory import Inventory
-from meshgpu.model.job import ATTEMPT_ORDER, AttemptPlan, AttemptState, JobSpec, JobState, JobView, Register, Result
-from meshgpu.model.messages import GossipDelta
+from meshgpu.model.job import (
+    ATTEMPT_ORDER,
+    AttemptPlan,
+    AttemptState,
+    CloudUse,
+    JobSpec,
+    JobState,
+    JobView,
+    Register,
+    Result,
+)
+from meshgpu.model.messages import GossipDelta, GossipDigest
 from meshgpu.model.records import AttemptRecord, JobRecord
 from meshgpu.model.resources import GpuShare
 from meshgpu.sim.machine import Machine
@@ -71,6 +81,10 @@ class Invariants:
             self._check_heard(machine, event.message)
         is_other = False
         for effect in effects:
+            if machine.setup.is_rented and isinstance(effect, fx.Dial | fx.FetchTree | fx.Identify):
+                self._fail(f"{machine.setup.name} is rented and orders {effect}")
+            if isinstance(effect, fx.Send) and self._is_rented(effect.peer) and effect.peer != machine.node:
+                self._check_told(machine, effect.message)
             if not isinstance(effect, fx.Persist):
                 is_other = True
             elif is_other:
@@ -117,6 +131,16 @@ class Invariants:
             if any(share.uuid == gpu for share in plan.gpus):
                 self._fail(f"{plan.spec.job} still uses {gpu} of {machine.setup.name}, whose owner waits for it")
 
+    # -- what is rented -----------------------------------------------------------------------------------------------
+
+    def _is_rented(self, node: NodeId) -> bool:
+        return node in self.ledger.machines and self.ledger.machines[node].setup.is_rented
+
+    def _check_told(self, machine: Machine, message: object) -> None:
+        """An instance hears nothing of the office but the mesh log."""
+        if isinstance(message, GossipDelta) or (isinstance(message, GossipDigest) and len(message.known) > 1):
+            self._fail(f"{machine.setup.name} tells an instance about the office: {message}")
+
     # -- machines -----------------------------------------------------------------------------------------------------
 
     def _check_heard(self, machine: Machine, delta: GossipDelta) -> None:
@@ -162,6 +186,8 @@ class Invariants:
         allowed = permission(setup.policy, spec.user, setup.owner, setup.fence)
         if allowed.refusal or allowed.needs_fence != plan.fenced:
             self._fail(f"{spec.job} of {spec.user} runs on {setup.name} of {setup.owner}, fenced: {plan.fenced}")
+        if setup.is_rented and spec.cloud is CloudUse.NEVER:
+            self._fail(f"{spec.job} runs on {setup.name}, but it may not leave the office")
         if spec.machine not in (None, machine.node):
             self._fail(f"{spec.job} runs on {setup.name}, which its user did not name")
         if spec.job not in self.ledger.submitted:
@@ -280,12 +306,14 @@ class Invariants:
     def unsettled(self) -> list[str]:
         """What is not yet as it must become once faults have stopped; empty when the world has come to rest."""
         machines = [machine for machine in self.ledger.machines.values() if machine.agent is not None]
-        away = {node for node, machine in self.ledger.machines.items() if machine.agent is None}
+        away = {node for node, m in self.ledger.machines.items() if m.agent is None and not m.is_gone}
         reasons = [f"{m.setup.name} still uses {used}" for m in machines if (used := _allocations(m))]
         for job in sorted(self.ledger.confirmed):
             reason = self._job_unsettled(job, away)
             if reason:
                 reasons.append(reason)
+        gone = {node for node, machine in self.ledger.machines.items() if machine.is_gone}
+        reasons += [f"{m.setup.name} has not heard that an instance is gone" for m in machines if gone & _members(m)]
         return reasons or [*_links_unsettled(machines), *_gossip_unsettled(machines)]
 
     def check_end(self) -> None:
@@ -293,7 +321,8 @@ class Invariants:
         machines = self.ledger.machines.values()
         accounts = {key for machine in machines for key in machine.setup.accounts.values()}
         for machine in machines:
-            if machine.agent is not None and set(machine.agent.log.members) != set(self.ledger.machines):
+            there = {node for node, other in self.ledger.machines.items() if not other.is_gone}
+            if machine.agent is not None and set(machine.agent.log.members) != there:
                 self._fail(f"{machine.setup.name} counts members that nobody admitted")
             if machine.agent is not None and set(machine.agent.log.users) != accounts:
                 self._fail(f"{machine.setup.name} knows users that nobody linked")
@@ -329,7 +358,8 @@ class Invariants:
         spec = view.spec
         for node, machine in self.ledger.machines.items():
             setup = machine.setup
-            is_meant = spec.machine in (None, node) and node not in away
+            is_meant = spec.machine in (None, node) and node not in away and not machine.is_gone
+            is_meant = is_meant and not out_of_bounds(spec.cloud, is_rented=setup.is_rented)
             if is_meant and not permission(setup.policy, spec.user, setup.owner, setup.fence).refusal:
                 inventory = setup.inventory
                 never = lacking(spec.resources.gpus, inventory) or _too_small(view, inventory)
@@ -367,12 +397,16 @@ def _allocations(machine: Machine) -> tuple[Allocation, ...]:
     return machine.agent.attempts.allocations() if machine.agent is not None else ()
 
 
+def _members(machine: Machine) -> set[NodeId]:
+    return set(machine.agent.log.members) if machine.agent is not None else set()
+
+
 def _links_unsettled(machines: list[Machine]) -> list[str]:
     return [
         f"no Link between {one.setup.name} and {other.setup.name}"
         for one in machines
         for other in machines
-        if one.node < other.node and not one.is_linked(other)
+        if one.node < other.node and not one.is_linked(other) and not (one.setup.is_rented and other.setup.is_rented)
     ]
 
 
@@ -382,7 +416,7 @@ def _gossip_unsettled(machines: list[Machine]) -> list[str]:
         f"{other.setup.name} knows {owner.setup.name} as {views[other.node].get(owner.node)}"
         for owner in machines
         for other in machines
-        if views[other.node].get(owner.node) != views[owner.node].get(owner.node)
+        if not other.setup.is_rented and views[other.node].get(owner.node) != views[owner.node].get(owner.node)
     ]
     heads = {machine.agent.log.heads() for machine in machines if machine.agent is not None}
     return reasons + (["the mesh logs differ"] if len(heads) > 1 else [])

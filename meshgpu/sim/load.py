@@ -6,7 +6,7 @@ from typing import Final
 from meshgpu.core.effects import Answered
 from meshgpu.core.events import ActionAsked, JobsAsked, RunAsked, WatchStarted, WatchStopped
 from meshgpu.model.ids import Digest, KeyId, UserName, digest
-from meshgpu.model.job import Action, Draft, EnvironmentRequest, JobView
+from meshgpu.model.job import Action, CloudUse, Draft, EnvironmentRequest, JobView
 from meshgpu.model.resources import GB, NO_GPU, GpuRequest, Resources
 from meshgpu.model.sweep import Method, Param, Space
 from meshgpu.sim.invariants import Ledger, trials_of
@@ -34,6 +34,7 @@ class People:
 
     timeline: Timeline
     ledger: Ledger
+    is_near_a_cloud: bool = False
     queries: int = 0
     refused: int = 0
 
@@ -47,7 +48,13 @@ class People:
         gpus = rng.choice(REQUESTS)
         cpus = rng.choice((0, 0, 1, 2))
         named = rng.choice(sorted(m.setup.name for m in self.ledger.machines.values())) if rng.random() < 0.4 else ""
-        self.run(machine, key, named, None if gpus is None else Resources(gpus, cpus))
+        resources = None if gpus is None else Resources(gpus, cpus)
+        cloud = self._wish() if self.is_near_a_cloud else None
+        self.run(machine, key, named, resources, cloud=cloud, retries=cloud is not CloudUse.NEVER)
+
+    def _wish(self) -> CloudUse | None:
+        """What `--cloud` says."""
+        return self.timeline.rng.choice((None, CloudUse.NEVER, CloudUse.NEVER, CloudUse.OK, CloudUse.ONLY))
 
     def sweep_something(self) -> None:
         """A sweep from a random machine that is on."""
@@ -67,13 +74,15 @@ class People:
         resources: Resources | None,
         name: str = "train",
         space: Space | None = None,
+        cloud: CloudUse | None = None,
+        retries: int = 0,
     ) -> str:
         """Submit at `machine`; returns the query."""
         self.queries += 1
         query = f"run{self.queries}"
         tree = digest(query.encode())
         machine.trees.add(tree)
-        asked = draft(name, named, resources, tree)
+        asked = replace(draft(name, named, resources, tree), cloud=cloud, retries=retries)
         if space is not None:
             asked = replace(asked, command=(*asked.command, "{lr}"), sweep=space, retries=2)
         machine.post(RunAsked(query, key, asked))

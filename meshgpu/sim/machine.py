@@ -32,7 +32,7 @@ NUDGE_S: Final = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a machine is. accounts: {user: key of the user's account here}."""
+    """What a machine is. accounts: {user: key of the user's account here}. is_rented: whether it is an instance."""
 
     node: NodeId
     name: str
@@ -44,6 +44,7 @@ class Setup:
     address: Address
     wall_offset_s: float
     may_steward: bool = True
+    is_rented: bool = False
 
 
 class Watcher(Protocol):
@@ -95,6 +96,7 @@ class Machine:
         self.node = setup.node
         self.addresses: tuple[Address, ...] = (setup.address,)
         self.is_on = True
+        self.is_gone = False
         self.instance = 0
         self.lag_s = 0.0
         self.agent: Node | None = None
@@ -190,12 +192,17 @@ class Machine:
 
     def power_on(self) -> None:
         """Boot: another boot id, a clock that starts near zero, and the agent as a service."""
-        if self.is_on:
+        if self.is_on or self.is_gone:
             return
         self.is_on = True
         self._boots += 1
         self._booted_at = self._timeline.time_s - self.rng.uniform(1.0, 20.0)
         self.start_agent()
+
+    def vanish(self) -> None:
+        """The seller took the instance back: nothing of it is left, and it never returns."""
+        self.power_off()
+        self.is_gone = True
 
     # -- events in ----------------------------------------------------------------------------------------------------
 

@@ -8,13 +8,16 @@ from meshgpu.core.owner import OwnerPolicy
 from meshgpu.core.trust.meshlog import MeshLog, found
 from meshgpu.model.ids import Address, GpuId, KeyId, MeshId, NodeId, UserName, digest, key_id, node_id
 from meshgpu.model.inventory import Gpu, Inventory
+from meshgpu.model.lending import Lending
 from meshgpu.model.resources import GB
-from meshgpu.model.trust import AddNode, Genesis, LinkUser, Role, Signed
+from meshgpu.model.trust import AddNode, Genesis, LinkUser, Role, SetPolicy, SetRole, Signed
 from meshgpu.sim.fakes import KeyRing, ToyNotary
-from meshgpu.sim.machine import Setup
+from meshgpu.sim.machine import WALL_START_S, Setup
 
 CLOCK_OFFSET_S: Final = 55.0
 """Wall clocks are wrong by this at most: two of them differ by less than the 120 s that are allowed."""
+LEASE_ENDS_WALL_S: Final = WALL_START_S + 1e6
+"""Long after any world is over."""
 MODELS: Final = (("NVIDIA GeForce RTX 4090", 24), ("NVIDIA GeForce RTX 3060", 12), ("NVIDIA A100-SXM4-80GB", 80))
 USERS: Final = (UserName("ada"), UserName("bob"), UserName("eve"))
 
@@ -30,8 +33,12 @@ class Office:
     ring: KeyRing
 
 
-def furnish(rng: random.Random, size: int, *, is_plain: bool = False, has_intruder: bool = False) -> Office:
+def furnish(
+    rng: random.Random, size: int, *, is_plain: bool = False, has_intruder: bool = False, instances: int = 0
+) -> Office:
     """An office of `size` machines with up to two GPUs each; a plain one is the same for every seed.
+
+    instances: rented machines that come after these; the second machine has let them in, and jobs may leave the office.
 
     Plain: one RTX 4090 in every machine, all owned by ada, all fenced, all clocks right; the last one alone holds jobs.
     The machine of the intruder is the last one.
@@ -57,6 +64,12 @@ def furnish(rng: random.Random, size: int, *, is_plain: bool = False, has_intrud
     if has_intruder:
         setups[-1] = replace(setups[-1], policy=OwnerPolicy(lends=False), may_steward=False)
     mesh, log = _found(notaries[0], setups[0], tuple(bodies))
+    for number in range(instances):
+        public = ring.make(f"cloud{number}")
+        notaries.append(ToyNotary(ring, (public,)))
+        setups.append(_instance(f"cloud{number}", node_id(public), setups[1].owner))
+    if instances:
+        log += _rent(notaries, setups, mesh, log, ring, instances)
     return Office(mesh, log, tuple(setups), tuple(notaries), ring)
 
 
@@ -86,3 +99,38 @@ def _found(
     log = MeshLog(notary)
     log.enter(mesh, (genesis,))
     return mesh, (genesis, *log.write(admin, bodies))
+
+
+def _instance(name: str, node: NodeId, owner: UserName) -> Setup:
+    gpu = Gpu(GpuId(f"GPU-{name}-0"), 0, MODELS[2][0], MODELS[2][1] * 2**30)
+    policy = OwnerPolicy(lending=Lending.DEDICATED)
+    inventory = Inventory(16, 64 * GB, (gpu,))
+    address = Address(f"{name}:443")
+    return Setup(
+        node, name, owner, {}, inventory, "bubblewrap", policy, address, 0.0, may_steward=False, is_rented=True
+    )
+
+
+def _rent(
+    notaries: list[ToyNotary],
+    setups: list[Setup],
+    mesh: MeshId,
+    entries: tuple[Signed, ...],
+    ring: KeyRing,
+    instances: int,
+) -> tuple[Signed, ...]:
+    """The admin lets jobs leave and the second machine rent; that machine lets the instances in."""
+    log = MeshLog(notaries[0])
+    log.enter(mesh, entries)
+    granted = log.write(
+        setups[0].accounts[setups[0].owner], (SetPolicy(may_leave=True), SetRole(setups[1].node, Role.BURST))
+    )
+    own = MeshLog(notaries[1])
+    own.enter(mesh, (*entries, *granted))
+    added = []
+    for setup in setups[-instances:]:
+        public = ring.public(KeyId(setup.node))
+        added.append(
+            AddNode(setup.node, public, b"ca " + public, setup.name, Role.CLOUD, setup.owner, LEASE_ENDS_WALL_S)
+        )
+    return (*granted, *own.write(KeyId(setups[1].node), added))

@@ -12,6 +12,10 @@ RUSH: Final = 0.4
 """Part of the jobs that are asked for at one and the same moment, so that they compete."""
 
 
+TAKEN_BACK: Final = 0.6
+"""Part of the rented machines that vanish."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """trouble_s: how long faults and load go on. settle_s: how long all may take to come to rest after that.
@@ -37,6 +41,10 @@ OWNERS: Final = Scenario(
 
 SWEEPS: Final = Scenario(jobs=6, sweeps=6, faults=FaultRates(crashes=5.0, crashes_at_write=8.0))
 """Sweeps whose stewards crash again and again."""
+
+
+INSTANCES: Final = Scenario(faults=FaultRates(lost=0.0), world=WorldConfig(size=4, instances=2))
+"""A small office with two rented machines, which are taken back while jobs run on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,9 @@ def simulate(seed: int, scenario: Scenario | None = None) -> Outcome:
         at(rng.uniform(3.0, scenario.trouble_s), world.people.watch_something)
     for _ in range(scenario.lies if has_intruder else 0):
         at(rng.uniform(1.0, scenario.trouble_s), world.intruder.lie)
+    for machine in world.machines.values():
+        if machine.setup.is_rented and rng.random() < TAKEN_BACK:
+            at(rng.uniform(5.0, scenario.trouble_s), lambda machine=machine: world.take_back(machine))  # type: ignore[misc]  # as above
     world.faults.plan(scenario.faults, scenario.trouble_s)
     world.run(scenario.trouble_s)
     return Outcome(world, world.settle(scenario.settle_s))

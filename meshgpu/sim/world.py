@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from meshgpu.core.effects import Answered, Effect, Persist
-from meshgpu.core.events import AddressesChanged, Event, MachineSighted, MeshEntered
+from meshgpu.core.events import AddressesChanged, Event, LogWritten, MachineSighted, MeshEntered
 from meshgpu.core.node import NodeConfig
 from meshgpu.model.gossip import GossipEntry, Sighting
-from meshgpu.model.ids import NodeId
+from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.inventory import GpuReading
 from meshgpu.model.job import AttemptPlan, JobSpec, Result
+from meshgpu.model.trust import RemoveNode
 from meshgpu.sim.fakes import ExecutorTiming
 from meshgpu.sim.faults import Faults
 from meshgpu.sim.intruder import Intruder
@@ -33,12 +34,13 @@ SETTLE_STEP_S: Final = 2.0
 class WorldConfig:
     """size: machines. is_plain: the same office for every seed. transcript: which story is kept, if any.
 
-    has_intruder: whether the last machine lies.
+    has_intruder: whether the last machine of the office lies. instances: rented machines beside it.
     """
 
     size: int = 7
     is_plain: bool = False
     has_intruder: bool = False
+    instances: int = 0
     executor: ExecutorTiming = field(default_factory=ExecutorTiming)
     transcript: Transcript | None = None
 
@@ -54,7 +56,11 @@ class World:
         self.invariants = Invariants()
         self.answers: dict[str, Answered] = {}
         self.office = furnish(
-            self.timeline.rng, self.config.size, is_plain=self.config.is_plain, has_intruder=self.config.has_intruder
+            self.timeline.rng,
+            self.config.size,
+            is_plain=self.config.is_plain,
+            has_intruder=self.config.has_intruder,
+            instances=self.config.instances,
         )
         self.machines: dict[NodeId, Machine] = {}
         for setup, notary in zip(self.office.setups, self.office.notaries, strict=True):
@@ -69,8 +75,8 @@ class World:
         self.ledger = self.invariants.ledger
         self.ledger.machines = self.machines
         self.office.ring.signed = self._signed
-        self.people = People(self.timeline, self.ledger)
-        last = self.machines[self.office.setups[-1].node]
+        self.people = People(self.timeline, self.ledger, bool(self.config.instances))
+        last = self.machines[self.office.setups[self.config.size - 1].node]
         self.intruder = Intruder(last, self.ledger, self.network, self.timeline, self.office.ring)
         self.faults = Faults(self.timeline, self.network, self.machines)
         self.faults.owner_waited = self.invariants.owner_waited
@@ -128,10 +134,26 @@ class World:
         elif isinstance(value, GossipEntry):
             self.ledger.said.setdefault(value.owner, set()).add(value.value)
 
+    # -- the seller of instances --------------------------------------------------------------------------------------
+
+    def take_back(self, machine: Machine) -> None:
+        """An instance is gone. Whoever rented it sees that, as soon as its agent runs, and says so to the mesh."""
+        machine.vanish()
+        renter = self.machines[self.office.setups[1].node]
+
+        def seen() -> None:
+            if renter.agent is None or renter.agent.log.mesh is None:
+                self.timeline.after(1.0, seen)
+            elif machine.node in renter.agent.log.members:
+                renter.post(LogWritten(renter.agent.log.write(KeyId(renter.node), [RemoveNode(machine.node)])))
+                self.timeline.after(1.0, seen)  # until it is on disk
+
+        self.timeline.after(self.timeline.rng.uniform(0.5, 5.0), seen)
+
     # -- mDNS ---------------------------------------------------------------------------------------------------------
 
     def _announce(self, machine: Machine) -> None:
-        """All see the machine, and it sees all, as far as paths are open."""
+        """All see the machine, and it sees all, as far as paths are open; an instance sees nobody."""
         for other in self.machines.values():
             if other is not machine:
                 self._sight(other, machine)
@@ -140,6 +162,8 @@ class World:
 
     def _sight(self, who: Machine, whom: Machine) -> None:
         def seen() -> None:
+            if who.setup.is_rented:
+                return
             if self.network.is_cut(who.node, whom.node):
                 self.timeline.after(self.timeline.rng.uniform(*ASKED_AGAIN_S), seen)
             elif whom.agent is not None:

@@ -218,6 +218,7 @@ def make_job() -> Callable[..., JobView]:
             "tree_files": 12,
             "tree_bytes": 41_000,
             "requested_machine": None,
+            "cloud": "never",
             "retries": 0,
             "died": 0,
             "metric": None,

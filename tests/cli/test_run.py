@@ -68,7 +68,7 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
     mesh.on_stream(EVENTS_CALL, end(ended()))
     (project / "more.txt").write_text("einops\n")
     options = "-m rig-b -g 2X24gb -e SEED=1 --pip torch --pip numpy --pip-req more.txt --no-env"
-    options += " --cpus 4 --memory 8GB --retries 3"
+    options += " --cpus 4 --memory 8GB --cloud never --retries 3"
     cli("run", *options.split(), "python", "train.py", "-g", "7", "--", "x")
     assert mesh.body("POST /v1/jobs") == {
         "name": "train",
@@ -84,6 +84,7 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
         "cpus": 4,
         "memory_bytes": 8_000_000_000,
         "image": "",
+        "cloud": "never",
         "retries": 3,
         "sweep": None,
         "metric": "",

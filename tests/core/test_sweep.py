@@ -149,10 +149,10 @@ def test_a_sweep_itself_never_runs_and_a_job_of_its_own_has_no_trials(signed: Si
 
 
 def test_trial_is_a_job_with_its_values_in_the_command(signed: Sign, rules: RequestRules) -> None:
-    command = ("train.py", "--lr={lr}", "--opt", ":opt:", '{"lr": {lr}, "a": {}}', "{other}")
+    command = ("train.py", "--lr={lr}", "${lr}", "--opt", ":opt:", '{"lr": {lr}, "a": {}}', "{other}")
     spec, envelope = signed(name="a" * 40, command=command, sweep=GRID)
     trial = rules.verify_job(envelope, Trial(6, ("1e-3", "it's")))
-    assert trial.command == ("train.py", "--lr=1e-3", "--opt", "it's", '{"lr": 1e-3, "a": {}}', "{other}")
+    assert trial.command == ("train.py", "--lr=1e-3", "${lr}", "--opt", "it's", '{"lr": 1e-3, "a": {}}', "{other}")
     assert trial.job == trial_id(spec.job, 6) != spec.job
     assert trial.sweep is None
     assert is_name(trial.name)

@@ -14,6 +14,8 @@ from meshgpu.core.jobs.held_job import HeldJob
 from meshgpu.core.jobs.placement import Room, find_room
 from meshgpu.core.jobs.steward import Stewardship
 from meshgpu.core.jobs.submission import Submissions
+from meshgpu.core.membership.gossip import Gossip
+from meshgpu.core.membership.links import Links
 from meshgpu.core.node import Node
 from meshgpu.core.owner import Owner, Permission
 from meshgpu.core.sweep import expand
@@ -26,9 +28,10 @@ from meshgpu.model.job import AttemptState, JobRequest, JobState, Register, Resu
 from meshgpu.model.messages import Activate, AttemptReport, CommitAnswer, ReportAck, SubmitAnswer
 from meshgpu.model.records import JobRecord
 from meshgpu.model.sweep import Trial
-from meshgpu.model.trust import Signed
+from meshgpu.model.trust import Role, Signed
 from meshgpu.sim.fakes import ToyNotary
-from meshgpu.sim.scenario import OWNERS, SWEEPS, Scenario, simulate
+from meshgpu.sim.invariants import Invariants
+from meshgpu.sim.scenario import INSTANCES, OWNERS, SWEEPS, Scenario, simulate
 from meshgpu.sim.world import WorldConfig
 
 SEEDS = 120
@@ -126,8 +129,8 @@ def test_steward_that_forgets_to_persist_placing_is_caught(monkeypatch: pytest.M
 def test_steward_that_reuses_an_epoch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Stewardship._requeue
 
-    def thrifty(self: Stewardship, now: Now, job: object, reason: str) -> list[Effect]:
-        effects = original(self, now, job, reason)  # type: ignore[arg-type]
+    def thrifty(self: Stewardship, now: Now, job: object, reason: str, died: int = 0) -> list[Effect]:
+        effects = original(self, now, job, reason, died)  # type: ignore[arg-type]
         register: Register = job.register  # type: ignore[attr-defined]
         job.register = replace(register, epoch=register.epoch - 1)  # type: ignore[attr-defined]
         return effects
@@ -216,6 +219,30 @@ def test_steward_that_forgets_its_sweeps_at_restart_is_caught(monkeypatch: pytes
 
     monkeypatch.setattr(Stewardship, "restore", forgetful)
     find("epochs of .* jump|begins beside|not at rest", scenario=SWEEPS)
+
+
+def test_instance_that_takes_any_job_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("attempts", "placement"):
+        monkeypatch.setattr(f"meshgpu.core.jobs.{module}.out_of_bounds", lambda *_args, **_facts: "")
+    monkeypatch.setattr("meshgpu.core.node.out_of_bounds", lambda *_args, **_facts: "")
+    find("may not leave the office", scenario=INSTANCES)
+
+
+def test_machine_that_tells_an_instance_about_the_office_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gossip, "_is_of_office", lambda *_args: True)
+    find("tells an instance about the office", scenario=INSTANCES)
+
+
+def test_instance_that_dials_into_the_office_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Links, "_role", lambda *_args: Role.RIG)
+    monkeypatch.setattr(Gossip, "_is_of_office", lambda *_args: True)
+    monkeypatch.setattr(Invariants, "_check_told", lambda *_args: None)
+    find("is rented and orders Dial", scenario=INSTANCES)
+
+
+def test_steward_that_waits_for_an_instance_that_is_gone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stewardship, "node_gone", lambda *_args: [])
+    find("not at rest", scenario=INSTANCES)
 
 
 # -- what an intruder finds --------------------------------------------------------------------------------------------

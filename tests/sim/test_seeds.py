@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from meshgpu.errors import BrokenInvariant
+from meshgpu.model.records import AttemptRecord, JobRecord
 from meshgpu.sim.faults import FaultRates
-from meshgpu.sim.scenario import OWNERS, SWEEPS, Outcome, Scenario, simulate
+from meshgpu.sim.scenario import INSTANCES, OWNERS, SWEEPS, Outcome, Scenario, simulate
 
 FAST_SEEDS = 60
 ALL_SEEDS = 1000
@@ -50,6 +51,18 @@ def test_no_trial_is_lost_or_doubled_when_the_stewards_of_sweeps_crash(first: in
         ledger = check(seed, SWEEPS).world.invariants.ledger
         ended += sum(spec.sweep is not None and job in ledger.confirmed for job, spec in ledger.submitted.items())
     assert ended > 30  # else this proves nothing
+
+
+@pytest.mark.parametrize("first", [0, 10, pytest.param(20, marks=pytest.mark.slow)])
+def test_jobs_survive_the_instances_they_run_on_and_stay_home_if_they_must(first: int) -> None:
+    ran = died = 0
+    for seed in range(first, first + (10 if first < 20 else 80)):
+        for machine in check(seed, INSTANCES).world.machines.values():
+            records = machine.disk.values()
+            ran += sum(isinstance(record, AttemptRecord) and machine.setup.is_rented for record in records)
+            died += sum(isinstance(record, JobRecord) and record.register.died for record in records)
+    assert ran > 20  # else this proves nothing
+    assert died
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ class Gossip:
         lacking_log = self._log.beyond(digest.heads)
         if lacking_log:
             effects.append(Send(peer, LogDelta(fitting(lacking_log))))
-        newer = () if self._is_cloud(peer) else self._newer_than(digest.known)
+        newer = self._newer_than(digest.known) if self._is_of_office(peer) else ()
         if newer:
             effects.append(Send(peer, GossipDelta(newer)))
         if digest.wants_answer:
@@ -175,7 +175,7 @@ class Gossip:
         effects: list[Effect] = []
         for signed in delta.entries[:DELTA_ENTRIES]:
             owner = NodeId(signed.key)
-            if self._is_cloud(peer) and owner != peer:
+            if owner != peer and not self._is_of_office(peer):
                 effects.append(Reject(peer, "a cloud node speaks for somebody else"))
                 continue
             if owner in refused:
@@ -195,7 +195,7 @@ class Gossip:
             self._push_at, self._pushed_at = None, now.boot_s
             # All of them: a peer whose Link is new, and breaks again, must not claim the newest without the others.
             push = GossipDelta(tuple(signed for _, signed in self._owners[self._node].in_order()))
-            effects.extend(Send(peer, push) for peer in self._peers if not self._is_cloud(peer))
+            effects.extend(Send(peer, push) for peer in self._peers if self._is_of_office(peer))
         if self._digest_at is not None and now.boot_s >= self._digest_at:
             self._digest_at = now.boot_s + self._next_interval() if self._peers else None
             if self._peers:
@@ -210,13 +210,14 @@ class Gossip:
 
     def _digest(self, peer: NodeId, *, wants_answer: bool) -> GossipDigest:
         known = self.known()
-        if self._is_cloud(peer):
+        if not self._is_of_office(peer):
             known = tuple(row for row in known if row.owner == peer)
         return GossipDigest(known, self._log.heads(), wants_answer)
 
-    def _is_cloud(self, peer: NodeId) -> bool:
+    def _is_of_office(self, peer: NodeId) -> bool:
+        """Whether it may hear of others: it is a member, and no cloud node."""
         member = self._log.members.get(peer)
-        return member is not None and member.role is Role.CLOUD
+        return member is not None and member.role is not Role.CLOUD
 
     def _next_interval(self) -> float:
         spread = self._timing.digest_s * self._timing.jitter

@@ -18,6 +18,7 @@ from meshgpu.model.ids import HoldId, JobId, NodeId, UserName, key_id
 from meshgpu.model.job import (
     Action,
     AttemptState,
+    CloudUse,
     JobRequest,
     JobSpec,
     JobState,
@@ -620,3 +621,84 @@ def test_preempted_job_that_its_user_stopped_is_cancelled(bench: Bench) -> None:
     bench.ask(Action.STOP)
     bench.report(Result(AttemptState.PREEMPTED, 143, "its owner is using the GPU"))
     assert bench.register.state is JobState.CANCELLED
+
+
+# -- the cloud ---------------------------------------------------------------------------------------------------------
+
+
+def rent(bench: Bench, signed: Sign, **changes: object) -> None:
+    """The bench's job is another one, with these changes."""
+    bench.spec, bench.signed = signed(**changes)
+
+
+def test_job_that_may_leave_is_told_as_a_need_once_no_machine_has_room(bench: Bench, signed: Sign) -> None:
+    rent(bench, signed, cloud=CloudUse.OK)
+    bench.candidates = [replace(bench.candidate(2), refusal="does not answer", rule=Rule.DOWN)]
+    bench.queue()
+    (need,) = bench.stewardship.demand().needs
+    assert (need.job, need.resources) == (bench.spec.job, bench.spec.resources)
+    bench.stewardship.room_changed(bench.at(50))
+    bench.stewardship.step(bench.at(50))
+    assert bench.stewardship.demand().needs == (need,)  # it has waited since the first time
+    bench.ask(Action.STOP)
+    assert bench.stewardship.demand().needs == ()
+
+
+def test_job_that_must_stay_is_no_need(bench: Bench) -> None:
+    bench.candidates = [replace(bench.candidate(2), refusal="does not answer", rule=Rule.DOWN)]
+    bench.queue()
+    assert bench.stewardship.demand().needs == ()
+
+
+def test_job_on_an_instance_that_is_gone_is_placed_again_as_often_as_its_user_allows(
+    bench: Bench, signed: Sign
+) -> None:
+    rent(bench, signed, cloud=CloudUse.OK, retries=1)
+    bench.activate()
+    bench.report()
+    bench.stewardship.node_gone(bench.at(5), bench.node)
+    assert (bench.register.state, bench.register.died) == (JobState.QUEUED, 1)
+    bench.stewardship.step(bench.at(10))
+    for candidate in bench.candidates:
+        bench.answer(candidate.node, now_s=10.1, epoch=2)
+    bench.accept(now_s=10.2, epoch=2)
+    bench.report(epoch=2, now_s=11)
+    bench.stewardship.node_gone(bench.at(12), bench.node)
+    assert (bench.register.state, bench.register.reason) == (JobState.FAILED, "the instance it ran on is gone")
+
+
+def test_job_that_had_not_begun_on_an_instance_that_is_gone_loses_nothing(bench: Bench) -> None:
+    bench.activate()
+    bench.stewardship.node_gone(bench.at(5), bench.node)
+    assert (bench.register.state, bench.register.died) == (JobState.QUEUED, 0)
+
+
+def test_stop_of_a_job_on_an_instance_that_is_gone_is_confirmed_by_that(bench: Bench) -> None:
+    bench.activate()
+    bench.report()
+    bench.ask(Action.STOP)
+    bench.stewardship.node_gone(bench.at(5), bench.node)
+    assert bench.register.state is JobState.CANCELLED
+
+
+def test_other_jobs_are_none_of_an_instances_business(bench: Bench) -> None:
+    bench.activate()
+    bench.report()
+    other = next(c.node for c in bench.candidates if c.node != bench.node)
+    assert bench.stewardship.node_gone(bench.at(5), other) == []
+
+
+def test_attempt_that_its_own_machine_calls_dead_is_forgiven_as_often_as_the_user_allows(
+    bench: Bench, signed: Sign
+) -> None:
+    rent(bench, signed, retries=1)
+    bench.activate()
+    bench.report(Result(AttemptState.CRASHED, None, "the machine restarted"))
+    assert (bench.register.state, bench.register.died) == (JobState.QUEUED, 1)
+
+
+def test_plain_failure_is_not_tried_again(bench: Bench, signed: Sign) -> None:
+    rent(bench, signed, retries=5)
+    bench.activate()
+    bench.report(Result(AttemptState.EXITED, 1))
+    assert bench.register.state is JobState.FAILED

@@ -15,9 +15,10 @@ from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Capacity, NodeRecord
 from meshgpu.model.ids import KeyId, NodeId, UserName, digest
 from meshgpu.model.inventory import Inventory
-from meshgpu.model.job import Draft, EnvironmentRequest, JobSpec
+from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest, JobSpec
 from meshgpu.model.messages import Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources, parse_gpus
+from meshgpu.model.trust import Role, SetPolicy, SetRole
 from meshgpu.sim.office import Office
 
 Clock = Callable[[float], Now]
@@ -56,11 +57,15 @@ class Bench:
             hardware = Inventory(8, 10**10, self.office.setups[0].inventory.gpus[:gpus])
             self.change(name, record=replace(record, inventory=hardware))
 
-    def ask(self, gpus: str | None = None, machine: str = "", key: KeyId | None = None) -> list[Effect]:
+    def ask(
+        self, gpus: str | None = None, machine: str = "", key: KeyId | None = None, cloud: CloudUse | None = None
+    ) -> list[Effect]:
         resources = None if gpus is None else Resources(parse_gpus(gpus))
         command = ("python", "train.py")
         tree = digest(b"tree")
-        draft = Draft("train", command, False, (), EnvironmentRequest(), tree, 1, 1, machine, resources, cpus=2)
+        draft = Draft(
+            "train", command, False, (), EnvironmentRequest(), tree, 1, 1, machine, resources, cpus=2, cloud=cloud
+        )
         key = key or self.office.setups[0].accounts[UserName("ada")]
         return self.submissions.asked(self.at(0), "q", key, draft)
 
@@ -229,3 +234,34 @@ def test_link_to_the_steward_makes_it_send_at_once(bench: Bench) -> None:
     spec = bench.spec(bench.ask("1"))
     bench.submissions.steward_linked(bench.at(0.3), spec.stewards[0])
     assert bench.submissions.deadline() == 0.3
+
+
+# -- leaving the office ------------------------------------------------------------------------------------------------
+
+
+def let_leave(bench: Bench) -> None:
+    """The mesh's policy lets jobs leave, and one machine may rent."""
+    admin = bench.office.setups[0].accounts[UserName("ada")]
+    granted = bench.log.write(admin, [SetPolicy(may_leave=True), SetRole(bench.office.setups[1].node, Role.BURST)])
+    bench.log.add(granted)
+
+
+@pytest.mark.parametrize("wish", [CloudUse.OK, CloudUse.ONLY])
+def test_no_job_leaves_where_the_mesh_does_not_say_so(bench: Bench, wish: CloudUse) -> None:
+    refused = refusal(bench.ask("1", cloud=wish))
+    assert refused.code == "not-allowed"
+    assert "burst setup" in (refused.hint or "")
+
+
+def test_job_may_leave_where_the_mesh_says_so_unless_its_user_does_not(bench: Bench) -> None:
+    let_leave(bench)
+    for wish, use in ((None, CloudUse.OK), (CloudUse.NEVER, CloudUse.NEVER), (CloudUse.ONLY, CloudUse.ONLY)):
+        bench.ask("1", cloud=wish)
+        assert list(bench.submissions._open.values())[-1].spec.cloud is use
+
+
+def test_what_no_machine_of_the_office_has_may_be_rented(bench: Bench) -> None:
+    assert refusal(bench.ask("8")).code == "impossible"
+    let_leave(bench)
+    assert isinstance(bench.ask("8")[0], Send)
+    assert refusal(bench.ask("8", cloud=CloudUse.NEVER)).code == "impossible"

@@ -11,7 +11,7 @@ from meshgpu.core.membership.links import Links, LinkTiming
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Address, NodeId
-from meshgpu.sim.office import Office
+from meshgpu.sim.office import Office, furnish
 
 Clock = Callable[[float], Now]
 HERE, THERE = Address("10.0.0.2:7443"), Address("10.0.0.3:7443")
@@ -165,3 +165,34 @@ def test_seeds_are_asked_who_they_are_until_their_node_is_linked(
     assert links.step(at(30)) == [Identify(HERE)]
     links.link_opened(at(31), sorted_nodes[1])
     assert links.step(at(60)) == []
+
+
+# -- cloud nodes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rented() -> tuple[MeshLog, list[NodeId], NodeId]:
+    """A mesh with an instance: its log, the machines of the office, the instance."""
+    office = furnish(random.Random(1), 3, is_plain=True, instances=1)
+    log = MeshLog(office.notaries[0])
+    log.enter(office.mesh, office.log)
+    return log, [setup.node for setup in office.setups[:3]], office.setups[3].node
+
+
+def test_everybody_in_the_office_dials_an_instance_at_once(
+    rented: tuple[MeshLog, list[NodeId], NodeId], at: Clock
+) -> None:
+    log, machines, instance = rented
+    for machine in machines:
+        links = links_of(machine, log)
+        links.learn(at(0), instance, (HERE,), is_signed=False)
+        assert links.step(at(0)) == [Dial(instance, HERE)]
+
+
+def test_an_instance_dials_nobody(rented: tuple[MeshLog, list[NodeId], NodeId], at: Clock) -> None:
+    log, machines, instance = rented
+    links = links_of(instance, log)
+    for machine in machines:
+        links.learn(at(0), machine, (HERE,), is_signed=True)
+    assert links.step(at(1000)) == []
+    assert links.deadline() is None
