@@ -270,6 +270,9 @@ _KINDS = {
     "peer": "PeerRecord",
     "job": "JobRecord",
     "attempt": "AttemptRecord",
+    "launch": "LaunchRecord",
+    "spend": "SpendRecord",
+    "burst": "BurstRecord",
 }
 """The type of a stored record, by the kind under which it is kept."""
 

@@ -22,26 +22,33 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from meshgpu.wire.v1 import cloud_pb2 as meshgpu_dot_wire_dot_v1_dot_cloud__pb2
 from meshgpu.wire.v1 import job_pb2 as meshgpu_dot_wire_dot_v1_dot_job__pb2
 from meshgpu.wire.v1 import resources_pb2 as meshgpu_dot_wire_dot_v1_dot_resources__pb2
 from meshgpu.wire.v1 import trust_pb2 as meshgpu_dot_wire_dot_v1_dot_trust__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshgpu/wire/v1/records.proto\x12\x0fmeshgpu.wire.v1\x1a\x19meshgpu/wire/v1/job.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\")\n\nMeshRecord\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"E\n\rMeshLogRecord\x12\x0c\n\x04rank\x18\x01 \x01(\x04\x12&\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"-\n\nPeerRecord\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"\x98\x01\n\tJobRecord\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x42\t\n\x07_cancel\"\xc9\x02\n\rAttemptRecord\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12%\n\x04spec\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04hold\x18\x05 \x01(\t\x12\'\n\x04gpus\x18\x06 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x11\n\x04stop\x18\x07 \x01(\tH\x00\x88\x01\x01\x12,\n\x06result\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.ResultH\x01\x88\x01\x01\x12\x1b\n\x0estarted_wall_s\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0c\x65nded_wall_s\x18\n \x01(\x01H\x03\x88\x01\x01\x42\x07\n\x05_stopB\t\n\x07_resultB\x11\n\x0f_started_wall_sB\x0f\n\r_ended_wall_sb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshgpu/wire/v1/records.proto\x12\x0fmeshgpu.wire.v1\x1a\x1bmeshgpu/wire/v1/cloud.proto\x1a\x19meshgpu/wire/v1/job.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\")\n\nMeshRecord\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"E\n\rMeshLogRecord\x12\x0c\n\x04rank\x18\x01 \x01(\x04\x12&\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"-\n\nPeerRecord\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"\x98\x01\n\tJobRecord\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x42\t\n\x07_cancel\"\xc9\x02\n\rAttemptRecord\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12%\n\x04spec\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04hold\x18\x05 \x01(\t\x12\'\n\x04gpus\x18\x06 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x11\n\x04stop\x18\x07 \x01(\tH\x00\x88\x01\x01\x12,\n\x06result\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.ResultH\x01\x88\x01\x01\x12\x1b\n\x0estarted_wall_s\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0c\x65nded_wall_s\x18\n \x01(\x01H\x03\x88\x01\x01\x42\x07\n\x05_stopB\t\n\x07_resultB\x11\n\x0f_started_wall_sB\x0f\n\r_ended_wall_s\"\xb5\x01\n\x0cLaunchRecord\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.meshgpu.wire.v1.LaunchRequest\x12\r\n\x05state\x18\x02 \x01(\t\x12\x11\n\tbootstrap\x18\x03 \x01(\x0c\x12\x14\n\x0c\x61sked_wall_s\x18\x04 \x01(\x01\x12\x10\n\x08instance\x18\x05 \x01(\t\x12\x11\n\x04node\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x07 \x01(\tB\x07\n\x05_node\"\x9c\x01\n\x0bSpendRecord\x12\x0e\n\x06launch\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0c\n\x04need\x18\x03 \x01(\t\x12\x0e\n\x06number\x18\x04 \x01(\r\x12\x14\n\x0cusd_per_hour\x18\x05 \x01(\x01\x12\x13\n\x0b\x66rom_wall_s\x18\x06 \x01(\x01\x12\x14\n\x0cuntil_wall_s\x18\x07 \x01(\x01\x12\x0f\n\x07is_over\x18\x08 \x01(\x08\"N\n\x0b\x42urstRecord\x12\x30\n\x08settings\x18\x01 \x01(\x0b\x32\x1e.meshgpu.wire.v1.BurstSettings\x12\r\n\x05rents\x18\x02 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshgpu.wire.v1.records_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MESHRECORD']._serialized_start=139
-  _globals['_MESHRECORD']._serialized_end=180
-  _globals['_MESHLOGRECORD']._serialized_start=182
-  _globals['_MESHLOGRECORD']._serialized_end=251
-  _globals['_PEERRECORD']._serialized_start=253
-  _globals['_PEERRECORD']._serialized_end=298
-  _globals['_JOBRECORD']._serialized_start=301
-  _globals['_JOBRECORD']._serialized_end=453
-  _globals['_ATTEMPTRECORD']._serialized_start=456
-  _globals['_ATTEMPTRECORD']._serialized_end=785
+  _globals['_MESHRECORD']._serialized_start=168
+  _globals['_MESHRECORD']._serialized_end=209
+  _globals['_MESHLOGRECORD']._serialized_start=211
+  _globals['_MESHLOGRECORD']._serialized_end=280
+  _globals['_PEERRECORD']._serialized_start=282
+  _globals['_PEERRECORD']._serialized_end=327
+  _globals['_JOBRECORD']._serialized_start=330
+  _globals['_JOBRECORD']._serialized_end=482
+  _globals['_ATTEMPTRECORD']._serialized_start=485
+  _globals['_ATTEMPTRECORD']._serialized_end=814
+  _globals['_LAUNCHRECORD']._serialized_start=817
+  _globals['_LAUNCHRECORD']._serialized_end=998
+  _globals['_SPENDRECORD']._serialized_start=1001
+  _globals['_SPENDRECORD']._serialized_end=1157
+  _globals['_BURSTRECORD']._serialized_start=1159
+  _globals['_BURSTRECORD']._serialized_end=1237
 # @@protoc_insertion_point(module_scope)
