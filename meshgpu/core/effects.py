@@ -188,6 +188,9 @@ class Welcome:
     log: tuple[Signed, ...]
 
 
+BurstEffect = SurveyCloud | PrepareLaunch | Launch | Terminate | Enrol | Welcome
+"""Of the burst planner alone; each ends in exactly one event, within a minute or two."""
+
 Effect = (
     Persist
     | Send

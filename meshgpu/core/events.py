@@ -252,6 +252,9 @@ class WelcomeEnded:
     reason: str = ""
 
 
+BurstEvent = BurstConfigured | CloudSurveyed | LaunchPrepared | LaunchEnded | TerminateEnded | Enrolled | WelcomeEnded
+"""Of the burst planner alone."""
+
 Event = (
     Ticked
     | LinkOpened

@@ -9,7 +9,7 @@ from typing import Final
 
 from meshgpu.errors import TrustError
 from meshgpu.model.ids import Digest, KeyId, MeshId, NodeId, UserName, key_id, node_id
-from meshgpu.model.trust import AddNode, Genesis, Head, LinkUser, LogEntry, Member, Notary, Signed, UserKey
+from meshgpu.model.trust import AddNode, Genesis, Head, LinkUser, LogEntry, Member, Notary, RemoveNode, Signed, UserKey
 
 CHAIN_LIMIT: Final = 100_000
 """Entries of one author at most: an office needs hundreds; a hostile admin must not fill our memory."""
@@ -158,7 +158,7 @@ class MeshLog:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def write(self, author: KeyId, bodies: Iterable[AddNode | LinkUser]) -> tuple[Signed, ...]:
+    def write(self, author: KeyId, bodies: Iterable[AddNode | LinkUser | RemoveNode]) -> tuple[Signed, ...]:
         """Sign the next entries of `author`'s chain. They count once they are added. Raises `not-an-admin`."""
         chain = self._chains.get(author)
         if chain is None or self.mesh is None:
