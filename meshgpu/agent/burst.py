@@ -13,7 +13,7 @@ from meshgpu import ports
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
 from meshgpu.errors import MeshgpuError
-from meshgpu.model.cloud import BurstSettings, LaunchId
+from meshgpu.model.cloud import BurstSettings, InstanceState, LaunchId
 from meshgpu.model.ids import Address
 from meshgpu.model.trust import Signed
 
@@ -92,6 +92,9 @@ class Burst:
             case fx.SurveyCloud(settings=settings):
                 cloud = await self._cloud_of(settings)
                 instances = await cloud.instances()
+                living = {i.launch for i in instances if i.state is not InstanceState.TERMINATED}
+                for launch in self._dialogs.keys() - living:
+                    await self._hang_up(launch)
                 return ev.CloudSurveyed(await cloud.rungs(settings), instances)
             case fx.PrepareLaunch(launch=launch):
                 user_data, bootstrap = await self._make_user_data(order)

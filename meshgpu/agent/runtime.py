@@ -71,7 +71,7 @@ class Outside:
     executor: ports.Executor
     announce: Callable[[], Awaitable[None]]
     discard: Callable[[JobId, int], None]
-    burst: Burst
+    burst: Burst | None = None
 
 
 @dataclass(slots=True)
@@ -306,6 +306,7 @@ class Runtime:
             del self._staging[key]
 
     async def _rent(self, order: fx.BurstEffect) -> None:
+        assert self.outside.burst is not None, "only who was set up for it rents"
         self.post(await self.outside.burst.perform(order))
 
     async def _discard(self, job: JobId, epoch: int) -> None:

@@ -93,7 +93,7 @@ class LaunchRecord:
 
 @dataclass(frozen=True, slots=True)
 class SpendRecord:
-    """What a launch costs at most: `usd_per_hour` from `from_wall_s` to `until_wall_s`.
+    """What a launch costs at most: `usd_per_hour` from `from_wall_s`, put early as clocks differ, to `until_wall_s`.
 
     until_wall_s: the end of its lease, until it is known to be over earlier; `from_wall_s` where nothing was rented.
     owner: the burst peer that pays. number: of the need's requests by this node, from 1; 0 for another's.

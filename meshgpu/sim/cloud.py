@@ -1,4 +1,4 @@
-"""A simulated seller of instances: tokens, lost replies, shortage, descriptions that lag, and the nets of each instance.
+"""A simulated seller: tokens, lost replies, shortage, descriptions that lag, and the nets of each instance.
 
 It behaves as EC2 documents itself where that matters: a token that was used returns the instance of that time, with
 other parameters it is refused; a description may lag behind the call. The instances have the timers that user data

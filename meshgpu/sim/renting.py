@@ -60,13 +60,15 @@ SETTINGS: Final = BurstSettings(
 class RentingFaults:
     """crash: probability at each persist and each call, before it and after it. crashes, reboots, cuts: expected.
 
-    gone: probability that a peer goes off for good. for_s: faults end then, and the queue is emptied.
+    splits: how often the two peers lose each other, but not the office. gone: probability that one goes off for good.
+    for_s: faults end then, and the queue is emptied.
     """
 
     crash: float = 0.02
     crashes: float = 2.0
     reboots: float = 1.0
     cuts: float = 1.0
+    splits: float = 1.5
     gone: float = 0.1
     for_s: float = 5400.0
     jobs: int = 7
@@ -142,8 +144,8 @@ class Peer:
         life = self.life
         if persists and self._may_crash():
             return
-        for effect in persists:
-            self._persist(effect)
+        for persist in persists:
+            self._persist(persist)
         if persists and self._may_crash():
             return
         for effect in effects:
@@ -220,7 +222,7 @@ class Peer:
             return True
         other = next((peer for peer in self._world.peers if peer.node == node), None)
         if other is not None:
-            return other.planner is not None and not other.is_cut and not self.is_cut
+            return other.planner is not None and not (other.is_cut or self.is_cut or self._world.is_split)
         return not self.is_cut
 
     def _demand(self, node: NodeId) -> Demand | None:
@@ -246,6 +248,7 @@ class RentingWorld:
         self.launched = 0
         self.crashes = 0
         self._crash_at = crash_at
+        self.is_split = False
         self._is_calm = False
         rng = self.timeline.rng
         nets = Nets(settings.idle_s, settings.no_contact_s)
@@ -282,6 +285,7 @@ class RentingWorld:
             (faults.crashes, self._crash),
             (faults.reboots, self._reboot),
             (faults.cuts, self._cut),
+            (faults.splits, self._split),
         ]
         for expected, fault in kinds:
             for _ in range(int(expected) + (rng.random() < expected % 1)):
@@ -292,7 +296,7 @@ class RentingWorld:
 
     def _calm(self) -> None:
         """From now on nothing fails any more."""
-        self._is_calm = True
+        self._is_calm, self.is_split = True, False
         self.cloud.faults = CloudFaults(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         for peer in self.peers:
             peer.is_cut = False
@@ -300,12 +304,10 @@ class RentingWorld:
         self._changed()
 
     def crashes_at(self, peer: Peer) -> bool:
-        if self._is_calm:
-            return False
         if self._crash_at is not None:
             is_here = (self.peers.index(peer), peer.points) == self._crash_at
         else:
-            is_here = self.faults.crash > 0 and self.timeline.rng.random() < self.faults.crash
+            is_here = not self._is_calm and self.faults.crash > 0 and self.timeline.rng.random() < self.faults.crash
         self.crashes += is_here
         return is_here
 
@@ -325,6 +327,10 @@ class RentingWorld:
     def _cut(self, peer: Peer) -> None:
         peer.is_cut = True
         self.timeline.after(self.timeline.rng.uniform(30.0, 1500.0), lambda: setattr(peer, "is_cut", False))
+
+    def _split(self, _peer: Peer) -> None:
+        self.is_split = True
+        self.timeline.after(self.timeline.rng.uniform(60.0, 1200.0), lambda: setattr(self, "is_split", False))
 
     def _leave(self, peer: Peer) -> None:
         peer.crash()
@@ -440,6 +446,8 @@ class RentingWorld:
         live = [r for r in mine if r.is_live]
         if sum(r.request.launch == request.launch for r in self.cloud.rented) > 1:
             self._fail(f"the launch {request.launch} made two instances")
+        if len(self.cloud.live()) > caps.instances + len(self.peers) - 1:
+            self._fail(f"{len(self.cloud.live())} instances live in the mesh: more than two calls at once explain")
         if len(live) > caps.instances:
             self._fail(f"{len(live)} instances live, {caps.instances} may")
         if sum(r.request.rung.usd_per_hour for r in live) > caps.usd_per_hour + 1e-6:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from meshgpu.core.effects import Effect, Persist
-from meshgpu.model.clock import Now
+from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
 from meshgpu.model.cloud import Caps, Instance, InstanceState, LaunchId, Rung
 from meshgpu.model.ids import JobId, NodeId
 from meshgpu.model.records import SpendRecord
@@ -22,8 +22,17 @@ LEAST_BILLED_S: Final = 60.0
 """EC2 charges for a minute at least (EC2 on-demand pricing)."""
 
 
-def worst_case_usd(rung: Rung, lease_s: float) -> float:
-    return rung.usd_per_hour * lease_s / HOUR_S
+def usd(spend: SpendRecord) -> float:
+    """What the launch costs at most, altogether."""
+    return spend.usd_per_hour * (spend.until_wall_s - spend.from_wall_s) / HOUR_S
+
+
+def worst_case(
+    launch: LaunchId, owner: NodeId, need: JobId, number: int, rung: Rung, now: Now, lease_ends_wall_s: float
+) -> SpendRecord:
+    """A launch that is asked for now, as it is counted: its whole lease, by whichever clock that takes longer."""
+    begun = now.wall_s - WALL_CLOCK_SLACK_S
+    return SpendRecord(launch, owner, need, number, rung.usd_per_hour, begun, lease_ends_wall_s)
 
 
 def spent_usd(spends: Iterable[SpendRecord], begin_wall_s: float, end_wall_s: float) -> float:
@@ -56,12 +65,11 @@ def refusal(
     live_usd_per_hour: of each instance that lives or may. Days and months are those that the lease touches.
     """
     spends, live = tuple(spends), tuple(live_usd_per_hour)
-    worst = candidate.usd_per_hour * (candidate.until_wall_s - candidate.from_wall_s) / HOUR_S
     if len(live) + 1 > caps.instances:
         return f"the cap of {_count(caps.instances)} at a time: {_count(len(live))} live"
     rows = [
         ("an hour", caps.usd_per_hour, sum(live), candidate.usd_per_hour),
-        ("for a job", caps.usd_per_job, _of_job(spends, candidate.need), worst),
+        ("for a job", caps.usd_per_job, _of_job(spends, candidate.need), usd(candidate)),
     ]
     for name, cap, span in (("a day", caps.usd_per_day, day), ("a month", caps.usd_per_month, month)):
         for begin, end in sorted({span(candidate.from_wall_s), span(candidate.until_wall_s)}):
@@ -73,9 +81,7 @@ def refusal(
 
 
 def _of_job(spends: Iterable[SpendRecord], need: JobId) -> float:
-    return sum(
-        spend.usd_per_hour * (spend.until_wall_s - spend.from_wall_s) / HOUR_S for spend in spends if spend.need == need
-    )
+    return sum(usd(spend) for spend in spends if spend.need == need)
 
 
 def _count(instances: int) -> str:
@@ -111,7 +117,7 @@ class Spending:
         spend = self._spends.get(launch)
         if spend is None:
             return []
-        until = min(spend.until_wall_s, max(now.wall_s, spend.from_wall_s + LEAST_BILLED_S))
+        until = min(spend.until_wall_s, max(now.wall_s, spend.from_wall_s + WALL_CLOCK_SLACK_S + LEAST_BILLED_S))
         return [self._keep(replace(spend, until_wall_s=until, is_over=True))]
 
     def void(self, launch: LaunchId) -> list[Effect]:
@@ -128,10 +134,18 @@ class Spending:
             spend = self._spends.get(launch)
             if spend is None or spend.is_over:
                 number = spend.number if spend else 0
-                begun, ends = instance.launched_wall_s, instance.lease_ends_wall_s
-                price = instance.usd_per_hour
                 effects.append(
-                    self._keep(SpendRecord(launch, instance.owner, instance.need, number, price, begun, ends))
+                    self._keep(
+                        SpendRecord(
+                            launch,
+                            instance.owner,
+                            instance.need,
+                            number,
+                            instance.usd_per_hour,
+                            instance.launched_wall_s - WALL_CLOCK_SLACK_S,
+                            instance.lease_ends_wall_s,
+                        )
+                    )
                 )
         for spend in self.spends:
             if not spend.is_over and spend.launch not in living and spend.launch not in own:

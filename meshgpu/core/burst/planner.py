@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from meshgpu.core import events as ev
-from meshgpu.core.burst.budget import Spending, day, month, refusal, spent_usd, worst_case_usd
+from meshgpu.core.burst.budget import Spending, day, month, refusal, spent_usd, usd, worst_case
 from meshgpu.core.burst.demand import Place, Waiting, assign
 from meshgpu.core.burst.ladder import Rests, inventory_of, ladder
 from meshgpu.core.burst.reaper import LIVE_STATES, Reaper
@@ -138,7 +138,6 @@ class _Preparing:
     launch: LaunchId
     need: JobId
     rung: Rung
-    from_wall_s: float
     lease_ends_wall_s: float
 
 
@@ -303,15 +302,8 @@ class Planner:
             return []
         plan = next((p for p in self._plans(now, settings) if p.need.job == preparing.need and p.rung), None)
         number = self._spending.next_number(preparing.need)
-        spend = SpendRecord(
-            preparing.launch,
-            self._node,
-            preparing.need,
-            number,
-            preparing.rung.usd_per_hour,
-            preparing.from_wall_s,
-            preparing.lease_ends_wall_s,
-        )
+        ends = preparing.lease_ends_wall_s
+        spend = worst_case(preparing.launch, self._node, preparing.need, number, preparing.rung, now, ends)
         if plan is None or self._forbids(settings, spend):
             return []
         request = LaunchRequest(
@@ -321,7 +313,7 @@ class Planner:
             preparing.need,
             token(mesh, preparing.need, number),
             preparing.rung,
-            preparing.lease_ends_wall_s,
+            ends,
             settings.image,
             settings.security_group,
             event.user_data,
@@ -533,7 +525,7 @@ class Planner:
     def _prepare(self, now: Now, settings: BurstSettings, need: Need, rung: Rung) -> PrepareLaunch:
         launch = LaunchId(random_id(self._rng.randbytes(RANDOM_ID_BYTES)))
         ends = now.wall_s + settings.caps.lease_s
-        self._preparing = _Preparing(launch, need.job, rung, now.wall_s, ends)
+        self._preparing = _Preparing(launch, need.job, rung, ends)
         return PrepareLaunch(launch, member_name(launch), rung, need.job, ends, settings)
 
     # -- the plan -----------------------------------------------------------------------------------------------------
@@ -593,8 +585,7 @@ class Planner:
             spend = self._candidate(now, settings, need, rung)
             words = self._forbids(settings, spend, planned)
             if not words:
-                usd = worst_case_usd(rung, settings.caps.lease_s)
-                return Plan(need, rung, usd, f"{rung.instance_type}, {rung.market}, in {rung.zone}")
+                return Plan(need, rung, usd(spend), f"{rung.instance_type}, {rung.market}, in {rung.zone}")
             refused = refused or words
         if refused:
             return Plan(need, None, 0.0, refused, min(day(now.wall_s)[1] - now.wall_s + now.boot_s, *rests, math.inf))
@@ -609,7 +600,7 @@ class Planner:
     def _candidate(self, now: Now, settings: BurstSettings, need: Need, rung: Rung) -> SpendRecord:
         """What it would cost, were it rented now."""
         ends = now.wall_s + settings.caps.lease_s
-        return SpendRecord(LaunchId(""), self._node, need.job, 0, rung.usd_per_hour, now.wall_s, ends)
+        return worst_case(LaunchId(""), self._node, need.job, 0, rung, now, ends)
 
     def _live_usd_per_hour(self) -> list[float]:
         """Of each instance of the mesh that lives, or may."""
