@@ -54,6 +54,9 @@ FORBIDDEN_PAUSE_S: Final = 60.0
 FORBIDDEN_LIMIT_S: Final = 1800.0
 """Between launches that the account's rights forbid: a person has to act; doubled each time."""
 
+DOUBT_S: Final = 300.0
+"""After a call that brought nothing the provider is still asked each minute: an earlier try of it may show late."""
+
 TAKEN_PAUSE_S: Final = 60.0
 """After another burst peer asked for the same need: its instance shows by then."""
 
@@ -117,7 +120,7 @@ class BurstStatus:
 class _Survey:
     """The last one that succeeded, and when the next may begin. begun_at: of the one under way, or the last.
 
-    spoilt_at: when a call ended last; a survey that began before is no ground for the next one.
+    is_current: no call has ended since it began; otherwise it is no ground for the next one.
     """
 
     rungs: tuple[Rung, ...] = ()
@@ -126,7 +129,8 @@ class _Survey:
     begun_at: float = -math.inf
     ended_at: float = -math.inf
     is_under_way: bool = False
-    spoilt_at: float = -math.inf
+    is_current: bool = True
+    doubt_until: float = -math.inf
     pause_s: float = FAULT_PAUSE_S
     not_before: float = -math.inf
 
@@ -218,7 +222,7 @@ class Planner:
         self._look_at = now.boot_s
         match event:
             case ev.BurstConfigured(settings=settings):
-                return self._configured(now, settings)
+                return self._configured(settings)
             case ev.CloudSurveyed():
                 return self._surveyed(now, event)
             case ev.LaunchPrepared():
@@ -233,9 +237,9 @@ class Planner:
             case ev.WelcomeEnded():
                 return self._welcome_ended(now, event)
 
-    def _configured(self, now: Now, settings: BurstSettings | None) -> list[Effect]:
+    def _configured(self, settings: BurstSettings | None) -> list[Effect]:
         self._preparing = None
-        self._survey.spoilt_at = now.boot_s
+        self._survey.is_current = False
         self._survey.not_before = self._blocked_until = -math.inf
         if settings is not None:
             self._settings, self._rents = settings, True
@@ -324,7 +328,7 @@ class Planner:
 
     def _launch_ended(self, now: Now, event: ev.LaunchEnded) -> list[Effect]:
         rental = self._rentals.get(event.launch)
-        self._survey.spoilt_at = now.boot_s
+        self._survey.is_current, self._survey.doubt_until = False, now.boot_s + DOUBT_S
         if rental is None or rental.state is not LaunchState.ASKED:
             return []
         rental.is_busy, rental.called_at = False, now.boot_s
@@ -500,18 +504,19 @@ class Planner:
         survey = self._survey
         if survey.is_under_way or now.boot_s < self._survey_due(now, wants_survey=wants_survey):
             return []
-        survey.is_under_way, survey.begun_at = True, now.boot_s
+        survey.is_under_way, survey.begun_at, survey.is_current = True, now.boot_s, True
         return [SurveyCloud(settings)]
 
     def _survey_due(self, now: Now, *, wants_survey: bool) -> float:
         """`boot_s` of the next survey; as soon as it may be where somebody waits for it."""
         survey = self._survey
-        if wants_survey:
+        if wants_survey or survey.not_before > survey.ended_at:
             return survey.not_before
         ages = [r.survey_s(now, is_wanted=self._is_wanted(r)) for r in self._rentals.values()]
-        if any(instance.state is not InstanceState.TERMINATED for instance in survey.instances):
+        is_alive = any(instance.state is not InstanceState.TERMINATED for instance in survey.instances)
+        if is_alive or survey.ended_at < survey.doubt_until:
             ages.append(SURVEY_S)
-        return max(survey.ended_at + min(ages, default=QUIET_S), survey.not_before)
+        return survey.ended_at + min(ages, default=QUIET_S)
 
     def _may_ask(self, now: Now) -> bool:
         """Whether a new launch may be begun: one at a time."""
@@ -520,7 +525,7 @@ class Planner:
 
     def _is_fresh(self, now: Now) -> bool:
         survey = self._survey
-        return survey.at is not None and now.boot_s <= survey.at + FRESH_S and survey.begun_at >= survey.spoilt_at
+        return survey.at is not None and now.boot_s <= survey.at + FRESH_S and survey.is_current
 
     def _prepare(self, now: Now, settings: BurstSettings, need: Need, rung: Rung) -> PrepareLaunch:
         launch = LaunchId(random_id(self._rng.randbytes(RANDOM_ID_BYTES)))
