@@ -151,7 +151,7 @@ def test_cap_that_is_not_checked_before_is_caught(monkeypatch: pytest.MonkeyPatc
     def lenient(caps: Caps, *rest: Any) -> str:
         return original(replace(caps, **{cap: 1_000_000}), *rest)  # type: ignore[arg-type]  # fields of Caps
 
-    monkeypatch.setattr("meshgpu.core.burst.planner.refusal", lenient)
+    monkeypatch.setattr("meshgpu.core.burst.plan.refusal", lenient)
     tight = replace(SETTINGS, caps=replace(SETTINGS.caps, **{cap: TIGHT[cap]}))  # type: ignore[arg-type]  # fields of Caps
     find("live|more an hour|may cost", WILD, settings=tight)
 

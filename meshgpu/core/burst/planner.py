@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from meshgpu.core import events as ev
-from meshgpu.core.burst.budget import Spending, day, month, refusal, spent_usd, usd, worst_case
+from meshgpu.core.burst.budget import Spending, day, month, spent_usd, worst_case
 from meshgpu.core.burst.demand import Place, Waiting, assign
-from meshgpu.core.burst.ladder import Rests, inventory_of, ladder
+from meshgpu.core.burst.ladder import Rests, inventory_of
+from meshgpu.core.burst.plan import Outlook, Plan, plans
 from meshgpu.core.burst.reaper import LIVE_STATES, Reaper
-from meshgpu.core.burst.rental import ENROL_PAUSE_S, PAUSE_LIMIT_S, SURVEY_S, Rental, member_name
+from meshgpu.core.burst.rental import ENROL_PAUSE_S, PAUSE_LIMIT_S, Rental, member_name
+from meshgpu.core.burst.survey import Survey
 from meshgpu.core.effects import Effect, Launch, Persist, PrepareLaunch, SurveyCloud, Terminate, Welcome
 from meshgpu.core.statemachine import earliest
 from meshgpu.errors import TrustError
@@ -40,22 +42,9 @@ from meshgpu.model.trust import AddNode, Member, RemoveNode, Role, Signed
 COURTESY_S: Final = 60.0
 """How long the other burst peers leave a need to the one with the lowest id."""
 
-FRESH_S: Final = 5.0
-"""How old a survey may be when something is rented."""
-
-QUIET_S: Final = 1800.0
-"""How often the provider is asked while nothing of the mesh lives there."""
-
-FAULT_PAUSE_S: Final = 5.0
-FAULT_LIMIT_S: Final = 300.0
-"""Between surveys, or preparations, that fail; doubled each time."""
-
 FORBIDDEN_PAUSE_S: Final = 60.0
 FORBIDDEN_LIMIT_S: Final = 1800.0
 """Between launches that the account's rights forbid: a person has to act; doubled each time."""
-
-DOUBT_S: Final = 300.0
-"""After a call that brought nothing the provider is still asked each minute: an earlier try of it may show late."""
 
 TAKEN_PAUSE_S: Final = 60.0
 """After another burst peer asked for the same need: its instance shows by then."""
@@ -85,20 +74,6 @@ class Scribe:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is thought of one need. rung: what is to be rented for it now, at worst for `usd`; None for nothing.
-
-    words: why, or why not. again_at: `boot_s` of the next look at it; None where only an event can change it.
-    """
-
-    need: Need
-    rung: Rung | None
-    usd: float
-    words: str
-    again_at: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class BurstStatus:
     """Everything about renting, as people ask for it. instances: of the last survey, `surveyed_s` ago (None: never).
 
@@ -114,25 +89,6 @@ class BurstStatus:
     usd_today: float
     usd_this_month: float
     fault: str
-
-
-@dataclass(slots=True)
-class _Survey:
-    """The last one that succeeded, and when the next may begin. begun_at: of the one under way, or the last.
-
-    is_current: no call has ended since it began; otherwise it is no ground for the next one.
-    """
-
-    rungs: tuple[Rung, ...] = ()
-    instances: tuple[Instance, ...] = ()
-    at: float | None = None
-    begun_at: float = -math.inf
-    ended_at: float = -math.inf
-    is_under_way: bool = False
-    is_current: bool = True
-    doubt_until: float = -math.inf
-    pause_s: float = FAULT_PAUSE_S
-    not_before: float = -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +114,7 @@ class Planner:
         self._waiting = Waiting()
         self._rests = Rests()
         self._reaper = Reaper(node)
-        self._survey = _Survey()
+        self._survey = Survey()
         self._rentals: dict[LaunchId, Rental] = {}
         self._spending = Spending(node)
         self._preparing: _Preparing | None = None
@@ -189,7 +145,7 @@ class Planner:
         """What would be rented now for each need that is known here, the oldest first, and why or why not."""
         if self._settings is None:
             return ()
-        return tuple(self._plans(now, self._settings))
+        return tuple(plans(self._outlook(now, self._settings)))
 
     def status(self, now: Now) -> BurstStatus | None:
         """How renting stands; None where this node does not rent."""
@@ -255,19 +211,14 @@ class Planner:
 
     def _surveyed(self, now: Now, event: ev.CloudSurveyed) -> list[Effect]:
         survey = self._survey
-        survey.is_under_way, survey.ended_at = False, now.boot_s
         if event.code:
             self._fault = f"cannot ask what lives: {event.reason}"
-            survey.not_before = now.boot_s + survey.pause_s
-            survey.pause_s = min(survey.pause_s * 2, FAULT_LIMIT_S)
+            survey.fail(now)
             return []
-        if survey.pause_s > FAULT_PAUSE_S:
+        if survey.not_before > 0.0:  # the last one failed
             self._fault = ""
         mesh = self._sight.mesh()
-        survey.rungs = event.rungs
-        survey.instances = tuple(instance for instance in event.instances if instance.mesh == mesh)
-        survey.at = now.boot_s
-        survey.pause_s, survey.not_before = FAULT_PAUSE_S, -math.inf
+        survey.succeed(now, event.rungs, tuple(instance for instance in event.instances if instance.mesh == mesh))
         effects = self._take_in(now)
         effects += self._spending.account(now, survey.instances, self._rentals.keys())
         effects += self._reap(now)
@@ -304,11 +255,12 @@ class Planner:
             self._fault = f"cannot prepare a launch: {event.reason}"
             self._blocked_until = now.boot_s + FORBIDDEN_PAUSE_S
             return []
-        plan = next((p for p in self._plans(now, settings) if p.need.job == preparing.need and p.rung), None)
+        outlook = self._outlook(now, settings)
+        is_wanted = any(plan.rung is not None and plan.need.job == preparing.need for plan in plans(outlook))
         number = self._spending.next_number(preparing.need)
         ends = preparing.lease_ends_wall_s
         spend = worst_case(preparing.launch, self._node, preparing.need, number, preparing.rung, now, ends)
-        if plan is None or self._forbids(settings, spend):
+        if not is_wanted or outlook.forbids(spend):
             return []
         request = LaunchRequest(
             preparing.launch,
@@ -328,7 +280,7 @@ class Planner:
 
     def _launch_ended(self, now: Now, event: ev.LaunchEnded) -> list[Effect]:
         rental = self._rentals.get(event.launch)
-        self._survey.is_current, self._survey.doubt_until = False, now.boot_s + DOUBT_S
+        self._survey.call_ended(now)
         if rental is None or rental.state is not LaunchState.ASKED:
             return []
         rental.is_busy, rental.called_at = False, now.boot_s
@@ -461,31 +413,32 @@ class Planner:
         self._note_use(now)
         for rental in self._rentals.values():
             effects += rental.step(now, settings.idle_s, is_wanted=self._is_wanted(rental))
-        plans = self._plans(now, settings)
-        choice = next((plan for plan in plans if plan.rung is not None), None)
+        found = plans(self._outlook(now, settings))
+        choice = next((plan for plan in found if plan.rung is not None), None)
         wants_survey = False
         if choice is not None and choice.rung is not None and self._may_ask(now):
-            if self._is_fresh(now):
+            wants_survey = not self._survey.is_fresh(now)
+            if not wants_survey:
                 effects.append(self._prepare(now, settings, choice.need, choice.rung))
-            else:
-                wants_survey = True
-        effects += self._survey_if_due(now, settings, wants_survey=wants_survey)
+        if not self._survey.is_under_way and now.boot_s >= self._survey_due(now, is_wanted=wants_survey):
+            self._survey.begin(now)
+            effects.append(SurveyCloud(settings))
         effects += self._dissolve()
-        self._look_at = self._next_look(now, settings, plans, wants_survey=wants_survey)
+        self._look_at = self._next_look(now, settings, found, is_wanted=wants_survey)
         return effects
 
     def deadline(self) -> float | None:
         return self._look_at
 
-    def _next_look(self, now: Now, settings: BurstSettings, plans: list[Plan], *, wants_survey: bool) -> float | None:
+    def _next_look(self, now: Now, settings: BurstSettings, found: list[Plan], *, is_wanted: bool) -> float | None:
         if self._settings is None:
             return None
-        survey = None if self._survey.is_under_way else self._survey_due(now, wants_survey=wants_survey)
+        survey = None if self._survey.is_under_way else self._survey_due(now, is_wanted=is_wanted)
         blocked = self._blocked_until if self._blocked_until > now.boot_s else None
         return earliest(
             survey,
             blocked,
-            *(plan.again_at for plan in plans),
+            *(plan.again_at for plan in found),
             *(
                 rental.deadline(now, settings.idle_s, is_wanted=self._is_wanted(rental))
                 for rental in self._rentals.values()
@@ -497,35 +450,17 @@ class Planner:
         if self._rents or self._rentals:
             return []
         self._settings = None
-        self._survey = _Survey()
+        self._survey = Survey()
         return [Persist("burst", "burst", None)]
 
-    def _survey_if_due(self, now: Now, settings: BurstSettings, *, wants_survey: bool) -> list[Effect]:
-        survey = self._survey
-        if survey.is_under_way or now.boot_s < self._survey_due(now, wants_survey=wants_survey):
-            return []
-        survey.is_under_way, survey.begun_at, survey.is_current = True, now.boot_s, True
-        return [SurveyCloud(settings)]
-
-    def _survey_due(self, now: Now, *, wants_survey: bool) -> float:
-        """`boot_s` of the next survey; as soon as it may be where somebody waits for it."""
-        survey = self._survey
-        if wants_survey or survey.not_before > survey.ended_at:
-            return survey.not_before
-        ages = [r.survey_s(now, is_wanted=self._is_wanted(r)) for r in self._rentals.values()]
-        is_alive = any(instance.state is not InstanceState.TERMINATED for instance in survey.instances)
-        if is_alive or survey.ended_at < survey.doubt_until:
-            ages.append(SURVEY_S)
-        return survey.ended_at + min(ages, default=QUIET_S)
+    def _survey_due(self, now: Now, *, is_wanted: bool) -> float:
+        ages = [rental.survey_s(now, is_wanted=self._is_wanted(rental)) for rental in self._rentals.values()]
+        return self._survey.due(ages, is_wanted=is_wanted)
 
     def _may_ask(self, now: Now) -> bool:
         """Whether a new launch may be begun: one at a time."""
         is_asking = any(rental.state is LaunchState.ASKED for rental in self._rentals.values())
         return self._preparing is None and not is_asking and now.boot_s >= self._blocked_until
-
-    def _is_fresh(self, now: Now) -> bool:
-        survey = self._survey
-        return survey.at is not None and now.boot_s <= survey.at + FRESH_S and survey.is_current
 
     def _prepare(self, now: Now, settings: BurstSettings, need: Need, rung: Rung) -> PrepareLaunch:
         launch = LaunchId(random_id(self._rng.randbytes(RANDOM_ID_BYTES)))
@@ -533,79 +468,22 @@ class Planner:
         self._preparing = _Preparing(launch, need.job, rung, ends)
         return PrepareLaunch(launch, member_name(launch), rung, need.job, ends, settings)
 
-    # -- the plan -----------------------------------------------------------------------------------------------------
+    # -- what a plan follows from -------------------------------------------------------------------------------------
 
-    def _plans(self, now: Now, settings: BurstSettings) -> list[Plan]:
-        """One for each need, as if everything that is planned were rented at once."""
-        places = self._places()
-        unmet = {need.job for need in assign(self._waiting.needs, places)}
-        courtesy_s = self._courtesy_s()
-        ripe_at = {
-            need.job: self._waiting.ripe_at(now, need, settings.burst_after_s + (courtesy_s or 0.0))
-            for need in self._waiting.needs
-        }
-        ripe = [need for need in self._waiting.needs if need.job in unmet and now.boot_s >= ripe_at[need.job]]
-        planned: list[SpendRecord] = []
-        plans: list[Plan] = []
-        for need in self._waiting.needs:
-            if need.job not in unmet:
-                place = next(place for place in places if need.job in place.serves)
-                plans.append(Plan(need, None, 0.0, f"waits for {place.name}"))
-            elif not self._rents or courtesy_s is None:
-                plans.append(Plan(need, None, 0.0, "this node may not rent"))
-            elif need not in ripe:
-                wait_s = ripe_at[need.job] - now.boot_s
-                words = f"waits {wait_s:.0f} s more for the office"
-                plans.append(Plan(need, None, 0.0, words, ripe_at[need.job]))
-            else:
-                rest = ripe[ripe.index(need) :]
-                plan = self._plan(now, settings, [n for n in rest if n.job in unmet], planned)
-                plans.append(plan)
-                if plan.rung is not None:
-                    place = Place("an instance that is about to be rented", need.job, inventory_of(plan.rung))
-                    spend = self._candidate(now, settings, need, plan.rung)
-                    planned.append(spend)
-                    places.append(place)
-                    assign([n for n in rest if n.job in unmet], (place,))
-                    unmet -= set(place.serves)
-        return plans
-
-    def _plan(self, now: Now, settings: BurstSettings, needs: list[Need], planned: list[SpendRecord]) -> Plan:
-        """The best rung for the first need that may be tried now and is within the caps."""
-        need = needs[0]
-        taken_until = self._taken_until.get(need.job, -math.inf)
-        if now.boot_s < taken_until:
-            return Plan(need, None, 0.0, "another burst peer rents for it", taken_until)
-        rungs = ladder(self._survey.rungs, needs, settings.caps)
-        if not rungs:
-            known = self._survey.at is not None
-            words = "no instance type that may be rented fits" if known else "the provider has not answered yet"
-            return Plan(need, None, 0.0, words)
-        refused = ""
-        rests: list[float] = []
-        for rung in rungs:
-            if now.boot_s < self._rests.until(rung):
-                rests.append(self._rests.until(rung))
-                continue
-            spend = self._candidate(now, settings, need, rung)
-            words = self._forbids(settings, spend, planned)
-            if not words:
-                return Plan(need, rung, usd(spend), f"{rung.instance_type}, {rung.market}, in {rung.zone}")
-            refused = refused or words
-        if refused:
-            return Plan(need, None, 0.0, refused, min(day(now.wall_s)[1] - now.wall_s + now.boot_s, *rests, math.inf))
-        wait_s = min(rests) - now.boot_s
-        return Plan(need, None, 0.0, f"no capacity: tried again in {wait_s:.0f} s", min(rests))
-
-    def _forbids(self, settings: BurstSettings, spend: SpendRecord, planned: Iterable[SpendRecord] = ()) -> str:
-        planned = tuple(planned)
-        live = (*self._live_usd_per_hour(), *(other.usd_per_hour for other in planned))
-        return refusal(settings.caps, spend, (*self._spending.spends, *planned), live)
-
-    def _candidate(self, now: Now, settings: BurstSettings, need: Need, rung: Rung) -> SpendRecord:
-        """What it would cost, were it rented now."""
-        ends = now.wall_s + settings.caps.lease_s
-        return worst_case(LaunchId(""), self._node, need.job, 0, rung, now, ends)
+    def _outlook(self, now: Now, settings: BurstSettings) -> Outlook:
+        return Outlook(
+            now,
+            self._node,
+            settings,
+            self._waiting,
+            tuple(self._places()),
+            self._courtesy_s() if self._rents else None,
+            self._survey.rungs if self._survey.at is not None else None,
+            self._rests,
+            self._taken_until,
+            self._spending.spends,
+            tuple(self._live_usd_per_hour()),
+        )
 
     def _live_usd_per_hour(self) -> list[float]:
         """Of each instance of the mesh that lives, or may."""

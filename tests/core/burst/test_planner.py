@@ -8,7 +8,7 @@ import pytest
 
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
-from meshgpu.core.burst.planner import COURTESY_S, FRESH_S, QUIET_S, Planner, Scribe, Sight, token
+from meshgpu.core.burst.planner import COURTESY_S, Planner, Scribe, Sight, token
 from meshgpu.core.burst.rental import (
     END_EARLY_S,
     JOIN_WITHIN_S,
@@ -18,6 +18,7 @@ from meshgpu.core.burst.rental import (
     SURVEY_S,
     member_name,
 )
+from meshgpu.core.burst.survey import FRESH_S, QUIET_S
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.cloud import BurstSettings, Caps, Instance, InstanceState, LaunchId, LaunchRequest, Market, Rung
