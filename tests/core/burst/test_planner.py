@@ -601,11 +601,14 @@ def test_instance_must_be_missing_twice_to_count_as_gone() -> None:
 def test_other_meshes_instances_are_none_of_ours() -> None:
     bench = Bench()
     request = bench.asking()
-    bench.instances = [replace(instance(request), mesh=MeshId("00" * 32), launch=LaunchId(request.launch[::-1]))]
-    assert bench.answer_surveys(bench.tell(ev.LaunchEnded(request.launch, code="no-capacity"))) == []
+    stranger = LaunchId(request.launch[::-1])
+    bench.instances = [replace(instance(request), mesh=MeshId("00" * 32), launch=stranger)]
+    bench.tell(ev.LaunchEnded(request.launch, code="no-capacity"))
+    assert bench.wait(2 * SURVEY_S) == []
     status = bench.planner.status(bench.now())
     assert status is not None
     assert status.instances == ()
+    assert ("spend", stranger) not in bench.disk
 
 
 def test_orphan_with_our_name_is_ended() -> None:
