@@ -122,7 +122,8 @@ class Peer:
             self.node, world.timeline.rng, sight, Scribe(self._write, tuple, lambda _now, _node, _address: [])
         )
         self.planner.restore(self.now(), self.disk.values())
-        self.post(None)
+        is_set_up = ("burst", "burst") in self.disk
+        self.post(None if is_set_up else BurstConfigured(world.settings))  # who set it up sees that it was not kept
 
     def crash(self) -> None:
         self.planner = None
@@ -264,7 +265,6 @@ class RentingWorld:
         faults, rng = self.faults, self.timeline.rng
         for peer in self.peers:
             peer.start()
-            peer.post(BurstConfigured(self.settings))
         for number in range(faults.jobs):
             self.timeline.at(rng.uniform(0.0, faults.for_s * 0.6), lambda number=number: self._submit(number))  # type: ignore[misc]  # mypy cannot type bound defaults
         self._plan_faults()
