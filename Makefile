@@ -33,6 +33,7 @@ check: $(READY) ## the fast loop: format, lint, types, architecture, generated c
 
 sim-long: $(READY) ## simulate many more seeds than CI does
 	$(BIN)/python -m tests.sim.soak
+	$(BIN)/python -m tests.sim.soak --renting
 
 benchmarks: $(READY) ## the numbers in docs/benchmarks.md, peers beside them
 	$(BIN)/python benchmarks/run.py

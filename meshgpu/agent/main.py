@@ -280,6 +280,9 @@ _KINDS = {
     "job": "JobRecord",
     "attempt": "AttemptRecord",
     "pause": "PauseRecord",
+    "launch": "LaunchRecord",
+    "spend": "SpendRecord",
+    "burst": "BurstRecord",
 }
 """The type of a stored record, by the kind under which it is kept."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar, assert_never
 
 from meshgpu import ports
+from meshgpu.agent.burst import Burst
 from meshgpu.agent.trees import Trees
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
@@ -70,6 +71,7 @@ class Outside:
     executor: ports.Executor
     announce: Callable[[], Awaitable[None]]
     discard: Callable[[JobId, int], None]
+    burst: Burst | None = None
 
 
 @dataclass(slots=True)
@@ -240,6 +242,8 @@ class Runtime:
                     queue.put_nowait(register)
             case fx.Reject(peer=peer, reason=reason):
                 self._rejected(peer, reason)
+            case fx.SurveyCloud() | fx.PrepareLaunch() | fx.Launch() | fx.Terminate() | fx.Enrol() | fx.Welcome():
+                self._start(self._rent(effect))
             case _:
                 assert_never(effect)
 
@@ -302,6 +306,10 @@ class Runtime:
             self.outside.executor.run(plan, work)
         finally:
             del self._staging[key]
+
+    async def _rent(self, order: fx.BurstEffect) -> None:
+        assert self.outside.burst is not None, "only who was set up for it rents"
+        self.post(await self.outside.burst.perform(order))
 
     async def _discard(self, job: JobId, epoch: int) -> None:
         try:

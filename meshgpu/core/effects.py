@@ -5,11 +5,12 @@ Within one step the driver performs every Persist, durably, before any other eff
 
 from dataclasses import dataclass
 
+from meshgpu.model.cloud import BurstSettings, LaunchId, LaunchRequest, Rung
 from meshgpu.model.ids import Address, Digest, JobId, NodeId
 from meshgpu.model.job import AttemptPlan, JobView, Register, StopMode
 from meshgpu.model.messages import Message
 from meshgpu.model.records import Record
-from meshgpu.model.trust import Member
+from meshgpu.model.trust import Member, Signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,65 @@ class Reject:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class SurveyCloud:
+    """Ask the provider what can be rented and what of this mesh lives; ends in CloudSurveyed."""
+
+    settings: BurstSettings
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareLaunch:
+    """Make the bootstrap certificate and the user data of an instance to be; ends in LaunchPrepared.
+
+    name: what the instance will be called in the mesh.
+    """
+
+    launch: LaunchId
+    name: str
+    rung: Rung
+    need: JobId
+    lease_ends_wall_s: float
+    settings: BurstSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Rent one instance, by one call; ends in LaunchEnded."""
+
+    request: LaunchRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Terminate:
+    """End an instance; ends in TerminateEnded."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Enrol:
+    """Dial an instance that was booted, pinned to its bootstrap certificate (DER), and ask for its keys.
+
+    Ends in Enrolled; the dialog stays open for Welcome.
+    """
+
+    launch: LaunchId
+    address: Address
+    bootstrap: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Hand the mesh log, which names it, to the instance that was enrolled last; ends in WelcomeEnded."""
+
+    launch: LaunchId
+    log: tuple[Signed, ...]
+
+
+BurstEffect = SurveyCloud | PrepareLaunch | Launch | Terminate | Enrol | Welcome
+"""Of the burst planner alone; each ends in exactly one event, within a minute or two."""
+
 Effect = (
     Persist
     | Send
@@ -147,4 +207,10 @@ Effect = (
     | QueryProgressed
     | TellWatchers
     | Reject
+    | SurveyCloud
+    | PrepareLaunch
+    | Launch
+    | Terminate
+    | Enrol
+    | Welcome
 )

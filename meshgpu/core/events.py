@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from meshgpu.model.cloud import BurstSettings, Instance, LaunchId, Rung
 from meshgpu.model.gossip import Sighting
 from meshgpu.model.ids import Address, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
@@ -206,6 +207,77 @@ class AttemptFinished:
     result: Result
 
 
+@dataclass(frozen=True, slots=True)
+class BurstConfigured:
+    """`burst setup` wrote how this node rents. None: it shall not rent, and gives back what it has."""
+
+    settings: BurstSettings | None
+
+
+@dataclass(frozen=True, slots=True)
+class CloudSurveyed:
+    """What can be rented, and every instance of this mesh that has not vanished. With a `code` neither is known.
+
+    Of this event and the next ones: `code` is empty if all went well, else a code of ports.Cloud or another.
+    """
+
+    rungs: tuple[Rung, ...] = ()
+    instances: tuple[Instance, ...] = ()
+    code: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPrepared:
+    """bootstrap: DER of the certificate that the user data holds."""
+
+    launch: LaunchId
+    user_data: bytes = b""
+    bootstrap: bytes = b""
+    code: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchEnded:
+    """The call came back. `token-taken`: another burst peer used the token for a request of its own."""
+
+    launch: LaunchId
+    instance: Instance | None = None
+    code: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TerminateEnded:
+    instance: str
+    code: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """The instance proved that it booted our user data, and made these keys: node key (32 bytes), device CA (DER)."""
+
+    launch: LaunchId
+    public_key: bytes = b""
+    device_ca: bytes = b""
+    code: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WelcomeEnded:
+    """The instance has the mesh log and listens as a member."""
+
+    launch: LaunchId
+    code: str = ""
+    reason: str = ""
+
+
+BurstEvent = BurstConfigured | CloudSurveyed | LaunchPrepared | LaunchEnded | TerminateEnded | Enrolled | WelcomeEnded
+"""Of the burst planner alone."""
+
 Event = (
     Ticked
     | LinkOpened
@@ -233,4 +305,11 @@ Event = (
     | AttemptMeasured
     | AttemptBegan
     | AttemptFinished
+    | BurstConfigured
+    | CloudSurveyed
+    | LaunchPrepared
+    | LaunchEnded
+    | TerminateEnded
+    | Enrolled
+    | WelcomeEnded
 )

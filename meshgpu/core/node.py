@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from meshgpu.core import events as ev
+from meshgpu.core.burst.planner import Planner, Scribe, Sight
 from meshgpu.core.effects import Announce, Effect, Persist, Reject, Send, TrustMembers
 from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
@@ -24,11 +25,11 @@ from meshgpu.errors import BrokenInvariant
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Capacity, Demand, MemberState, NodeRecord
-from meshgpu.model.ids import Address, Digest, JobId, MeshId, NodeId
+from meshgpu.model.ids import Address, Digest, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import JobSpec
 from meshgpu.model.records import AttemptRecord, JobRecord, MeshLogRecord, MeshRecord, PauseRecord, PeerRecord, Record
-from meshgpu.model.trust import Member, Notary, Role, Signed
+from meshgpu.model.trust import AddNode, Member, Notary, RemoveNode, Role, Signed
 
 LOOPS_LIMIT = 100_000
 """Messages a node sends to itself in one step: some for each of its jobs; more means that two rules feed each other."""
@@ -86,6 +87,12 @@ class Node:
         self.stewardship = Stewardship(node, self.log, self.rules, notary, rng, self._candidates, config.steward)
         self.submissions = Submissions(node, self.log, notary, rng, self._candidates, config.submission)
         self.asking = Asking(node, self.log, self.rules, notary, rng, self._askable, config.asking)
+        self.burst = Planner(
+            node,
+            rng,
+            Sight(lambda: self.log.mesh, lambda: self.log.members, self._is_alive, self._gossip.demand, self.heard),
+            Scribe(self._write, self.log.all_entries, self._meet),
+        )
         self._inventory = Inventory(0, 0)
         self._readings: tuple[GpuReading, ...] = ()
         self._addresses: tuple[Address, ...] = ()
@@ -100,13 +107,12 @@ class Node:
         return sorted(views, key=lambda view: view.member.name)
 
     def _machine(self, now: Now, member: Member) -> MachineView:
-        is_self = member.node == self.node
-        is_alive = is_self or member.node in self._links.open
+        is_alive = self._is_alive(member.node)
         lost_at = self._links.last_seen(member.node)
         return MachineView(
             member,
             MemberState.ALIVE if is_alive else MemberState.DOWN,
-            is_self,
+            member.node == self.node,
             now.boot_s - lost_at if not is_alive and lost_at is not None else None,
             self._gossip.record(member.node),
             self._gossip.capacity(member.node),
@@ -154,6 +160,9 @@ class Node:
             return Rule.OWNER, PAUSED
         return None, ""
 
+    def _is_alive(self, node: NodeId) -> bool:
+        return node == self.node or node in self._links.open
+
     def _askable(self) -> list[NodeId]:
         return [self.node, *(peer for peer in sorted(self._links.open) if peer in self.log.members)]
 
@@ -176,6 +185,7 @@ class Node:
                 self.owner.restore(now, record)
         effects += self.attempts.restore(now, (r for r in self._records if isinstance(r, AttemptRecord)))
         effects += self.stewardship.restore(now, (r for r in self._records if isinstance(r, JobRecord)))
+        self.burst.restore(now, self._records)
         self._records = ()
         self._say_record(now)
         self._say_capacity(now, force=True)
@@ -191,6 +201,7 @@ class Node:
         effects += self.stewardship.step(now)
         effects += self.submissions.step(now)
         effects += self.asking.step(now)
+        effects += self.burst.step(now)
         effects = self._loop_back(now, effects)
         self._say_capacity(now, force=False)
         self._say_demand(now)
@@ -207,6 +218,7 @@ class Node:
             self.stewardship.deadline(),
             self.submissions.deadline(),
             self.asking.deadline(),
+            self.burst.deadline(),
         )
 
     def _loop_back(self, now: Now, effects: list[Effect]) -> list[Effect]:
@@ -241,6 +253,7 @@ class Node:
             case ev.LinkClosed(peer=peer):
                 self._links.link_closed(now, peer)
                 self._gossip.link_closed(peer)
+                self.burst.mesh_changed(now)
                 return []
             case ev.DialFailed(peer=peer):
                 self._links.dial_failed(now, peer)
@@ -266,6 +279,7 @@ class Node:
             case ev.MeshEntered(mesh=mesh, log=log, met=met):
                 return self._enter(now, mesh, log, met)
             case ev.LogWritten(log=log):
+                self.burst.mesh_changed(now)
                 return self._log_learned(now, log, None)
             case ev.RunAsked(query=query, key=key, draft=draft):
                 return self.submissions.asked(now, query, key, draft)
@@ -293,6 +307,16 @@ class Node:
                 return self.attempts.began(event.job, event.epoch, event.started_wall_s)
             case ev.AttemptFinished():
                 return self.attempts.finished(now, event.job, event.epoch, event.ended_wall_s, event.result)
+            case (
+                ev.BurstConfigured()
+                | ev.CloudSurveyed()
+                | ev.LaunchPrepared()
+                | ev.LaunchEnded()
+                | ev.TerminateEnded()
+                | ev.Enrolled()
+                | ev.WelcomeEnded()
+            ):
+                return self.burst.heard(now, event)
             case _:
                 assert_never(event)
 
@@ -303,6 +327,7 @@ class Node:
             case msg.GossipDelta():
                 return self._gossip_arrived(now, peer, message)
             case msg.LogDelta(entries=entries):
+                self.burst.mesh_changed(now)
                 return self._log_learned(now, entries, peer)
             case msg.Submit():
                 return self.stewardship.submitted(now, peer, message)
@@ -375,12 +400,22 @@ class Node:
                 effects += self.stewardship.node_gone(now, node)
         return effects
 
+    def _write(self, now: Now, bodies: tuple[AddNode | RemoveNode, ...]) -> list[Effect]:
+        """Put entries of this node's own chain into the log. Raises TrustError where the mesh does not let it."""
+        return self._log_learned(now, self.log.write(KeyId(self.node), bodies), None)
+
+    def _meet(self, now: Now, node: NodeId, address: Address) -> list[Effect]:
+        """Take note where a member listens, which it has not said itself yet."""
+        self._links.learn(now, node, (address,), is_signed=False)
+        return [Persist("peer", node, PeerRecord(node, (address,)))]
+
     def _link_opened(self, now: Now, peer: NodeId) -> list[Effect]:
         self._links.link_opened(now, peer)
         self.attempts.steward_linked(now, peer)
         self.submissions.steward_linked(now, peer)
         self.asking.linked_again(now, peer)
         self.stewardship.room_changed(now)
+        self.burst.mesh_changed(now)
         return self._gossip.link_opened(now, peer)
 
     def _gossip_arrived(self, now: Now, peer: NodeId, delta: msg.GossipDelta) -> list[Effect]:
@@ -393,6 +428,7 @@ class Node:
                 effects.append(Persist("peer", owner, PeerRecord(owner, record.addresses)))
         if changed:
             self.stewardship.room_changed(now)
+            self.burst.mesh_changed(now)
         return effects
 
     def _machine_read(self, now: Now, inventory: Inventory, readings: tuple[GpuReading, ...]) -> list[Effect]:
@@ -446,8 +482,11 @@ class Node:
 
     def _say_demand(self, now: Now) -> None:
         """What would fit nowhere in the office, where the mesh lets it leave: for whoever rents."""
-        if self.log.may_leave or self._gossip.demand(self.node) is not None:
-            self._gossip.say(now, self.stewardship.demand() if self.log.may_leave else Demand(()))
+        told = self._gossip.demand(self.node)
+        demand = self.stewardship.demand() if self.log.may_leave else Demand(())
+        if demand != (told or Demand(())):
+            self._gossip.say(now, demand)
+            self.burst.mesh_changed(now)
 
     def _mesh_record(self) -> Persist:
         assert self.log.mesh is not None

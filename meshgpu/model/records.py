@@ -1,7 +1,9 @@
 """What a node keeps on disk, so that it is the same node after a crash."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
+from meshgpu.model.cloud import BurstSettings, LaunchId, LaunchRequest
 from meshgpu.model.ids import Address, HoldId, JobId, MeshId, NodeId
 from meshgpu.model.job import AttemptState, Register, Result, StopMode
 from meshgpu.model.lending import Pause
@@ -75,4 +77,69 @@ class PauseRecord:
     pause: Pause
 
 
-Record = MeshRecord | MeshLogRecord | PeerRecord | JobRecord | AttemptRecord | PauseRecord
+class LaunchState(StrEnum):
+    """Where a launch stands; states only move forward. It is forgotten once its instance is gone or never was."""
+
+    ASKED = "asked"
+    """Its call may have been made: whether an instance lives is not known."""
+    RENTED = "rented"
+    ENROLLED = "enrolled"
+    """It is in the mesh log, and has yet to hear so."""
+    JOINED = "joined"
+    ENDING = "ending"
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRecord:
+    """One instance that this node rents, from before the call until the instance is gone.
+
+    request: exactly what was asked for, and is asked for again. bootstrap: DER of the certificate in its user data.
+    asked_wall_s: when the request was made up. instance, node: empty until they are known. reason: why it ends.
+    """
+
+    request: LaunchRequest
+    state: LaunchState
+    bootstrap: bytes
+    asked_wall_s: float
+    instance: str = ""
+    node: NodeId | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SpendRecord:
+    """What a launch costs at most: `usd_per_hour` from `from_wall_s`, put early as clocks differ, to `until_wall_s`.
+
+    until_wall_s: the end of its lease, until it is known to be over earlier; `from_wall_s` where nothing was rented.
+    owner: the burst peer that pays. number: of the need's requests by this node, from 1; 0 for another's.
+    """
+
+    launch: LaunchId
+    owner: NodeId
+    need: JobId
+    number: int
+    usd_per_hour: float
+    from_wall_s: float
+    until_wall_s: float
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BurstRecord:
+    """How this node rents. rents: False once it shall not, for as long as something that it rented lives."""
+
+    settings: BurstSettings
+    rents: bool
+
+
+Record = (
+    MeshRecord
+    | MeshLogRecord
+    | PeerRecord
+    | JobRecord
+    | AttemptRecord
+    | PauseRecord
+    | LaunchRecord
+    | SpendRecord
+    | BurstRecord
+)

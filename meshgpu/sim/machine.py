@@ -17,6 +17,7 @@ from meshgpu.model.inventory import GpuProcess, GpuReading, Inventory, ProcessKi
 from meshgpu.model.job import AttemptPlan, Result
 from meshgpu.model.records import Record
 from meshgpu.model.trust import Notary
+from meshgpu.sim.cloud import SimCloud
 from meshgpu.sim.fakes import ExecutorTiming, FakeExecutor
 from meshgpu.sim.network import Network
 from meshgpu.sim.timeline import Timeline
@@ -109,6 +110,7 @@ class Machine:
         self.steps = 0
         self.announce: Callable[[Machine], None] = lambda _machine: None
         self.crashed: Callable[[Machine], None] = lambda _machine: None
+        self.cloud: SimCloud | None = None
         self._timeline = timeline
         self._network = network
         self._notary = notary
@@ -341,8 +343,15 @@ class Machine:
                 self._watcher.answered(effect)
             case fx.Reject():
                 self.rejected += 1
+            case fx.SurveyCloud() | fx.PrepareLaunch() | fx.Launch() | fx.Terminate() | fx.Enrol() | fx.Welcome():
+                self._rent(effect)
             case _:
                 assert_never(effect)
+
+    def _rent(self, order: fx.BurstEffect) -> None:
+        assert self.cloud is not None
+        life = self.instance
+        self.cloud.perform(order, lambda event: self.post(event) if self.instance == life else None)
 
     def _fetch_tree(self, order: fx.FetchTree) -> None:
         life = self.instance

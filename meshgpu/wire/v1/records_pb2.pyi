@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from meshgpu.wire.v1 import cloud_pb2 as _cloud_pb2
 from meshgpu.wire.v1 import job_pb2 as _job_pb2
 from meshgpu.wire.v1 import lending_pb2 as _lending_pb2
 from meshgpu.wire.v1 import resources_pb2 as _resources_pb2
@@ -272,3 +273,131 @@ class PauseRecord(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PauseRecord: _TypeAlias = PauseRecord  # noqa: Y015
+
+@_typing.final
+class LaunchRecord(_message.Message):
+    """One instance that this node rents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    BOOTSTRAP_FIELD_NUMBER: _builtins.int
+    ASKED_WALL_S_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    """asked, rented, enrolled, joined, ending."""
+    bootstrap: _builtins.bytes
+    """DER of the bootstrap certificate in the user data."""
+    asked_wall_s: _builtins.float
+    """Unix time in seconds at which the request was made up."""
+    instance: _builtins.str
+    """The provider's id; empty while it is not known."""
+    node: _builtins.str
+    """Node id; absent before the instance has a key."""
+    reason: _builtins.str
+    """Why it ends, as people read it; empty unless it ends."""
+    @_builtins.property
+    def request(self) -> _cloud_pb2.LaunchRequest:
+        """Exactly what was asked for; required."""
+
+    def __init__(
+        self,
+        *,
+        request: _cloud_pb2.LaunchRequest | None = ...,
+        state: _builtins.str = ...,
+        bootstrap: _builtins.bytes = ...,
+        asked_wall_s: _builtins.float = ...,
+        instance: _builtins.str = ...,
+        node: _builtins.str | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_node", b"_node", "node", b"node", "request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_node", b"_node", "asked_wall_s", b"asked_wall_s", "bootstrap", b"bootstrap", "instance", b"instance", "node", b"node", "reason", b"reason", "request", b"request", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__node: _TypeAlias = _typing.Literal["node"]  # noqa: Y015
+    _WhichOneofArgType__node: _TypeAlias = _typing.Literal["_node", b"_node"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__node) -> _WhichOneofReturnType__node | None: ...
+
+Global___LaunchRecord: _TypeAlias = LaunchRecord  # noqa: Y015
+
+@_typing.final
+class SpendRecord(_message.Message):
+    """What a launch costs at most."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAUNCH_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    NEED_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    USD_PER_HOUR_FIELD_NUMBER: _builtins.int
+    FROM_WALL_S_FIELD_NUMBER: _builtins.int
+    UNTIL_WALL_S_FIELD_NUMBER: _builtins.int
+    IS_OVER_FIELD_NUMBER: _builtins.int
+    launch: _builtins.str
+    """Launch id."""
+    owner: _builtins.str
+    """Id of the burst peer that pays."""
+    need: _builtins.str
+    """Id of the job for which the instance was rented."""
+    number: _builtins.int
+    """Of the need's requests by this node, from 1; 0 for another node's."""
+    usd_per_hour: _builtins.float
+    """US dollars."""
+    from_wall_s: _builtins.float
+    """Unix time in seconds."""
+    until_wall_s: _builtins.float
+    """Unix time in seconds: the end of the lease, or when it was known to be over."""
+    is_over: _builtins.bool
+    """Whether it costs nothing more."""
+    def __init__(
+        self,
+        *,
+        launch: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        need: _builtins.str = ...,
+        number: _builtins.int = ...,
+        usd_per_hour: _builtins.float = ...,
+        from_wall_s: _builtins.float = ...,
+        until_wall_s: _builtins.float = ...,
+        is_over: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_wall_s", b"from_wall_s", "is_over", b"is_over", "launch", b"launch", "need", b"need", "number", b"number", "owner", b"owner", "until_wall_s", b"until_wall_s", "usd_per_hour", b"usd_per_hour"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpendRecord: _TypeAlias = SpendRecord  # noqa: Y015
+
+@_typing.final
+class BurstRecord(_message.Message):
+    """How this node rents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    RENTS_FIELD_NUMBER: _builtins.int
+    rents: _builtins.bool
+    """False once it shall not rent, for as long as something that it rented lives."""
+    @_builtins.property
+    def settings(self) -> _cloud_pb2.BurstSettings:
+        """Required."""
+
+    def __init__(
+        self,
+        *,
+        settings: _cloud_pb2.BurstSettings | None = ...,
+        rents: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rents", b"rents", "settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BurstRecord: _TypeAlias = BurstRecord  # noqa: Y015
