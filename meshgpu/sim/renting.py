@@ -224,7 +224,8 @@ class Peer:
         other = next((peer for peer in self._world.peers if peer.node == node), None)
         if other is not None:
             return other.planner is not None and not (other.is_cut or self.is_cut or self._world.is_split)
-        return not self.is_cut
+        is_office = node == STEWARD or any(r.is_member and r.node == node for r in self._world.cloud.rented)
+        return is_office and not self.is_cut
 
     def _demand(self, node: NodeId) -> Demand | None:
         return self._world.demand() if node == STEWARD else None

@@ -12,13 +12,20 @@ from meshgpu.core.burst.planner import Planner
 from meshgpu.core.burst.reaper import Reaper
 from meshgpu.core.burst.rental import Rental
 from meshgpu.core.effects import Effect, Launch, Persist
-from meshgpu.core.events import LaunchPrepared
+from meshgpu.core.events import BurstConfigured, LaunchPrepared, LogWritten, RunAsked
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.clock import Now
 from meshgpu.model.cloud import BurstSettings, Caps
+from meshgpu.model.ids import KeyId, digest, node_id
+from meshgpu.model.job import Action, CloudUse
 from meshgpu.model.records import LaunchState
-from meshgpu.sim.cloud import NO_FAULTS, CloudFaults
+from meshgpu.model.resources import GpuRequest, Resources
+from meshgpu.model.trust import AddNode, Role, SetPolicy, SetRole
+from meshgpu.sim.cloud import NO_FAULTS, CloudFaults, Nets, Rented, SimCloud
+from meshgpu.sim.load import draft
+from meshgpu.sim.machine import CrashPoint
 from meshgpu.sim.renting import SETTINGS, RentingFaults, RentingWorld
+from meshgpu.sim.world import World, WorldConfig
 
 FAST_LAUNCHES = 120
 ALL_LAUNCHES = 1000
@@ -44,7 +51,6 @@ def rent(launches: int, first: int) -> tuple[int, int]:
     return launched, crashes
 
 
-@pytest.mark.slow
 def test_nothing_leaks_through_crashes_and_failing_calls() -> None:
     _, crashes = rent(FAST_LAUNCHES, 0)
     assert crashes > FAST_LAUNCHES  # the worlds are as bad as they claim
@@ -85,6 +91,42 @@ def test_crash_at_every_single_point_leaks_nothing(peer: int) -> None:
         world = RentingWorld(3, QUIET, crash_at=(peer, number))
         world.play()
         assert world.launched in (2, 3), number  # what was rented is taken up again, or its job was served meanwhile
+
+
+def test_node_that_crashes_after_each_write_rents_one_instance_and_outlives_it() -> None:
+    """The real node, with its real log and disk, in an office; its agent dies again and again while it rents."""
+    world = World(7, WorldConfig(size=3, is_plain=True))
+    world.start()
+    world.run(10.0)
+    rig = world.named("rig0")
+    launched: list[Rented] = []
+    nets = Nets(SETTINGS.idle_s, SETTINGS.no_contact_s)
+    cloud = SimCloud(world.timeline, NO_FAULTS, nets, lambda: rig.now().wall_s, launched.append)
+    rig.cloud = cloud
+    rig.crashed = lambda machine: world.timeline.after(3.0, machine.start_agent)
+    assert rig.agent is not None
+    admin = rig.setup.accounts[rig.setup.owner]
+    rig.post(LogWritten(rig.agent.log.write(admin, (SetRole(rig.node, Role.BURST), SetPolicy(may_leave=True)))))
+    rig.post(BurstConfigured(SETTINGS))
+    tree = digest(b"tree")
+    rig.trees.add(tree)
+    wish = draft("train", "", Resources(GpuRequest(1, model="l4")), tree)
+    rig.post(RunAsked("run1", admin, replace(wish, cloud=CloudUse.OK)))
+    for _ in range(60):
+        rig.crash_at = CrashPoint.AFTER_PERSIST if 20.0 < world.timeline.time_s < 250.0 else None
+        world.run(5.0)
+    (rented,) = launched
+    assert rig.instance > 4  # agents before this one died
+    assert rig.agent is not None
+    own = [found[0][2].body for found in rig.agent.log._chains[KeyId(rig.node)].entries.values()]
+    assert [body.public_key for body in own if isinstance(body, AddNode)] == [rented.public_key]
+    assert node_id(rented.public_key) in rig.agent.log.members
+    (confirmed,) = world.ledger.confirmed.values()
+    world.people.end(rig, admin, confirmed.view, Action.STOP)
+    world.run(1200.0)
+    assert {member.role for member in rig.agent.log.members.values()} == {Role.BURST, Role.RIG}
+    assert cloud.live() == []
+    assert not any(kind == "launch" for kind, _ in rig.disk)
 
 
 # -- the checks bite ---------------------------------------------------------------------------------------------------
@@ -128,7 +170,6 @@ def test_launch_that_is_not_counted_first_is_caught(monkeypatch: pytest.MonkeyPa
     find("has not counted")
 
 
-@pytest.mark.slow
 def test_new_token_on_retry_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Rental.step
 
@@ -205,11 +246,10 @@ def test_launches_forgotten_at_restart_are_caught(monkeypatch: pytest.MonkeyPatc
 
 
 def test_instances_that_stay_members_when_gone_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Planner, "_remove", lambda *_args: [])
+    monkeypatch.setattr(Planner, "_remove", lambda self, now, nodes: [])
     find("members whose instances are gone")
 
 
-@pytest.mark.slow
 def test_ending_that_is_not_repeated_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Rental.retry
 

@@ -340,18 +340,22 @@ class Planner:
                 rental.is_busy = False
                 return rental.end(error.message)
             effects.append(rental.become(LaunchState.ENROLLED, node=node))
+            effects += self._scribe.meet(now, node, rental.reach)
         return [*effects, Welcome(rental.launch, self._scribe.log())]
 
     def _welcome_ended(self, now: Now, event: ev.WelcomeEnded) -> list[Effect]:
         rental = self._rentals.get(event.launch)
-        if rental is None or rental.state is not LaunchState.ENROLLED or rental.record.node is None:
+        if rental is None or rental.state is not LaunchState.ENROLLED:
             return self._idle(rental)
         if event.code:
             rental.retry(now, self._rng, ENROL_PAUSE_S)
             return []
-        rental.is_busy, rental.useful_at = False, now.boot_s
-        joined = rental.become(LaunchState.JOINED)
-        return [joined, *self._scribe.meet(now, rental.record.node, rental.reach)]
+        rental.is_busy = False
+        return [self._joined(now, rental)]
+
+    def _joined(self, now: Now, rental: Rental) -> Persist:
+        rental.useful_at = now.boot_s
+        return rental.become(LaunchState.JOINED)
 
     def _idle(self, rental: Rental | None) -> list[Effect]:
         """An effect of the rental came back too late to matter."""
@@ -410,6 +414,9 @@ class Planner:
         self._waiting.refresh(now, self._demands())
         self._taken_until = {job: until for job, until in self._taken_until.items() if until > now.boot_s}
         effects: list[Effect] = []
+        for rental in self._rentals.values():
+            if rental.state is LaunchState.ENROLLED and self._is_linked(rental):
+                effects.append(self._joined(now, rental))  # it was welcomed by an agent that did not live to hear it
         self._note_use(now)
         for rental in self._rentals.values():
             effects += rental.step(now, settings.idle_s, is_wanted=self._is_wanted(rental))
@@ -521,6 +528,9 @@ class Planner:
             for instance in self._survey.instances
         )
 
+    def _is_linked(self, rental: Rental) -> bool:
+        return rental.record.node is not None and self._sight.is_alive(rental.record.node)
+
     def _cloud_member(self, launch: LaunchId) -> Member | None:
         rental = self._rentals.get(launch)
         members = self._sight.members()
@@ -574,7 +584,7 @@ class Planner:
                 continue
             assert rental.record.node is not None
             _, capacity = self._sight.heard(rental.record.node)
-            if not self._sight.is_alive(rental.record.node) or (capacity is not None and capacity.allocations):
+            if not self._is_linked(rental) or (capacity is not None and capacity.allocations):
                 rental.useful_at = now.boot_s  # out of touch is not idle: its own timers watch it
             for job in place.serves:
                 rental.useful_at = max(rental.useful_at, self._waiting.seen_at(job))

@@ -54,7 +54,7 @@ class Bench:
     at: float = 0.0
     needs: list[Need] = field(default_factory=list)
     roles: dict[NodeId, Role] = field(default_factory=lambda: {ME: Role.BURST, STEWARD: Role.RIG})
-    away: set[NodeId] = field(default_factory=set)
+    away: set[NodeId] = field(default_factory=lambda: {CLOUD})
     capacity: Capacity | None = None
     instances: list[Instance] = field(default_factory=list)
     disk: dict[tuple[str, str], Record] = field(default_factory=dict)
@@ -173,6 +173,7 @@ class Bench:
         request = self.renting()
         (order,) = self.tell(ev.Enrolled(request.launch, KEY, b"ca"))
         assert order == fx.Welcome(request.launch, LOG)
+        self.away.discard(CLOUD)
         assert self.tell(ev.WelcomeEnded(request.launch)) == []
         return request
 
@@ -506,6 +507,19 @@ def test_welcome_that_failed_begins_with_another_dial_and_the_same_key() -> None
     assert isinstance(order, fx.Enrol)
     assert bench.tell(ev.Enrolled(request.launch, KEY, b"ca")) == [fx.Welcome(request.launch, LOG)]
     assert len(bench.written) == 1
+
+
+def test_instance_that_was_welcomed_before_a_crash_is_a_member_once_its_link_is_open() -> None:
+    bench = Bench()
+    request = bench.renting()
+    bench.tell(ev.Enrolled(request.launch, KEY, b"ca"))
+    bench.restart()
+    assert [type(order) for order in bench.wait(10.0)] == [fx.Enrol]
+    bench.away.clear()
+    assert bench.changed() == []
+    assert bench.record(request).state is LaunchState.JOINED
+    assert bench.answer_surveys(bench.tell(ev.Enrolled(request.launch, code="no-answer"))) == []
+    assert bench.wait(SETTINGS.idle_s - 1) == []
 
 
 def test_instance_that_changes_its_key_ends() -> None:
