@@ -87,10 +87,11 @@ BulkHandler = Callable[[NodeId, bytes], AsyncIterator[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """Whom this node trusts for TLS: a member and its device CA (DER)."""
+    """Whom this node trusts for TLS: a member and its device CA (DER). is_cloud: it dials nobody, ever."""
 
     node: NodeId
     device_ca: bytes
+    is_cloud: bool = False
 
 
 class Transport(Protocol):
@@ -115,7 +116,10 @@ class Transport(Protocol):
     def close(self, peer: NodeId, reason: str) -> None: ...
 
     def fetch(self, peer: NodeId, addresses: Sequence[Address], request: bytes) -> AsyncIterator[bytes]:
-        """Open a bulk stream to `peer`; raises MeshgpuError with the peer's code, or `no-answer`."""
+        """A bulk stream of `peer`, over a call of the peer's own where this node dials nobody.
+
+        Raises MeshgpuError with the peer's code, or `no-answer`.
+        """
         ...
 
     async def identify(self, address: Address) -> NodeId:

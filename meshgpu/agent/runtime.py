@@ -21,6 +21,7 @@ from meshgpu.errors import MeshgpuError
 from meshgpu.model.ids import Address, JobId, NodeId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Register, Result
 from meshgpu.model.messages import Message
+from meshgpu.model.trust import Role
 from meshgpu.wire.codec import decode_frame, encode, encode_frame
 
 logger = logging.getLogger(__name__)
@@ -211,7 +212,8 @@ class Runtime:
             case fx.Identify(address=address):
                 self._start(self._identify(address))
             case fx.TrustMembers(members=members):
-                self.outside.transport.trust([ports.Anchor(m.node, m.device_ca) for m in members])
+                anchors = [ports.Anchor(m.node, m.device_ca, m.role is Role.CLOUD) for m in members]
+                self.outside.transport.trust(anchors)
             case fx.Announce():
                 self._start(self.announce())
             case fx.FetchTree():

@@ -9,7 +9,7 @@ import grpc
 from meshgpu.errors import GRPC_STATUS, MeshgpuError
 
 ERROR_KEY: Final = "meshgpu-error-bin"
-"""Trailing metadata: {"code", "message", "hint"} in JSON."""
+"""Trailing metadata: an error as `write_error` writes it."""
 
 TEXT_LIMIT_CHARACTERS: Final = 600
 """Of message and of hint, 4 bytes each at most: gRPC drops calls whose metadata exceeds 8 KiB."""
@@ -72,15 +72,32 @@ def service(name: str, methods: Mapping[str, Callable[[Context], Awaitable[None]
 
 async def abort(context: Context, error: MeshgpuError) -> None:
     """End an RPC with an error that `error_from` restores; never returns, as gRPC's own abort."""
+    status = grpc.StatusCode[GRPC_STATUS.get(error.code, "FAILED_PRECONDITION")]
+    await context.abort(status, error.code, ((ERROR_KEY, write_error(error)),))
+
+
+def write_error(error: MeshgpuError) -> bytes:
+    """An error on its way to another machine: {"code", "message", "hint"} in JSON."""
     fields = {
         "code": error.code,
         "message": error.message[:TEXT_LIMIT_CHARACTERS],
         "hint": error.hint and error.hint[:TEXT_LIMIT_CHARACTERS],
     }
-    status = grpc.StatusCode[GRPC_STATUS.get(error.code, "FAILED_PRECONDITION")]
-    await context.abort(
-        status, error.code, ((ERROR_KEY, json.dumps(fields, ensure_ascii=False).encode(errors="replace")),)
-    )
+    return json.dumps(fields, ensure_ascii=False).encode(errors="replace")
+
+
+def read_error(value: object) -> MeshgpuError | None:
+    """What `write_error` wrote; None for anything else."""
+    try:
+        fields = json.loads(value) if isinstance(value, bytes) else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    code, message, hint = fields.get("code"), fields.get("message"), fields.get("hint")
+    if not (isinstance(code, str) and isinstance(message, str) and (hint is None or isinstance(hint, str))):
+        return None
+    return MeshgpuError(code, message, hint)
 
 
 def error_from(error: grpc.aio.AioRpcError, attempt: str) -> MeshgpuError:
@@ -97,7 +114,7 @@ def reason_from(error: grpc.aio.AioRpcError) -> str:
 def _travelled(error: grpc.aio.AioRpcError) -> MeshgpuError | None:
     for key, value in error.trailing_metadata() or ():
         if key == ERROR_KEY:
-            return _decoded(value)
+            return read_error(value)
     return None
 
 
@@ -107,16 +124,3 @@ def _short_reason(error: grpc.aio.AioRpcError) -> str:
         if sign in details:
             return reason
     return details.splitlines()[0][:100] if details else str(error.code().name).lower().replace("_", " ")
-
-
-def _decoded(value: object) -> MeshgpuError | None:
-    try:
-        fields = json.loads(value) if isinstance(value, bytes) else None
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(fields, dict):
-        return None
-    code, message, hint = fields.get("code"), fields.get("message"), fields.get("hint")
-    if not (isinstance(code, str) and isinstance(message, str) and (hint is None or isinstance(hint, str))):
-        return None
-    return MeshgpuError(code, message, hint)
