@@ -16,11 +16,12 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
 from meshgpu.errors import BrokenInvariant, MeshgpuError
-from meshgpu.model import bulk, cloud, gossip, inventory, job, messages, pairing, records, resources, trust
+from meshgpu.model import bulk, cloud, enrolment, gossip, inventory, job, messages, pairing, records, resources, trust
 from meshgpu.model.ids import Digest, JobId, MeshId
 from meshgpu.wire.v1 import (
     bulk_pb2,
     cloud_pb2,
+    enrolment_pb2,
     envelope_pb2,
     gossip_pb2,
     inventory_pb2,
@@ -51,6 +52,7 @@ _MODULES: Final = (
     (records, records_pb2),
     (bulk, bulk_pb2),
     (cloud, cloud_pb2),
+    (enrolment, enrolment_pb2),
 )
 _PAIR: Final = "Pair"
 """The one message without a class: a tuple of two strings."""

@@ -1,5 +1,6 @@
 """Calls over gRPC as the mesh makes them: raw bytes both ways, and errors that keep their code, message and hint."""
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
@@ -68,6 +69,23 @@ def service(name: str, methods: Mapping[str, Callable[[Context], Awaitable[None]
 
     handlers = {method: handler(answer) for method, answer in methods.items()}
     return grpc.method_handlers_generic_handler(name, handlers)  # type: ignore[no-untyped-call,no-any-return]  # no types
+
+
+async def answer_step(
+    context: Context, answer: Callable[[str, bytes], Awaitable[bytes]], attempt: str, limit_s: float
+) -> None:
+    """One step of a conversation: a call with one request and one reply, its name in the metadata `step`."""
+    try:
+        async with asyncio.timeout(limit_s):
+            request = await context.read()
+            step = dict(context.invocation_metadata()).get("step")
+            if not isinstance(request, bytes) or not isinstance(step, str):
+                raise MeshgpuError("bad-request", f"{attempt}: a step has a name and a request")
+            await context.write(await answer(step, request))
+    except TimeoutError:
+        await abort(context, MeshgpuError("no-answer", f"{attempt}: no step takes longer than {limit_s:g} s"))
+    except MeshgpuError as error:
+        await abort(context, error)
 
 
 async def abort(context: Context, error: MeshgpuError) -> None:
