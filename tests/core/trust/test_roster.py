@@ -12,10 +12,21 @@ from meshgpu.core.trust.meshlog import NODE_ENTRY_BYTES, MeshLog
 from meshgpu.core.trust.roster import CLOUDS_LIMIT, LEASE_LIMIT_S
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S
-from meshgpu.model.ids import KeyId, NodeId, UserName, digest, node_id
-from meshgpu.model.trust import AddNode, Genesis, LinkUser, LogBody, RemoveNode, Role, SetPolicy, SetRole, Signed
+from meshgpu.model.ids import Digest, KeyId, NodeId, UserName, digest, node_id
+from meshgpu.model.trust import (
+    AddNode,
+    Genesis,
+    LinkUser,
+    LogBody,
+    LogEntry,
+    RemoveNode,
+    Role,
+    SetPolicy,
+    SetRole,
+    Signed,
+)
+from meshgpu.sim.machine import WALL_START_S as WALL_S
 from meshgpu.sim.office import Office, furnish
-from tests.core.conftest import WALL_S
 
 LEASE_S = 4 * 3600.0
 ADA = UserName("ada")
@@ -152,9 +163,12 @@ FORBIDDEN: dict[str, Callable[[Mesh], LogBody]] = {
 
 @pytest.mark.parametrize("what", sorted(FORBIDDEN))
 def test_burst_node_may_say_nothing_else(mesh: Mesh, what: str) -> None:
-    before = (mesh.log.members, mesh.log.users, mesh.log.may_leave, mesh.log.mesh_name)
+    def seen() -> tuple[object, ...]:
+        return mesh.log.members, mesh.log.users, mesh.log.may_leave, mesh.log.mesh_name, mesh.log.gone
+
+    before = seen()
     mesh.forges(FORBIDDEN[what](mesh))
-    assert (mesh.log.members, mesh.log.users, mesh.log.may_leave, mesh.log.mesh_name) == before
+    assert seen() == before
     good = mesh.cloud("good", "good")
     mesh.writes(good)  # and the chain goes on
     assert good.node in mesh.log.members
@@ -215,6 +229,18 @@ def test_demoted_node_adds_nothing_but_what_it_removed_stays_away(mesh: Mesh) ->
         mesh.writes(mesh.cloud("three"))
 
 
+def test_role_of_a_rig_is_no_right_to_remove(mesh: Mesh) -> None:
+    other = mesh.office.setups[2].node
+    mesh.writes(SetRole(other, Role.RIG), by=0)
+    cloud = mesh.cloud()
+    mesh.writes(cloud)
+    head = next(head for head in mesh.log.heads() if head.author == mesh.admin)
+    body = RemoveNode(cloud.node)
+    entry = LogEntry(mesh.office.mesh, KeyId(other), 0, Digest(""), (head,), body)
+    assert mesh.log.add((mesh.office.notaries[2].sign(KeyId(other), entry),)) == ()
+    assert cloud.node in mesh.log.members
+
+
 def test_only_so_many_cloud_nodes_of_one_author_count(mesh: Mesh) -> None:
     mesh.writes(*(mesh.cloud(f"c{number}", f"c{number}") for number in range(CLOUDS_LIMIT + 5)))
     assert sum(member.role is Role.CLOUD for member in mesh.log.members.values()) == CLOUDS_LIMIT
@@ -223,10 +249,11 @@ def test_only_so_many_cloud_nodes_of_one_author_count(mesh: Mesh) -> None:
 
 
 def test_oversized_entry_of_a_burst_node_is_not_kept(mesh: Mesh) -> None:
-    (entry,) = mesh.writes(mesh.cloud())
-    held = len(mesh.log.all_entries())
-    mesh.log.add((Signed(entry.kind, b" " * (NODE_ENTRY_BYTES + 1), entry.key, entry.signature),))
-    assert len(mesh.log.all_entries()) == held
+    ring, author = mesh.office.ring, KeyId(mesh.burst)
+    for payload, is_kept in ((b" " * (NODE_ENTRY_BYTES + 1), False), (b" " * NODE_ENTRY_BYTES, True)):
+        ring._values[payload] = LogEntry(mesh.office.mesh, author, 0, Digest(""), (), mesh.cloud())
+        signature = ring.signature(ring._publics[author], "LogEntry", payload)
+        assert bool(mesh.log.add((Signed("LogEntry", payload, author, signature),))) is is_kept
 
 
 def test_policy_is_the_newest_of_the_founder(mesh: Mesh) -> None:
@@ -289,6 +316,11 @@ def test_log_that_is_read_back_whole_needs_no_digest() -> None:
 
 
 def test_who_lacks_both_is_told_the_admins_entries_first() -> None:
-    admin = WHOLE.admin
-    told = [entry.key == admin for entry in WHOLE.log.beyond(())]
-    assert told == sorted(told, reverse=True)
+    office = furnish(random.Random(1), 40, is_plain=True)
+    log = MeshLog(office.notaries[0])
+    log.enter(office.mesh, office.log)
+    mesh = Mesh(office, log)
+    early = next(number for number, setup in enumerate(office.setups) if setup.node < mesh.admin)
+    mesh.writes(SetRole(office.setups[early].node, Role.BURST), by=0)
+    (cloud,) = mesh.writes(mesh.cloud(), by=early)
+    assert log.beyond(())[-1] == cloud
