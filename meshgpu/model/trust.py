@@ -118,6 +118,9 @@ class LinkUser:
     uid: int
 
 
+LogBody = Genesis | AddNode | LinkUser | RemoveNode | SetRole | SetPolicy
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """The newest entry of one author's chain that somebody knows. `seq` counts from 0."""
@@ -129,7 +132,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One link of one admin's chain.
+    """One link of the chain of one admin or burst node (whose key id is its node id, and whose seq 0 names the mesh).
 
     seq counts from 0 without gaps; previous is the digest of the author's entry before, empty at seq 0;
     heads are the newest entries of other chains that the author had seen.
@@ -140,7 +143,7 @@ class LogEntry:
     seq: int
     previous: Digest
     heads: tuple[Head, ...]
-    body: Genesis | AddNode | LinkUser | RemoveNode | SetRole | SetPolicy
+    body: LogBody
 
 
 @dataclass(frozen=True, slots=True)

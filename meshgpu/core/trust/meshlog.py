@@ -1,18 +1,36 @@
-"""The mesh log: a union of admins' hash chains, and the members and users that it adds up to.
+"""The mesh log: a union of hash chains, those of admins and those of burst nodes, and what it adds up to.
 
-Nothing is discarded and order does not matter: nodes that hold the same entries see the same mesh.
+Nothing that counts is discarded and order does not matter: nodes that hold the same entries see the same mesh.
+The chain of a burst node is taken in once an admin's entry gave it that role; digests bring what came before.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+from meshgpu.core.trust.roster import Roster, add_up
 from meshgpu.errors import TrustError
-from meshgpu.model.ids import Digest, KeyId, MeshId, NodeId, UserName, key_id, node_id
-from meshgpu.model.trust import AddNode, Genesis, Head, LinkUser, LogEntry, Member, Notary, Signed, UserKey
+from meshgpu.model.ids import Digest, KeyId, MeshId, NodeId, UserName, key_id
+from meshgpu.model.trust import (
+    AddNode,
+    Genesis,
+    Head,
+    LogBody,
+    LogEntry,
+    Member,
+    Notary,
+    RemoveNode,
+    Role,
+    Signed,
+    UserKey,
+)
 
 CHAIN_LIMIT: Final = 100_000
-"""Entries of one author at most: an office needs hundreds; a hostile admin must not fill our memory."""
+"""Entries of one admin at most: an office needs hundreds; a hostile admin must not fill our memory."""
+
+NODE_CHAIN_LIMIT: Final = 20_000
+NODE_ENTRY_BYTES: Final = 4096
+"""Entries of one burst node, and bytes of each: ten thousand instances in 80 MB at most."""
 
 
 @dataclass(slots=True)
@@ -20,6 +38,7 @@ class _Chain:
     """One author's entries by sequence number; more than one at a number is a fork and freezes the author there."""
 
     public_key: bytes
+    is_admin: bool
     entries: dict[int, list[tuple[Digest, Signed, LogEntry]]] = field(default_factory=dict)
 
     def counting(self) -> list[tuple[Digest, Signed, LogEntry]]:
@@ -33,17 +52,16 @@ class _Chain:
 
 
 class MeshLog:
-    """What this node holds of the log. Empty until `enter` names the mesh."""
+    """What this node holds of the log. Empty until `enter` names the mesh; no cloud node counts before `expire`."""
 
     def __init__(self, notary: Notary) -> None:
         self._notary = notary
         self._chains: dict[KeyId, _Chain] = {}
-        self.mesh: MeshId | None = None
-        self.mesh_name = ""
-        self.members: dict[NodeId, Member] = {}
-        self.users: dict[KeyId, UserKey] = {}
-        self.frozen: tuple[KeyId, ...] = ()
+        self._wall_s = 0.0
+        self._roster = Roster()
         self._heads: tuple[Head, ...] = ()
+        self.mesh: MeshId | None = None
+        self.frozen: tuple[KeyId, ...] = ()
 
     def enter(self, mesh: MeshId, log: Iterable[Signed]) -> tuple[Signed, ...]:
         """Make `mesh` ours; its genesis must be in `log`. Returns the entries that were new. Raises TrustError."""
@@ -53,30 +71,49 @@ class MeshLog:
             raise TrustError("wrong-mesh", f"cannot enter the mesh {mesh[:12]}: its first entry is missing")
         key = self._admin_key(genesis)
         self.mesh = mesh
-        self._chains = {key_id(key): _Chain(key)}
+        self._chains = {key_id(key): _Chain(key, is_admin=True)}
         return self.add(entries)
 
     def add(self, log: Iterable[Signed]) -> tuple[Signed, ...]:
         """Take in what verifies and is new, and return it. What does not verify is left out, never an error."""
-        added = tuple(entry for entry in log if self._add_one(entry))
-        if added:
-            self._recount()
-        return added
+        entries = tuple(log)
+        added: list[Signed] = []
+        for of_admins in (True, False):  # admins first: they say whose other chains are kept
+            new = [entry for entry in entries if self._is_of_admin(entry) is of_admins and self._add_one(entry)]
+            if new:
+                added.extend(new)
+                self._recount()
+        return tuple(added)
+
+    def expire(self, wall_s: float) -> bool:
+        """Let time pass: cloud nodes are members while the clock says so. Returns whether that changed anything."""
+        self._wall_s = wall_s
+        since, until = self._roster.valid_wall_s
+        if since <= wall_s < until:
+            return False
+        self._recount()
+        return True
+
+    def _is_of_admin(self, signed: Signed) -> bool:
+        chain = self._chains.get(signed.key)
+        return chain is not None and chain.is_admin
 
     def _add_one(self, signed: Signed) -> bool:
         chain = self._chains.get(signed.key)
-        if chain is None:
+        if chain is None or (not chain.is_admin and len(signed.payload) > NODE_ENTRY_BYTES):
             return False
         name = self._notary.digest(signed)
         try:
             entry = self._notary.read(signed, chain.public_key, LogEntry)
         except TrustError:
             return False
-        is_genesis = entry.seq == 0 and MeshId(name) == self.mesh
-        if entry.author != signed.key or not (is_genesis or (entry.mesh == self.mesh and entry.seq > 0)):
+        is_genesis = chain.is_admin and entry.seq == 0 and MeshId(name) == self.mesh
+        is_next = entry.mesh == self.mesh and (entry.seq > 0 or not chain.is_admin)
+        if entry.author != signed.key or not (is_genesis or is_next):
             return False
-        found = chain.entries.setdefault(entry.seq, [])
-        if entry.seq >= CHAIN_LIMIT or len(found) > 1 or any(digest == name for digest, _, _ in found):
+        limit = CHAIN_LIMIT if chain.is_admin else NODE_CHAIN_LIMIT
+        found = chain.entries.setdefault(entry.seq, []) if 0 <= entry.seq < limit else None
+        if found is None or len(found) > 1 or any(digest == name for digest, _, _ in found):
             return False
         found.append((name, signed, entry))
         return True
@@ -90,35 +127,53 @@ class MeshLog:
         return body.admin_key
 
     def _recount(self) -> None:
-        members: dict[NodeId, Member] = {}
-        users: dict[KeyId, UserKey] = {}
-        admins = set(self._chains)
-        heads: list[Head] = []
-        for author in sorted(self._chains):
-            run = self._chains[author].counting()
-            if run:
-                heads.append(Head(author, len(run) - 1, run[-1][0]))
-            for _, _, entry in run:
-                match entry.body:
-                    case Genesis(mesh_name=name):
-                        self.mesh_name = name
-                    case AddNode() as body if body.node == node_id(body.public_key) and body.node not in members:
-                        members[body.node] = Member(
-                            body.node, body.name, body.public_key, body.device_ca, body.role, body.owner
-                        )
-                    case LinkUser() as body:
-                        key = key_id(body.public_key)
-                        users[key] = UserKey(body.user, key, body.public_key, body.node, body.uid, key in admins)
-        self._heads = tuple(heads)
-        self.members = _with_unique_names(members)
-        self.users = users
+        runs = {author: self._chains[author].counting() for author in self._authors()}
+        admins = {a: [entry for _, _, entry in run] for a, run in runs.items() if self._chains[a].is_admin}
+        nodes = {a: [entry for _, _, entry in run] for a, run in runs.items() if not self._chains[a].is_admin}
+        self._roster = add_up(admins, nodes, self._wall_s)
+        for node in sorted(self._roster.burst):
+            self._chains.setdefault(KeyId(node), _Chain(self._roster.members[node].public_key, is_admin=False))
+        self._heads = tuple(Head(author, len(run) - 1, run[-1][0]) for author, run in runs.items() if run)
         self.frozen = tuple(
-            author
-            for author in sorted(self._chains)
-            if any(len(found) > 1 for found in self._chains[author].entries.values())
+            author for author in runs if any(len(found) > 1 for found in self._chains[author].entries.values())
         )
 
+    def _authors(self) -> list[KeyId]:
+        """Admins first: who lacks both takes in a burst node's entries only after an admin's."""
+        return sorted(self._chains, key=lambda author: (not self._chains[author].is_admin, author))
+
     # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def mesh_name(self) -> str:
+        return self._roster.mesh_name
+
+    @property
+    def members(self) -> dict[NodeId, Member]:
+        return self._roster.members
+
+    @property
+    def users(self) -> dict[KeyId, UserKey]:
+        return self._roster.users
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether the mesh lets jobs leave the office."""
+        return self._roster.may_leave
+
+    @property
+    def gone(self) -> frozenset[NodeId]:
+        """Cloud nodes whose end is known: nothing that they ran lives on."""
+        return self._roster.gone
+
+    @property
+    def changes_wall_s(self) -> float:
+        """When `expire` will change something at the latest; infinity for never."""
+        return self._roster.valid_wall_s[1]
+
+    def role(self, node: NodeId) -> Role | None:
+        member = self.members.get(node)
+        return member.role if member else None
 
     def heads(self) -> tuple[Head, ...]:
         """The newest counting entry of each author, as digests carry it."""
@@ -131,7 +186,7 @@ class MeshLog:
             return ()  # nearly always
         theirs = {head.author: head for head in heads}
         lacking: list[Signed] = []
-        for author in sorted(self._chains):
+        for author in self._authors():
             chain = self._chains[author]
             head = theirs.get(author)
             found = chain.entries.get(head.seq, []) if head else []
@@ -158,17 +213,25 @@ class MeshLog:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def write(self, author: KeyId, bodies: Iterable[AddNode | LinkUser]) -> tuple[Signed, ...]:
-        """Sign the next entries of `author`'s chain. They count once they are added. Raises `not-an-admin`."""
+    def write(self, author: KeyId, bodies: Iterable[LogBody]) -> tuple[Signed, ...]:
+        """Sign the next entries of `author`'s chain, an admin's or a burst node's. They count once they are added.
+
+        Raises TrustError `not-an-admin`, or `frozen` where the author signed one number twice.
+        """
+        bodies = tuple(bodies)
         chain = self._chains.get(author)
-        if chain is None or self.mesh is None:
+        if chain is None or self.mesh is None or not (chain.is_admin or self._may_rent(author, bodies)):
             raise TrustError(
                 "not-an-admin",
                 f"cannot change who is in the mesh {self.mesh_name}: this account is not one of its admins",
                 "ask the person who made the mesh to run: meshgpu invite",
             )
+        if author in self.frozen:
+            raise TrustError(
+                "frozen", f"cannot change who is in the mesh {self.mesh_name}: two entries have one number"
+            )
         run = chain.counting()
-        seq, previous = len(run), run[-1][0]
+        seq, previous = len(run), run[-1][0] if run else Digest("")
         others = tuple(head for head in self.heads() if head.author != author)
         written: list[Signed] = []
         for body in bodies:
@@ -177,19 +240,14 @@ class MeshLog:
             seq, previous = seq + 1, self._notary.digest(entry)
         return tuple(written)
 
+    def _may_rent(self, author: KeyId, bodies: tuple[LogBody, ...]) -> bool:
+        """Whether a burst node may write all this: cloud nodes that come and go."""
+        return self.role(NodeId(author)) is Role.BURST and all(
+            isinstance(body, RemoveNode) or (isinstance(body, AddNode) and body.role is Role.CLOUD) for body in bodies
+        )
+
 
 def found(notary: Notary, admin: KeyId, genesis: Genesis) -> tuple[MeshId, Signed]:
     """The first entry of a new mesh, signed by its founder, and the id that follows from it."""
     entry = notary.sign(admin, LogEntry(MeshId(""), admin, 0, Digest(""), (), genesis))
     return MeshId(notary.digest(entry)), entry
-
-
-def _with_unique_names(members: dict[NodeId, Member]) -> dict[NodeId, Member]:
-    """Of equal names the one that was added first keeps it; the others show with the first characters of their id."""
-    taken: set[str] = set()
-    named: dict[NodeId, Member] = {}
-    for node, member in members.items():
-        name = member.name if member.name not in taken else f"{member.name}-{node[:4]}"
-        taken.add(name)
-        named[node] = Member(node, name, member.public_key, member.device_ca, member.role, member.owner)
-    return named
