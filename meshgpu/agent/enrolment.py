@@ -58,6 +58,7 @@ class InstanceDialog:
     public_key: bytes
     device_ca: bytes
     _notary: Notary
+    _clock: ports.Clock
     _mesh: MeshId
     _keys: InstanceKeys
     _conversation: bytes
@@ -68,7 +69,7 @@ class InstanceDialog:
 
         Raises MeshgpuError; TrustError before anything is sent where the log does not name it as rented.
         """
-        enrolling.check_log(self._notary, self._mesh, log, self._keys)
+        enrolling.check_log(self._notary, self._clock.now(), self._mesh, log, self._keys)
         await self._dialog.call("welcome", encode(EnrolWelcome(self._conversation, log)))
 
     async def close(self) -> None:
@@ -114,7 +115,9 @@ class Enroller:
         except BaseException:
             await dialog.close()
             raise
-        return InstanceDialog(shown.public_key, shown.device_ca, self.notary, mesh, shown, challenge.nonce, dialog)
+        return InstanceDialog(
+            shown.public_key, shown.device_ca, self.notary, self.clock, mesh, shown, challenge.nonce, dialog
+        )
 
 
 def _certificate(bootstrap: bytes) -> x509.Certificate:

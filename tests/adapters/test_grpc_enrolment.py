@@ -22,7 +22,7 @@ from meshgpu.model.clock import Now
 from meshgpu.model.cloud import LaunchId
 from meshgpu.model.enrolment import BootTerms, InstanceTerms
 from meshgpu.model.ids import Address, MeshId, UserName, digest, key_id, node_id
-from meshgpu.model.trust import AddNode, Genesis, Role, Signed
+from meshgpu.model.trust import AddNode, Genesis, Role, SetRole, Signed
 from meshgpu.wire.certificates import der, make_bootstrap, pem
 from meshgpu.wire.endpoints import certificate_at
 from meshgpu.wire.notary import WireNotary
@@ -51,13 +51,16 @@ class Rig:
         self.mesh, genesis = found(self.notary, self.admin, Genesis("lab", admin, digest(b"r"), b"n"))
         self.log = MeshLog(self.notary)
         self.log.enter(self.mesh, (genesis,))
-        self.add(self.keys.node_key(), self.keys.device_ca(), Role.BURST)
+        me = self.keys.node_key()
+        added = AddNode(node_id(me), me, self.keys.device_ca(), "rig", Role.RIG, UserName("ada"))
+        self.log.add(self.log.write(self.admin, (added, SetRole(node_id(me), Role.BURST))))
         self.enroller = Enroller(self.keys, self.notary, self.clock, random.Random(1), lambda: self.mesh)
 
-    def add(self, public_key: bytes, device_ca: bytes, role: Role = Role.CLOUD) -> tuple[Signed, ...]:
-        ends = time.time() + 3600 if role is Role.CLOUD else None
-        added = AddNode(node_id(public_key), public_key, device_ca, f"{role}-1", role, UserName("ada"), ends)
-        self.log.add(self.log.write(self.admin, (added,)))
+    def add(self, public_key: bytes, device_ca: bytes) -> tuple[Signed, ...]:
+        """The log once the rig has let these keys in, by its own chain."""
+        node, ends = node_id(public_key), time.time() + 3600
+        added = AddNode(node, public_key, device_ca, "cloud-1", Role.CLOUD, UserName("ada"), ends)
+        self.log.add(self.log.write(key_id(self.keys.node_key()), (added,)))
         return self.log.all_entries()
 
 

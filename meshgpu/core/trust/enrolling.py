@@ -80,8 +80,7 @@ class Enrolment:
         self._check_open(now)
         if not self._proven or welcome.conversation != self._proven:
             raise TrustError("not-allowed", "cannot enrol: nobody proved to be the burst peer in this conversation")
-        log = MeshLog(self._notary)
-        log.enter(self._boot.mesh, welcome.log)
+        log = _read_log(self._notary, now, self._boot.mesh, welcome.log)
         peer = log.members.get(node_id(self._boot.burst_key))
         if peer is None or peer.role is not Role.BURST:
             raise TrustError("not-allowed", "cannot enrol: whoever rents this machine may not rent for the mesh")
@@ -127,8 +126,13 @@ def check_named(log: MeshLog, public_key: bytes, device_ca: bytes) -> None:
         )
 
 
-def check_log(notary: Notary, mesh: MeshId, entries: tuple[Signed, ...], keys: InstanceKeys) -> None:
+def check_log(notary: Notary, now: Now, mesh: MeshId, entries: tuple[Signed, ...], keys: InstanceKeys) -> None:
     """The burst peer's check before it hands a log out: only to the instance that it names. Raises TrustError."""
+    check_named(_read_log(notary, now, mesh, entries), keys.public_key, keys.device_ca)
+
+
+def _read_log(notary: Notary, now: Now, mesh: MeshId, entries: tuple[Signed, ...]) -> MeshLog:
     log = MeshLog(notary)
+    log.expire(now.wall_s)
     log.enter(mesh, entries)
-    check_named(log, keys.public_key, keys.device_ca)
+    return log

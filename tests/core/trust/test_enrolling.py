@@ -113,7 +113,7 @@ def test_instance_becomes_a_member(story: Story, at: Clock) -> None:
     )
     keys = enrolment.keys(at(1), request)
     assert check_keys(story.notary(), request, keys) == node_id(story.instance)
-    check_log(story.notary(), story.mesh, story.log(), keys)
+    check_log(story.notary(), at(2), story.mesh, story.log(), keys)
     log = enrolment.welcome(at(2), EnrolWelcome(challenge.nonce, story.log()))
     assert (log.mesh, log.members[node_id(story.instance)].role) == (story.mesh, Role.CLOUD)
 
@@ -279,6 +279,6 @@ def test_log_is_handed_only_to_the_instance_that_it_names(story: Story, at: Cloc
     _, keys = shown(story, at)
     thief = replace(keys, public_key=story.ring.make("thief"))
     with refused("not-a-member"):
-        check_log(story.notary(), story.mesh, story.log(), thief)
+        check_log(story.notary(), at(2), story.mesh, story.log(), thief)
     with refused("not-allowed"):
-        check_log(story.notary(), story.mesh, story.log(role=Role.RIG), keys)
+        check_log(story.notary(), at(2), story.mesh, story.log(role=Role.RIG), keys)
