@@ -17,7 +17,7 @@ from meshgpu.agent.trees import Trees
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
 from meshgpu.core.node import Node
-from meshgpu.errors import MeshgpuError
+from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model.ids import Address, JobId, NodeId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Register, Result
 from meshgpu.model.messages import Message
@@ -71,6 +71,8 @@ class Outside:
     executor: ports.Executor
     announce: Callable[[], Awaitable[None]]
     discard: Callable[[JobId, int], None]
+    power_off: Callable[[], Awaitable[None]] | None = None
+    """Of a rented machine only."""
 
 
 @dataclass(slots=True)
@@ -240,6 +242,8 @@ class Runtime:
                     queue.put_nowait(register)
             case fx.Reject(peer=peer, reason=reason):
                 self._rejected(peer, reason)
+            case fx.PowerOff(reason=reason):
+                self._start(self._power_off(reason))
             case _:
                 assert_never(effect)
 
@@ -308,6 +312,15 @@ class Runtime:
             await _contained(asyncio.to_thread(self.outside.discard, job, epoch))
         except MeshgpuError as error:
             logger.warning("cannot remove what is left of %s/%d: %s", job, epoch, error.message)
+
+    async def _power_off(self, reason: str) -> None:
+        if self.outside.power_off is None:
+            raise BrokenInvariant("a machine that is not rented ends itself")
+        logger.warning("this machine powers off: %s", reason)
+        try:
+            await _contained(self.outside.power_off())
+        except MeshgpuError as error:
+            logger.error("cannot power off, the nets below will: %s", error.message)
 
     def _staging_progress(self, plan: AttemptPlan, text: str) -> None:
         self.post(ev.AttemptProgressed(plan.spec.job, plan.epoch, Phase.STAGING, text))

@@ -131,6 +131,13 @@ class Reject:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class PowerOff:
+    """End this machine, which is rented. Nothing follows it."""
+
+    reason: str
+
+
 Effect = (
     Persist
     | Send
@@ -147,4 +154,5 @@ Effect = (
     | QueryProgressed
     | TellWatchers
     | Reject
+    | PowerOff
 )

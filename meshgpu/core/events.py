@@ -183,6 +183,13 @@ class AttemptFinished:
     result: Result
 
 
+@dataclass(frozen=True, slots=True)
+class InterruptionNoticed:
+    """The provider takes this rented machine back: at `ends_wall_s` (Unix time), or, None, perhaps soon."""
+
+    ends_wall_s: float | None
+
+
 Event = (
     Ticked
     | LinkOpened
@@ -207,4 +214,5 @@ Event = (
     | AttemptProgressed
     | AttemptBegan
     | AttemptFinished
+    | InterruptionNoticed
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from meshgpu.core import events as ev
+from meshgpu.core.burst.instance import InstanceLife
 from meshgpu.core.effects import Announce, Effect, Persist, Reject, Send, TrustMembers
 from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
@@ -22,6 +23,7 @@ from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
+from meshgpu.model.enrolment import InstanceTerms
 from meshgpu.model.gossip import Capacity, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, JobId, MeshId, NodeId, UserName
 from meshgpu.model.inventory import GpuReading, Inventory
@@ -35,7 +37,10 @@ LOOPS_LIMIT = 100_000
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """What a node is told at start. capacity_s: readings alone are gossiped this often at most; allocations at once."""
+    """What a node is told at start. capacity_s: readings alone are gossiped this often at most; allocations at once.
+
+    instance: when this machine ends itself, because it is rented; None for all others, which never do.
+    """
 
     agent_version: str
     fence: str = ""
@@ -49,6 +54,7 @@ class NodeConfig:
     steward: StewardTiming = field(default_factory=StewardTiming)
     submission: SubmissionTiming = field(default_factory=SubmissionTiming)
     asking: AskTiming = field(default_factory=AskTiming)
+    instance: InstanceTerms | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,8 @@ class Node:
         self.stewardship = Stewardship(node, self.log, self.rules, notary, rng, self._candidates, config.steward)
         self.submissions = Submissions(node, self.log, notary, rng, self._candidates, config.submission)
         self.asking = Asking(node, self.log, self.rules, notary, rng, self._askable, config.asking)
+        self._instance = InstanceLife(config.instance, now) if config.instance else None
+        self._is_drained = False
         self._inventory = Inventory(0, 0)
         self._readings: tuple[GpuReading, ...] = ()
         self._addresses: tuple[Address, ...] = ()
@@ -179,6 +187,7 @@ class Node:
         effects += self.stewardship.step(now)
         effects += self.submissions.step(now)
         effects += self.asking.step(now)
+        effects += self._live_on(now)
         effects = self._loop_back(now, effects)
         self._say_capacity(now, force=False)
         return [effect for effect in effects if isinstance(effect, Persist)] + [
@@ -193,6 +202,7 @@ class Node:
             self.stewardship.deadline(),
             self.submissions.deadline(),
             self.asking.deadline(),
+            self._instance.deadline() if self._instance else None,
         )
 
     def _loop_back(self, now: Now, effects: list[Effect]) -> list[Effect]:
@@ -270,6 +280,10 @@ class Node:
                 return self.attempts.began(event.job, event.epoch, event.started_wall_s)
             case ev.AttemptFinished():
                 return self.attempts.finished(now, event.job, event.epoch, event.ended_wall_s, event.result)
+            case ev.InterruptionNoticed(ends_wall_s=ends_wall_s):
+                if self._instance is not None:
+                    self._instance.noticed(now, ends_wall_s)
+                return []
             case _:
                 assert_never(event)
 
@@ -363,6 +377,19 @@ class Node:
         if is_new:
             self._say_record(now)
         return [Announce()] if is_new else []
+
+    def _live_on(self, now: Now) -> list[Effect]:
+        """A rented machine ends itself, and what runs there before."""
+        life = self._instance
+        if life is None:
+            return []
+        effects = life.step(now, is_linked=bool(self._links.open), is_idle=self.attempts.is_idle)
+        self.attempts.closed = life.refusal
+        if life.is_leaving and not self._is_drained:
+            self._is_drained = True
+            effects += self.attempts.drain(now, life.refusal)
+            effects += life.step(now, is_linked=bool(self._links.open), is_idle=self.attempts.is_idle)
+        return effects
 
     def _say_record(self, now: Now) -> None:
         config = self._config

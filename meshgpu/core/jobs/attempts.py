@@ -85,6 +85,8 @@ class Attempts:
         self._inventory = Inventory(0, 0)
         self._readings: tuple[GpuReading, ...] = ()
         self.fence = ""
+        self.closed = ""
+        """Why this machine takes no new work at all; empty while it does."""
 
     def machine_read(self, inventory: Inventory, readings: tuple[GpuReading, ...]) -> None:
         self._inventory, self._readings = inventory, readings
@@ -122,6 +124,11 @@ class Attempts:
         """What is held or in use, by job."""
         return tuple(attempt.allocation() for _, attempt in sorted(self._live.items()) if attempt.occupies)
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing runs or is promised, and how everything ended is known to its steward."""
+        return not self._live
+
     def latest(self, job: JobId) -> Attempt | None:
         """The newest accepted attempt of a job on this node."""
         key = (job, self._spent.get(job, 0))
@@ -156,6 +163,8 @@ class Attempts:
             return "the job is meant for another machine"
         if offer.epoch <= self._spent.get(spec.job, 0):
             return f"attempt {offer.epoch} of this job was here before"
+        if self.closed:
+            return self.closed
         if sum(attempt.state is AttemptState.HELD for attempt in self._live.values()) >= HOLDS_LIMIT:
             return "has too many open offers"
         return self._permission(spec).refusal
@@ -248,6 +257,18 @@ class Attempts:
     def acknowledged(self, steward: NodeId, ack: ReportAck) -> list[Effect]:
         attempt = self._of_steward(steward, ack.job, ack.epoch)
         return self._settle(attempt) if attempt is not None and attempt.result is not None else []
+
+    def drain(self, now: Now, reason: str) -> list[Effect]:
+        """This machine goes away: what never started is given back, what runs is stopped and may save its results."""
+        effects: list[Effect] = []
+        for key, attempt in list(self._live.items()):
+            if attempt.state is AttemptState.HELD:
+                del self._live[key]
+            elif attempt.state is AttemptState.ACCEPTED:
+                effects += self._abandon(now, attempt, reason)
+            elif attempt.occupies:
+                effects += self._end(attempt, StopMode.STOP)
+        return effects
 
     def steward_linked(self, now: Now, steward: NodeId) -> None:
         """A Link to a steward is up again: tell it at once how its attempts stand."""
