@@ -340,3 +340,24 @@ class Cloud(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Interruption:
+    """The provider takes this rented machine back: at `ends_wall_s` (Unix time), or, None, perhaps soon."""
+
+    ends_wall_s: float | None
+
+
+class InstanceMetadata(Protocol):
+    """What a provider tells a rented machine of itself. Raises MeshgpuError `no-metadata`."""
+
+    async def public_address(self) -> str:
+        """The IPv4 address at which the Internet reaches this machine; empty if it has none."""
+        ...
+
+    async def interruption(self) -> Interruption | None:
+        """Whether the provider is about to take this machine back."""
+        ...
+
+    async def close(self) -> None: ...

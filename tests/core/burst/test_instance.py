@@ -207,6 +207,7 @@ def test_notice_stops_the_job_once_and_the_machine_after_its_result_is_told(
     run(office, node, hear, spec, envelope, at)
     effects = node.step(at(10), ev.InterruptionNoticed(WALL_S + 130))
     assert [e for e in effects if isinstance(e, EndAttempt | PowerOff)] == [EndAttempt(spec.job, 1, StopMode.STOP)]
+    assert not [e for e in node.step(at(10.5), ev.Ticked()) if isinstance(e, EndAttempt | PowerOff)]
     other, other_signed = signed(2)
     (refusal,) = [m for m in hear(11, msg.Offer(other.job, 1, other_signed)) if isinstance(m, msg.OfferAnswer)]
     assert "the provider takes it back" in refusal.refusal
