@@ -88,10 +88,11 @@ BulkHandler = Callable[[NodeId, bytes], AsyncIterator[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """Whom this node trusts for TLS: a member and its device CA (DER)."""
+    """Whom this node trusts for TLS: a member and its device CA (DER). is_cloud: it dials nobody, ever."""
 
     node: NodeId
     device_ca: bytes
+    is_cloud: bool = False
 
 
 class Transport(Protocol):
@@ -116,7 +117,10 @@ class Transport(Protocol):
     def close(self, peer: NodeId, reason: str) -> None: ...
 
     def fetch(self, peer: NodeId, addresses: Sequence[Address], request: bytes) -> AsyncIterator[bytes]:
-        """Open a bulk stream to `peer`; raises MeshgpuError with the peer's code, or `no-answer`."""
+        """A bulk stream of `peer`, over a call of the peer's own where this node dials nobody.
+
+        Raises MeshgpuError with the peer's code, or `no-answer`.
+        """
         ...
 
     async def identify(self, address: Address) -> NodeId:
@@ -343,6 +347,27 @@ class Cloud(Protocol):
 
     async def terminate(self, instance: str) -> None:
         """End an instance; no error if it is gone."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Interruption:
+    """The provider takes this rented machine back: at `ends_wall_s` (Unix time), or, None, perhaps soon."""
+
+    ends_wall_s: float | None
+
+
+class InstanceMetadata(Protocol):
+    """What a provider tells a rented machine of itself. Raises MeshgpuError `no-metadata`."""
+
+    async def public_address(self) -> str:
+        """The IPv4 address at which the Internet reaches this machine; empty if it has none."""
+        ...
+
+    async def interruption(self) -> Interruption | None:
+        """Whether the provider is about to take this machine back."""
         ...
 
     async def close(self) -> None: ...

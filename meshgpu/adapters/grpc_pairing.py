@@ -4,7 +4,6 @@ Neither side knows the other yet: TLS only makes the conversation private and gi
 listener's certificate, to which what is said binds it.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -17,7 +16,7 @@ from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model.ids import Address, Digest, digest
 from meshgpu.wire.certificates import ALWAYS_VALID_FROM, ALWAYS_VALID_UNTIL, der, make_leaf, pem
 from meshgpu.wire.endpoints import certificate_at, free_port, grpc_target, join_address
-from meshgpu.wire.grpc_calls import Context, abort, error_from, service
+from meshgpu.wire.grpc_calls import Context, answer_step, error_from, service
 
 REQUEST_LIMIT_BYTES: Final = 64 * 1024
 """A device CA, a few keys and proofs: about 2 KiB."""
@@ -60,8 +59,12 @@ class GrpcPairing:
             raise BrokenInvariant("the pairing listener is open already")
         private, certificate = _new_leaf()
         credentials = grpc.ssl_server_credentials([(private, pem(certificate))])  # type: ignore[no-untyped-call]  # grpc has no types
+
+        async def step(context: Context) -> None:
+            await answer_step(context, answer, "cannot pair", CALL_TIMEOUT_S)
+
         server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=CONCURRENT_STEPS)
-        server.add_generic_rpc_handlers((service(_SERVICE, {"Step": lambda context: _answer(context, answer)}),))
+        server.add_generic_rpc_handlers((service(_SERVICE, {"Step": step}),))
         port = free_port(self._hosts, self._port)
         try:
             for host in self._hosts:
@@ -130,21 +133,6 @@ async def dial_pairing(address: Address) -> GrpcPairingDialog:
     except ValueError as error:
         raise MeshgpuError("no-answer", f"cannot pair with {address}: its certificate cannot be read") from error
     return GrpcPairingDialog(address, certificate)
-
-
-async def _answer(context: Context, answer: Callable[[str, bytes], Awaitable[bytes]]) -> None:
-    try:
-        async with asyncio.timeout(CALL_TIMEOUT_S):
-            request = await context.read()
-            step = dict(context.invocation_metadata()).get("step")
-            if request is grpc.aio.EOF or not isinstance(step, str):
-                raise MeshgpuError("bad-request", "cannot pair: a step has a name and a request")
-            reply = await answer(step, request)
-            await context.write(reply)
-    except TimeoutError:
-        await abort(context, MeshgpuError("no-answer", f"cannot pair: no step takes longer than {CALL_TIMEOUT_S:g} s"))
-    except MeshgpuError as error:
-        await abort(context, error)
 
 
 def _new_leaf() -> tuple[bytes, x509.Certificate]:

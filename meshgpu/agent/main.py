@@ -8,8 +8,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aiohttp import web
@@ -59,11 +59,16 @@ ADDRESS_POLL_S = 10.0
 
 def main(home: Path) -> int:
     """Run until SIGTERM, SIGINT or `meshgpu down`. Returns the process's exit code."""
+    return live(run(Home(home.absolute()), Agent))
+
+
+def live(life: Coroutine[None, None, None]) -> int:
+    """The process around an agent: its log, its limits, its last word. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("grpc").setLevel(logging.CRITICAL)
     _raise_file_limit()
     try:
-        asyncio.run(run(Home(home.absolute())))
+        asyncio.run(life)
     except MeshgpuError as error:
         print(f"error: {error.message}", file=sys.stderr)  # noqa: T201  # the agent's last word, for `meshgpu up`
         if error.hint:
@@ -72,8 +77,8 @@ def main(home: Path) -> int:
     return 0
 
 
-async def run(home: Home) -> None:
-    """The agent's whole life. Raises MeshgpuError where it cannot start."""
+async def run(home: Home, make: "Callable[[Home, Config, Room], Agent]") -> None:
+    """The whole life of the agent that `make` makes. Raises MeshgpuError where it cannot start."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -81,7 +86,7 @@ async def run(home: Home) -> None:
     try:
         async with asyncio.TaskGroup() as tasks:
             async with contextlib.AsyncExitStack() as closing:
-                await Agent(home, load_config(home.config), tasks, closing, stopping.set).start()
+                await make(home, load_config(home.config), Room(tasks, closing, stopping.set)).start()
                 await stopping.wait()
                 logger.info("agent stops; jobs run on")
             raise _Stopped
@@ -95,22 +100,24 @@ class _Stopped(Exception):  # no error: it ends the TaskGroup
     """Ends every task of the agent."""
 
 
-class Agent:
-    """All rooms of one agent, connected. `closing` ends them in reverse order."""
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where an agent lives: its tasks, what ends it in reverse order, and how to ask for that end."""
 
-    def __init__(
-        self,
-        home: Home,
-        config: Config,
-        tasks: asyncio.TaskGroup,
-        closing: contextlib.AsyncExitStack,
-        stop: Callable[[], None],
-    ) -> None:
+    tasks: asyncio.TaskGroup
+    closing: contextlib.AsyncExitStack
+    stop: Callable[[], None]
+
+
+class Agent:
+    """All parts of one agent, connected."""
+
+    def __init__(self, home: Home, config: Config, room: Room) -> None:
         self._home = home
         self._config = config
-        self._tasks = tasks
-        self._closing = closing
-        self._stop = stop
+        self._tasks = room.tasks
+        self._closing = room.closing
+        self._stop = room.stop
         self._rng = random.SystemRandom()
         self._clock = BootClock()
         self._port = 0
@@ -138,9 +145,17 @@ class Agent:
         self._node = Node(
             node_id(self._keys.node_key()), self._clock.now(), self._notary, self._rng, self._node_config(), records
         )
-        transport = GrpcLink(self._keys, self._clock, self._hosts(), self._config.link_port)
+        transport = self._make_transport()
         trees = Trees(self._home, chunks, transport, self._node.addresses)
-        outside = Outside(self._clock, transport, store, self._executor, self._announce, self._discard)
+        outside = Outside(
+            self._clock,
+            transport,
+            store,
+            self._executor,
+            self._announce,
+            self._discard,
+            power_off=self._power_off(),
+        )
         self._runtime = Runtime(self._node, outside, trees, self._tasks)
         streams = Streams(self._node, self._home, chunks, self._clock)
         self._port = await transport.start(self._runtime.link_event, streams.serve)
@@ -152,6 +167,13 @@ class Agent:
         await self._start_discovery()
         await self._open_door(Jobs(self._runtime, streams, transport), chunks)
         logger.info("agent %s answers, home %s, port %d", self._node.node[:12], self._home.directory, self._port)
+
+    def _make_transport(self) -> ports.Transport:
+        return GrpcLink(self._keys, self._clock, self._hosts(), self._config.link_port)
+
+    def _power_off(self) -> Callable[[], Awaitable[None]] | None:
+        """How this machine ends; None for all that are not rented."""
+        return None
 
     def _make_status(self) -> Status:
         return Status(
@@ -201,13 +223,16 @@ class Agent:
     async def _follow_addresses(self) -> None:
         """Tell the node where it can be reached, whenever that changes."""
         while True:
-            hosts = ["127.0.0.1"] if self._config.loopback else await asyncio.to_thread(lan_addresses)
+            hosts = ["127.0.0.1"] if self._config.loopback else await self._own_hosts()
             addresses = [Address(f"{host}:{self._port}") for host in hosts]
             if addresses != self._addresses:
                 self._addresses = addresses
                 self._runtime.post(ev.AddressesChanged(tuple(addresses)))
                 await self._runtime.announce()
             await asyncio.sleep(ADDRESS_POLL_S)
+
+    async def _own_hosts(self) -> list[str]:
+        return await asyncio.to_thread(lan_addresses)
 
     # -- discovery ----------------------------------------------------------------------------------------------------
 

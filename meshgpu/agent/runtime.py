@@ -18,10 +18,11 @@ from meshgpu.agent.trees import Trees
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
 from meshgpu.core.node import Node
-from meshgpu.errors import MeshgpuError
+from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model.ids import Address, JobId, NodeId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Register, Result
 from meshgpu.model.messages import Message
+from meshgpu.model.trust import Role
 from meshgpu.wire.codec import decode_frame, encode, encode_frame
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class Outside:
     announce: Callable[[], Awaitable[None]]
     discard: Callable[[JobId, int], None]
     burst: Burst | None = None
+    power_off: Callable[[], Awaitable[None]] | None = None
+    """Of a rented machine only."""
 
 
 @dataclass(slots=True)
@@ -215,7 +218,8 @@ class Runtime:
             case fx.Identify(address=address):
                 self._start(self._identify(address))
             case fx.TrustMembers(members=members):
-                self.outside.transport.trust([ports.Anchor(m.node, m.device_ca) for m in members])
+                anchors = [ports.Anchor(m.node, m.device_ca, m.role is Role.CLOUD) for m in members]
+                self.outside.transport.trust(anchors)
             case fx.Announce():
                 self._start(self.announce())
             case fx.FetchTree():
@@ -244,6 +248,8 @@ class Runtime:
                 self._rejected(peer, reason)
             case fx.SurveyCloud() | fx.PrepareLaunch() | fx.Launch() | fx.Terminate() | fx.Enrol() | fx.Welcome():
                 self._start(self._rent(effect))
+            case fx.PowerOff(reason=reason):
+                self._start(self._power_off(reason))
             case _:
                 assert_never(effect)
 
@@ -316,6 +322,15 @@ class Runtime:
             await _contained(asyncio.to_thread(self.outside.discard, job, epoch))
         except MeshgpuError as error:
             logger.warning("cannot remove what is left of %s/%d: %s", job, epoch, error.message)
+
+    async def _power_off(self, reason: str) -> None:
+        if self.outside.power_off is None:
+            raise BrokenInvariant("a machine that is not rented ends itself")
+        logger.warning("this machine powers off: %s", reason)
+        try:
+            await _contained(self.outside.power_off())
+        except MeshgpuError as error:
+            logger.error("cannot power off, the nets below will: %s", error.message)
 
     def _staging_progress(self, plan: AttemptPlan, text: str) -> None:
         self.post(ev.AttemptProgressed(plan.spec.job, plan.epoch, Phase.STAGING, text))

@@ -16,9 +16,15 @@ def agent(
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay in the foreground: what it always does.")] = (
         True
     ),
+    cloud: Annotated[
+        Path | None,
+        typer.Option("--cloud", metavar="DIR", help="On a rented machine: what its user data left in DIR."),
+    ] = None,
 ) -> None:
     """Run the agent in the foreground, for services; `meshgpu up` starts it in the background."""
     _ = foreground
     place = home.absolute() if home else find_home()
     socket_path(place)
+    if cloud is not None:
+        raise typer.Exit(int(import_module("meshgpu.agent.cloud").main(place, cloud)))
     raise typer.Exit(int(import_module("meshgpu.agent.main").main(place)))

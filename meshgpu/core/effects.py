@@ -191,6 +191,14 @@ class Welcome:
 BurstEffect = SurveyCloud | PrepareLaunch | Launch | Terminate | Enrol | Welcome
 """Of the burst planner alone; each ends in exactly one event, within a minute or two."""
 
+
+@dataclass(frozen=True, slots=True)
+class PowerOff:
+    """End this machine, which is rented. Nothing follows it."""
+
+    reason: str
+
+
 Effect = (
     Persist
     | Send
@@ -213,4 +221,5 @@ Effect = (
     | Terminate
     | Enrol
     | Welcome
+    | PowerOff
 )

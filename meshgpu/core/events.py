@@ -278,6 +278,14 @@ class WelcomeEnded:
 BurstEvent = BurstConfigured | CloudSurveyed | LaunchPrepared | LaunchEnded | TerminateEnded | Enrolled | WelcomeEnded
 """Of the burst planner alone."""
 
+
+@dataclass(frozen=True, slots=True)
+class InterruptionNoticed:
+    """The provider takes this rented machine back: at `ends_wall_s` (Unix time), or, None, perhaps soon."""
+
+    ends_wall_s: float | None
+
+
 Event = (
     Ticked
     | LinkOpened
@@ -312,4 +320,5 @@ Event = (
     | TerminateEnded
     | Enrolled
     | WelcomeEnded
+    | InterruptionNoticed
 )

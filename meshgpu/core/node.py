@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from meshgpu.core import events as ev
+from meshgpu.core.burst.instance import InstanceLife
 from meshgpu.core.burst.planner import Planner, Scribe, Sight
 from meshgpu.core.effects import Announce, Effect, Persist, Reject, Send, TrustMembers
 from meshgpu.core.jobs.asking import Asking, AskTiming
@@ -24,6 +25,7 @@ from meshgpu.core.trust.roles import may_say
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
+from meshgpu.model.enrolment import InstanceTerms
 from meshgpu.model.gossip import Capacity, Demand, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
@@ -37,7 +39,10 @@ LOOPS_LIMIT = 100_000
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """What a node is told at start. capacity_s: readings alone are gossiped this often at most; allocations at once."""
+    """What a node is told at start. capacity_s: readings alone are gossiped this often at most; allocations at once.
+
+    instance: when this machine ends itself, because it is rented; None for all others, which never do.
+    """
 
     agent_version: str
     fence: str = ""
@@ -51,6 +56,7 @@ class NodeConfig:
     steward: StewardTiming = field(default_factory=StewardTiming)
     submission: SubmissionTiming = field(default_factory=SubmissionTiming)
     asking: AskTiming = field(default_factory=AskTiming)
+    instance: InstanceTerms | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,8 @@ class Node:
             Sight(lambda: self.log.mesh, lambda: self.log.members, self._is_alive, self._gossip.demand, self.heard),
             Scribe(self._write, self.log.all_entries, self._meet),
         )
+        self._instance = InstanceLife(config.instance, now) if config.instance else None
+        self._is_drained = False
         self._inventory = Inventory(0, 0)
         self._readings: tuple[GpuReading, ...] = ()
         self._addresses: tuple[Address, ...] = ()
@@ -202,6 +210,7 @@ class Node:
         effects += self.submissions.step(now)
         effects += self.asking.step(now)
         effects += self.burst.step(now)
+        effects += self._live_on(now)
         effects = self._loop_back(now, effects)
         self._say_capacity(now, force=False)
         self._say_demand(now)
@@ -219,6 +228,7 @@ class Node:
             self.submissions.deadline(),
             self.asking.deadline(),
             self.burst.deadline(),
+            self._instance.deadline() if self._instance else None,
         )
 
     def _loop_back(self, now: Now, effects: list[Effect]) -> list[Effect]:
@@ -317,6 +327,10 @@ class Node:
                 | ev.WelcomeEnded()
             ):
                 return self.burst.heard(now, event)
+            case ev.InterruptionNoticed(ends_wall_s=ends_wall_s):
+                if self._instance is not None:
+                    self._instance.noticed(now, ends_wall_s)
+                return []
             case _:
                 assert_never(event)
 
@@ -446,6 +460,19 @@ class Node:
     def _lending_changed(self, now: Now, effects: list[Effect]) -> list[Effect]:
         self._say_record(now)
         self.stewardship.room_changed(now)
+        return effects
+
+    def _live_on(self, now: Now) -> list[Effect]:
+        """A rented machine ends itself, and what runs there before."""
+        life = self._instance
+        if life is None:
+            return []
+        effects = life.step(now, is_linked=bool(self._links.open), is_idle=self.attempts.is_idle)
+        self.attempts.closed = life.refusal
+        if life.is_leaving and not self._is_drained:
+            self._is_drained = True
+            effects += self.attempts.drain(now, life.refusal)
+            effects += life.step(now, is_linked=bool(self._links.open), is_idle=self.attempts.is_idle)
         return effects
 
     def _say_record(self, now: Now) -> None:

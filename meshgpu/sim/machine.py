@@ -10,6 +10,7 @@ from meshgpu.core import effects as fx
 from meshgpu.core.events import Event, MachineRead, Ticked, TreeArrived, TreeFailed, TreeProgressed
 from meshgpu.core.node import Node, NodeConfig
 from meshgpu.core.owner import OwnerPolicy
+from meshgpu.errors import BrokenInvariant
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Capacity, NodeRecord
 from meshgpu.model.ids import Address, Digest, GpuId, JobId, KeyId, NodeId, UserName
@@ -345,6 +346,8 @@ class Machine:
                 self.rejected += 1
             case fx.SurveyCloud() | fx.PrepareLaunch() | fx.Launch() | fx.Terminate() | fx.Enrol() | fx.Welcome():
                 self._rent(effect)
+            case fx.PowerOff():
+                raise BrokenInvariant("a machine of the office ends itself")
             case _:
                 assert_never(effect)
 

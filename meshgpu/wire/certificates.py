@@ -1,17 +1,18 @@
 """The X.509 certificates of the mesh: a node's device CA, the leaves it issues, and what a valid one looks like."""
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from meshgpu.errors import TrustError
+from meshgpu.model.cloud import LaunchId
 from meshgpu.model.ids import NodeId, node_id
 
 ALWAYS_VALID_FROM: Final = datetime(2020, 1, 1, tzinfo=UTC)
@@ -23,7 +24,12 @@ ALWAYS_VALID_UNTIL: Final = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 CA_LIMIT_BYTES: Final = 2048
 """A device CA has about 500 bytes; every member's is sent and checked in each handshake."""
 
+BOOTSTRAP_BACKDATED: Final = timedelta(minutes=2)
+"""Only its maker checks it, whose clock may be set meanwhile."""
+
 _DOMAIN: Final = ".meshgpu.internal"
+_BOOTSTRAP_DOMAIN: Final = ".boot.meshgpu.internal"
+_BOOTSTRAP_NAME: Final = re.compile(r"([a-z2-7]{26})\.boot\.meshgpu\.internal")
 _SERVER_NAME: Final = re.compile(r"([a-z2-7]{52})\.meshgpu\.internal")
 
 
@@ -81,6 +87,8 @@ def make_leaf(
     dns_name: str,
     validity: tuple[datetime, datetime],
     issuer: tuple[x509.Certificate, ed25519.Ed25519PrivateKey] | None = None,
+    *,
+    server_only: bool = False,
 ) -> x509.Certificate:
     """A certificate with exactly one DNS name, good for handshakes only; self-signed without an `issuer`."""
     subject = _common_name(dns_name.removesuffix(_DOMAIN))
@@ -94,6 +102,8 @@ def make_leaf(
         .add_extension(_key_usage(digital_signature=True), critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(dns_name)]), critical=False)
     )
+    if server_only:
+        builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=True)
     if issuer is None:
         return builder.sign(key, hashes.SHA256())
     authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer[1].public_key())
@@ -105,14 +115,7 @@ def node_of_leaf(certificate: x509.Certificate) -> NodeId:
 
     Says nothing about who issued it. A leaf without a DNS name would pass its CA's name constraint under any other.
     """
-    try:
-        names = list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
-        raise TrustError("not-allowed", f"cannot read the names in a certificate: {error}") from error
-    match = _SERVER_NAME.fullmatch(names[0].value) if len(names) == 1 and isinstance(names[0], x509.DNSName) else None
-    if match is None:
-        raise TrustError("not-allowed", f"cannot accept a certificate with the names {names}: expected one of a node")
-    return NodeId(match[1])
+    return NodeId(_only_name(certificate, _SERVER_NAME, "node"))
 
 
 def leaf_belongs_to(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
@@ -124,12 +127,42 @@ def leaf_belongs_to(certificate: x509.Certificate, ca: x509.Certificate) -> bool
     return True
 
 
+def make_bootstrap(launch: LaunchId, made: datetime, life: timedelta) -> tuple[bytes, x509.Certificate]:
+    """(private key PEM, certificate) of an instance's first listener: a server's only, and not for long."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    validity = (made - BOOTSTRAP_BACKDATED, made + life)
+    certificate = make_leaf(private, bootstrap_server_name(launch), validity, server_only=True)
+    return private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), certificate
+
+
+def launch_of_bootstrap(certificate: x509.Certificate) -> LaunchId:
+    """The launch that a bootstrap certificate is for; raises TrustError `not-allowed` for any other certificate."""
+    return LaunchId(_only_name(certificate, _BOOTSTRAP_NAME, "launch"))
+
+
+def bootstrap_server_name(launch: LaunchId) -> str:
+    """The one DNS name in the bootstrap certificate of `launch`."""
+    return f"{launch}{_BOOTSTRAP_DOMAIN}"
+
+
 def pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(Encoding.PEM)
 
 
 def der(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(Encoding.DER)
+
+
+def _only_name(certificate: x509.Certificate, form: re.Pattern[str], of: str) -> str:
+    """What `form` captures of a certificate's only name; raises TrustError `not-allowed` for others."""
+    try:
+        names = list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        raise TrustError("not-allowed", f"cannot read the names in a certificate: {error}") from error
+    match = form.fullmatch(names[0].value) if len(names) == 1 and isinstance(names[0], x509.DNSName) else None
+    if match is None:
+        raise TrustError("not-allowed", f"cannot accept a certificate with the names {names}: expected one of a {of}")
+    return match[1]
 
 
 def _common_name(text: str) -> x509.Name:

@@ -19,6 +19,7 @@ from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model import (
     bulk,
     cloud,
+    enrolment,
     gossip,
     inventory,
     job,
@@ -34,6 +35,7 @@ from meshgpu.model.ids import Digest, JobId, MeshId
 from meshgpu.wire.v1 import (
     bulk_pb2,
     cloud_pb2,
+    enrolment_pb2,
     envelope_pb2,
     gossip_pb2,
     inventory_pb2,
@@ -68,6 +70,7 @@ _MODULES: Final = (
     (records, records_pb2),
     (bulk, bulk_pb2),
     (cloud, cloud_pb2),
+    (enrolment, enrolment_pb2),
 )
 _PAIR: Final = "Pair"
 """The one message without a class: a tuple of two strings."""

@@ -1,5 +1,6 @@
 """Calls over gRPC as the mesh makes them: raw bytes both ways, and errors that keep their code, message and hint."""
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
@@ -9,7 +10,7 @@ import grpc
 from meshgpu.errors import GRPC_STATUS, MeshgpuError
 
 ERROR_KEY: Final = "meshgpu-error-bin"
-"""Trailing metadata: {"code", "message", "hint"} in JSON."""
+"""Trailing metadata: an error as `write_error` writes it."""
 
 TEXT_LIMIT_CHARACTERS: Final = 600
 """Of message and of hint, 4 bytes each at most: gRPC drops calls whose metadata exceeds 8 KiB."""
@@ -70,17 +71,51 @@ def service(name: str, methods: Mapping[str, Callable[[Context], Awaitable[None]
     return grpc.method_handlers_generic_handler(name, handlers)  # type: ignore[no-untyped-call,no-any-return]  # no types
 
 
+async def answer_step(
+    context: Context, answer: Callable[[str, bytes], Awaitable[bytes]], attempt: str, limit_s: float
+) -> None:
+    """One step of a conversation: a call with one request and one reply, its name in the metadata `step`."""
+    try:
+        async with asyncio.timeout(limit_s):
+            request = await context.read()
+            step = dict(context.invocation_metadata()).get("step")
+            if not isinstance(request, bytes) or not isinstance(step, str):
+                raise MeshgpuError("bad-request", f"{attempt}: a step has a name and a request")
+            await context.write(await answer(step, request))
+    except TimeoutError:
+        await abort(context, MeshgpuError("no-answer", f"{attempt}: no step takes longer than {limit_s:g} s"))
+    except MeshgpuError as error:
+        await abort(context, error)
+
+
 async def abort(context: Context, error: MeshgpuError) -> None:
     """End an RPC with an error that `error_from` restores; never returns, as gRPC's own abort."""
+    status = grpc.StatusCode[GRPC_STATUS.get(error.code, "FAILED_PRECONDITION")]
+    await context.abort(status, error.code, ((ERROR_KEY, write_error(error)),))
+
+
+def write_error(error: MeshgpuError) -> bytes:
+    """An error on its way to another machine: {"code", "message", "hint"} in JSON."""
     fields = {
         "code": error.code,
         "message": error.message[:TEXT_LIMIT_CHARACTERS],
         "hint": error.hint and error.hint[:TEXT_LIMIT_CHARACTERS],
     }
-    status = grpc.StatusCode[GRPC_STATUS.get(error.code, "FAILED_PRECONDITION")]
-    await context.abort(
-        status, error.code, ((ERROR_KEY, json.dumps(fields, ensure_ascii=False).encode(errors="replace")),)
-    )
+    return json.dumps(fields, ensure_ascii=False).encode(errors="replace")
+
+
+def read_error(value: object) -> MeshgpuError | None:
+    """What `write_error` wrote; None for anything else."""
+    try:
+        fields = json.loads(value) if isinstance(value, bytes) else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    code, message, hint = fields.get("code"), fields.get("message"), fields.get("hint")
+    if not (isinstance(code, str) and isinstance(message, str) and (hint is None or isinstance(hint, str))):
+        return None
+    return MeshgpuError(code, message, hint)
 
 
 def error_from(error: grpc.aio.AioRpcError, attempt: str) -> MeshgpuError:
@@ -97,7 +132,7 @@ def reason_from(error: grpc.aio.AioRpcError) -> str:
 def _travelled(error: grpc.aio.AioRpcError) -> MeshgpuError | None:
     for key, value in error.trailing_metadata() or ():
         if key == ERROR_KEY:
-            return _decoded(value)
+            return read_error(value)
     return None
 
 
@@ -107,16 +142,3 @@ def _short_reason(error: grpc.aio.AioRpcError) -> str:
         if sign in details:
             return reason
     return details.splitlines()[0][:100] if details else str(error.code().name).lower().replace("_", " ")
-
-
-def _decoded(value: object) -> MeshgpuError | None:
-    try:
-        fields = json.loads(value) if isinstance(value, bytes) else None
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(fields, dict):
-        return None
-    code, message, hint = fields.get("code"), fields.get("message"), fields.get("hint")
-    if not (isinstance(code, str) and isinstance(message, str) and (hint is None or isinstance(hint, str))):
-        return None
-    return MeshgpuError(code, message, hint)

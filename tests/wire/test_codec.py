@@ -16,6 +16,7 @@ from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model import (
     bulk,
     cloud,
+    enrolment,
     gossip,
     inventory,
     job,
@@ -32,7 +33,7 @@ from meshgpu.model.ids import Digest, GpuId, JobId, KeyId, MeshId, UserName
 from meshgpu.wire.codec import ELEMENTS_LIMIT, PROTOCOL, decode, decode_frame, encode, encode_frame, field_name, kind_of
 from meshgpu.wire.v1 import envelope_pb2, gossip_pb2, job_pb2, messages_pb2, trust_pb2
 
-MODELS = (trust, resources, inventory, lending, cloud, gossip, sweep, job, messages, pairing, records, bulk)
+MODELS = (trust, resources, inventory, lending, cloud, gossip, sweep, job, messages, pairing, records, bulk, enrolment)
 LEFT_OUT = {
     trust.Member: "a view of the mesh log",
     trust.UserKey: "a view of the mesh log",
@@ -41,6 +42,8 @@ LEFT_OUT = {
     job.AttemptPlan: "stays in its agent",
     job.JobView: "made of what a SignedView says, once that is verified",
     pairing.InviteString: "travels as text",
+    enrolment.InstanceTerms: "travels in user data",
+    enrolment.BootTerms: "travels in user data",
 }
 CLASSES = [
     member

@@ -9,7 +9,7 @@ import json
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,6 +18,7 @@ import grpc
 from cryptography import x509
 
 from meshgpu.adapters.grpc_link.gate import Gate
+from meshgpu.adapters.grpc_link.reverse import STANDING_CALLS, Offers, Standings
 from meshgpu.adapters.grpc_link.routes import ACCEPTED, FRAME_LIMIT_BYTES, OPTIONS, SERVICE, Route, Routes, beneath
 from meshgpu.errors import BrokenInvariant, MeshgpuError, TrustError
 from meshgpu.model.ids import Address, NodeId
@@ -37,11 +38,13 @@ IDENTIFY_TIMEOUT_S: Final = 3.0
 ABORT_TIMEOUT_S: Final = 0.3
 """A status waits behind what was written before it; who does not read gets it when he does."""
 
-BULK_STREAMS_PER_PEER: Final = 16
+BULK_STREAMS_PER_PEER: Final = STANDING_CALLS
 """Served at once: gRPC takes some MiB of each from us although nobody reads them."""
 
 BULK_WAIT_S: Final = 3.0
 """For one of these to end; below the ACCEPT_TIMEOUT_S after which the peer gives up."""
+
+DIALS_NOBODY: Final = "this machine dials nobody"
 
 STOP_GRACE_S: Final = 0.3
 """For calls to strangers who are just being refused; ours are over."""
@@ -82,16 +85,20 @@ class _Link:
 
 
 class GrpcLink:
-    """Transport on `hosts`; accepts nobody before `trust`.
+    """Transport on `hosts`; accepts nobody before `trust`. dials: False where it must never open a connection.
 
     `emit` may be called from within any method. A dial while a Link is open does nothing: its LinkOpened came before.
     """
 
-    def __init__(self, keys: Keys, clock: Clock, hosts: Sequence[str], port: int = 7443) -> None:
+    def __init__(self, keys: Keys, clock: Clock, hosts: Sequence[str], port: int = 7443, *, dials: bool = True) -> None:
         self._hosts = tuple(hosts)
         self._port = port
         self._gate = Gate(keys, clock)
         self._routes = Routes(self._gate)
+        self._dials_others = dials
+        self._clouds: frozenset[NodeId] = frozenset()
+        self._offers = Offers(self._routes, self._bulk_messages)
+        self._standings = Standings()
         self._instance = secrets.token_hex(8)
         self._dials = 0
         self._links: dict[NodeId, _Link] = {}
@@ -113,7 +120,8 @@ class GrpcLink:
         """
         self._emit, self._serve_bulk = emit, serve_bulk
         server = grpc.aio.server(options=_SERVER_OPTIONS)
-        server.add_generic_rpc_handlers((service(SERVICE, {"Link": self._answer_link, "Bulk": self._answer_bulk}),))
+        methods = {"Link": self._answer_link, "Bulk": self._answer_bulk, "Serve": self._answer_serve}
+        server.add_generic_rpc_handlers((service(SERVICE, methods),))
         port = free_port(self._hosts, self._port)
         try:
             for host in self._hosts:
@@ -129,17 +137,19 @@ class GrpcLink:
 
         A device CA that is not its node's own is left out with a warning.
         """
+        self._clouds = frozenset(anchor.node for anchor in anchors if anchor.is_cloud)
         for peer in self._gate.trust(anchors):
             self.close(peer, "no longer trusted")
             for task, other in self._work.items():
                 if other == peer:
-                    self._evicted[task] = "no longer trusted"
-                    task.cancel()
+                    self._end_work(task, "no longer trusted")
             self._routes.evict(peer)
 
     def dial(self, peer: NodeId, address: Address) -> None:
         """Open a Link; the outcome is LinkOpened or DialFailed, within 5 s."""
-        if peer not in self._links and not self._is_stopping:
+        if not self._dials_others:
+            self._publish(DialFailed(peer, address, DIALS_NOBODY))
+        elif peer not in self._links and not self._is_stopping:
             self._dials += 1
             hello = _Hello(self._instance, self._dials)
             task = asyncio.get_running_loop().create_task(self._dial(peer, address, hello))
@@ -161,15 +171,20 @@ class GrpcLink:
             self._drop(link, reason)
 
     def fetch(self, peer: NodeId, addresses: Sequence[Address], request: bytes) -> AsyncIterator[bytes]:
-        """Open a bulk stream to `peer`; raises MeshgpuError with the peer's code, or `no-answer`.
+        """A bulk stream of `peer`, over one of its standing calls where this side dials nobody.
 
-        Silence has no limit here (a log may be silent); that the peer is gone is noticed by keepalive, in 25 s.
+        Raises MeshgpuError with the peer's code, or `no-answer`. Silence has no limit here (a log may be silent); that
+        the peer is gone is noticed by keepalive, in 25 s.
         """
+        if not self._dials_others:
+            return self._standings.fetch(peer, request)
         link = self._links.get(peer)
         return self._routes.fetch(peer, addresses, request, link.route if link else None)
 
     async def identify(self, address: Address) -> NodeId:
         """Whose certificate answers at `address`, unverified: a hint to dial. Raises MeshgpuError `no-answer`."""
+        if not self._dials_others:
+            raise MeshgpuError("no-answer", f"cannot reach {address}: {DIALS_NOBODY}")
         shown = await certificate_at(address, IDENTIFY_TIMEOUT_S)
         try:
             return node_of_leaf(x509.load_der_x509_certificate(shown))
@@ -244,9 +259,23 @@ class GrpcLink:
                     self._publish(DialFailed(peer, address, reason))
             else:
                 if self._open(link):
-                    await self._pump(link, call)
+                    async with self._offering(route):
+                        await self._pump(link, call)
             finally:
                 self._routes.leave(route, call)
+
+    @asynccontextmanager
+    async def _offering(self, route: Route) -> AsyncIterator[None]:
+        """Beside a Link to a node that dials nobody: let it ask for bulk, too."""
+        if route.peer not in self._clouds:
+            yield
+            return
+        offers = asyncio.get_running_loop().create_task(self._offers.keep(route))
+        try:
+            yield
+        finally:
+            offers.cancel()
+            await asyncio.wait({offers})
 
     async def _greet(self, call: _LinkCall, hello: _Hello) -> _Hello:
         """Exchange hellos; returns the peer's instance with our dial. Raises MeshgpuError: a reason in few words."""
@@ -336,11 +365,28 @@ class GrpcLink:
             if self._serve_bulk is None or request is grpc.aio.EOF:
                 raise MeshgpuError("bad-request", "cannot serve a bulk stream: it asks for nothing")
             await context.send_initial_metadata((ACCEPTED,))
-            async with aclosing(self._serve_bulk(peer, request)) as messages:  # type: ignore[type-var]  # a generator
+            async with aclosing(self._bulk_messages(peer, request)) as messages:
                 async for message in messages:
-                    if len(message) > FRAME_LIMIT_BYTES:
-                        raise BrokenInvariant(f"a bulk message has {len(message)} bytes; {FRAME_LIMIT_BYTES} fit")
                     await context.write(message)
+
+        await self._serve(context, serve)
+
+    async def _bulk_messages(self, peer: NodeId, request: bytes) -> AsyncGenerator[bytes, None]:
+        """What answers a bulk request, by whichever way it came."""
+        assert self._serve_bulk is not None
+        async with aclosing(self._serve_bulk(peer, request)) as messages:  # type: ignore[type-var]  # a generator
+            async for message in messages:
+                if len(message) > FRAME_LIMIT_BYTES:
+                    raise BrokenInvariant(f"a bulk message has {len(message)} bytes; {FRAME_LIMIT_BYTES} fit")
+                yield message
+
+    async def _answer_serve(self, context: Context) -> None:
+        async def serve(peer: NodeId) -> None:
+            if self._dials_others:
+                raise MeshgpuError("bad-request", "cannot use a standing call: this machine dials")
+            task = asyncio.current_task()
+            assert task is not None
+            await self._standings.hold(peer, context, lambda: self._end_work(task, "nobody reads it any more"))
 
         await self._serve(context, serve)
 
@@ -348,6 +394,8 @@ class GrpcLink:
         """Authorise a call and answer it; a MeshgpuError travels to the caller."""
         try:
             peer = self._gate.authorise(context)
+            if peer in self._clouds:
+                raise TrustError("not-allowed", f"cannot accept a call from {peer}: a rented machine calls nobody")
         except TrustError as error:
             _log.warning("call refused: %s", error.message)
             await abort(context, error)
@@ -364,6 +412,12 @@ class GrpcLink:
                 if reason := self._evicted.get(task):
                     await _abort_soon(context, MeshgpuError("not-allowed", f"cannot go on with a call: {reason}"))
                 raise
+
+    def _end_work(self, task: asyncio.Task[Any], reason: str) -> None:
+        """End a call that is being answered, or a dial; the other side hears the reason."""
+        if task in self._work:
+            self._evicted[task] = reason
+            task.cancel()
 
     @contextmanager
     def _working(self, peer: NodeId) -> Iterator[asyncio.Task[Any]]:

@@ -86,6 +86,8 @@ class Attempts:
         self._inventory = Inventory(0, 0)
         self._readings: tuple[GpuReading, ...] = ()
         self.fence = ""
+        self.closed = ""
+        """Why this machine takes no new work at all; empty while it does."""
 
     def machine_read(self, inventory: Inventory, readings: tuple[GpuReading, ...]) -> None:
         self._inventory, self._readings = inventory, readings
@@ -132,6 +134,11 @@ class Attempts:
         """What is held or in use, by job."""
         return tuple(attempt.allocation() for _, attempt in sorted(self._live.items()) if attempt.occupies)
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing runs or is promised, and how everything ended is known to its steward."""
+        return not self._live
+
     def latest(self, job: JobId) -> Attempt | None:
         """The newest accepted attempt of a job on this node."""
         key = (job, self._spent.get(job, 0))
@@ -166,6 +173,8 @@ class Attempts:
             return "the job is meant for another machine"
         if offer.epoch <= self._spent.get(spec.job, 0):
             return f"attempt {offer.epoch} of this job was here before"
+        if self.closed:
+            return self.closed
         if sum(attempt.state is AttemptState.HELD for attempt in self._live.values()) >= HOLDS_LIMIT:
             return "has too many open offers"
         is_rented = self._log.members[self._node].role is Role.CLOUD
@@ -264,6 +273,14 @@ class Attempts:
     def acknowledged(self, steward: NodeId, ack: ReportAck) -> list[Effect]:
         attempt = self._of_steward(steward, ack.job, ack.epoch)
         return self._settle(attempt) if attempt is not None and attempt.result is not None else []
+
+    def drain(self, now: Now, reason: str) -> list[Effect]:
+        """This machine goes away: everything on it must leave."""
+        effects: list[Effect] = []
+        for attempt in list(self._live.values()):
+            if attempt.occupies and not attempt.preempted:
+                effects += self._send_away(now, attempt, reason)
+        return effects
 
     def steward_linked(self, now: Now, steward: NodeId) -> None:
         """A Link to a steward is up again: tell it at once how its attempts stand."""
@@ -366,7 +383,7 @@ class Attempts:
     def _give_back(self, now: Now) -> list[Effect]:
         """End what stands in the owner's way: asked first, killed GRACE_S later."""
         effects: list[Effect] = []
-        for key, attempt in list(self._live.items()):
+        for attempt in list(self._live.values()):
             if not attempt.occupies:
                 continue
             if attempt.preempted:
@@ -374,14 +391,18 @@ class Attempts:
                     attempt.kill_at = None
                     effects += self._end(attempt, StopMode.KILL)
             elif reason := self._owner.takes_back(share.uuid for share in attempt.gpus):
-                if attempt.state is AttemptState.HELD:
-                    del self._live[key]
-                elif attempt.state is AttemptState.ACCEPTED:
-                    effects += self._never(now, attempt, AttemptState.PREEMPTED, reason)
-                else:
-                    attempt.preempted, attempt.kill_at = reason, now.boot_s + GRACE_S
-                    effects += [attempt.persist(), *self._end(attempt, StopMode.STOP)]
+                effects += self._send_away(now, attempt, reason)
         return effects
+
+    def _send_away(self, now: Now, attempt: Attempt, reason: str) -> list[Effect]:
+        """Make an attempt leave, so that its job is placed elsewhere."""
+        if attempt.state is AttemptState.HELD:
+            del self._live[attempt.spec.job, attempt.epoch]
+            return []
+        if attempt.state is AttemptState.ACCEPTED:
+            return self._never(now, attempt, AttemptState.PREEMPTED, reason)
+        attempt.preempted, attempt.kill_at = reason, now.boot_s + GRACE_S
+        return [attempt.persist(), *self._end(attempt, StopMode.STOP)]
 
     def _end(self, attempt: Attempt, mode: StopMode) -> list[Effect]:
         order = EndAttempt(attempt.spec.job, attempt.epoch, mode)

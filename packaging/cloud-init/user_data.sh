@@ -1,0 +1,1 @@
+../../meshgpu/agent/user_data.sh
