@@ -23,7 +23,7 @@ from meshgpu.adapters.power import power_off
 from meshgpu.adapters.sqlite_store import SqliteStore
 from meshgpu.agent.enrolment import InstanceDoor
 from meshgpu.agent.home import Home
-from meshgpu.agent.main import Agent, Room, live, run
+from meshgpu.agent.main import Agent, Room, hosts_of, live, run
 from meshgpu.agent.user_data import Boot, read_boot
 from meshgpu.config import Config, load_config
 from meshgpu.core import events as ev
@@ -57,10 +57,6 @@ async def _live_in_cloud(home: Home, directory: Path) -> None:
     home.prepare()
     await _enter_mesh(home, boot, hosts_of(load_config(home.config)))
     await run(home, lambda home, config, room: CloudAgent(home, config, room, boot))
-
-
-def hosts_of(config: Config) -> list[str]:
-    return ["127.0.0.1"] if config.loopback else ["0.0.0.0"]  # noqa: S104  # peers must prove who they are
 
 
 # -- before it is a member -------------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ class Agent:
         )
 
     def _hosts(self) -> list[str]:
-        return ["127.0.0.1"] if self._config.loopback else ["0.0.0.0"]  # noqa: S104  # peers must prove who they are
+        return hosts_of(self._config)
 
     def _keep_free_bytes(self) -> int | None:
         gigabytes = self._config.keep_free_gb
@@ -310,6 +310,11 @@ _KINDS = {
     "burst": "BurstRecord",
 }
 """The type of a stored record, by the kind under which it is kept."""
+
+
+def hosts_of(config: Config) -> list[str]:
+    """Where an agent listens."""
+    return ["127.0.0.1"] if config.loopback else ["0.0.0.0"]  # noqa: S104  # peers must prove who they are
 
 
 def has_battery(supplies: Path = Path("/sys/class/power_supply")) -> bool:

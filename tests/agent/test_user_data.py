@@ -97,7 +97,16 @@ def test_what_the_agent_reads_is_what_was_meant_and_secret(machine: Machine) -> 
 
 
 @pytest.mark.parametrize(
-    "install", ["false", "exit 3", "no-such-program-here", "if then (", 'echo "$UNSET"', "false | true", "true"]
+    "install",
+    [
+        "exit 3",
+        "if then (",
+        f"false; {INSTALL}",
+        f"no-such-program-here; {INSTALL}",
+        f'echo "$UNSET"; {INSTALL}',
+        f"false | true; {INSTALL}",
+        "true",
+    ],
 )
 def test_failed_install_powers_off_below_the_switches(machine: Machine, install: str) -> None:
     """The last one installs nothing at all."""
