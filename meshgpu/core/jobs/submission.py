@@ -177,7 +177,7 @@ class Submissions:
             raise MeshgpuError(
                 "not-allowed",
                 f"cannot run with --cloud {draft.cloud}: this mesh lets no job leave the office",
-                "meshgpu burst setup, by an admin",
+                "leave --cloud out",
             )
         return draft.cloud
 
