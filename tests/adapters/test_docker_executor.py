@@ -106,7 +106,8 @@ class Rig:
 
         client = docker.DockerClient(base_url=f"unix://{self.engine}")
         try:
-            found = client.containers.list(all=True, filters={"label": f"meshgpu.node={self.node}"})
+            mine = {"label": f"meshgpu.node={self.node}"}
+            found = client.containers.list(all=True, filters=mine, ignore_removed=True)
             return [one.attrs for one in found]
         finally:
             client.close()

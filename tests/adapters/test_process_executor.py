@@ -350,14 +350,6 @@ async def test_users_own_import_path_comes_after_ours(rig: Rig) -> None:
     assert done.stdout == f"{LIBRARY}:/opt/mine\n"
 
 
-async def test_fenced_job_reports_numbers_too(rig: Rig) -> None:
-    if not rig.executor.fence():
-        pytest.skip("nothing shuts jobs in here")
-    script = "import meshgpu; meshgpu.log(loss=0.25)"
-    done = await rig.run("python", "-c", script, fenced=True, objective=Objective("loss", Goal.MIN, ""))
-    assert done.result.metric == Metric(0.25, 0.25)
-
-
 async def test_job_without_gpu_sees_none(rig: Rig) -> None:
     assert (await rig.run('echo "[$CUDA_VISIBLE_DEVICES]${CUDA_VISIBLE_DEVICES-unset}"', shell=True)).stdout == "[]\n"
 
@@ -879,6 +871,12 @@ async def test_fence_is_found_at_start(tmp_path: Path) -> None:
     assert rig.executor.fence() in ("bubblewrap", "landlock", "")
     assert rig.executor.fence() == "bubblewrap" or rig.executor.fence_reason()
     await rig.executor.close()
+
+
+async def test_fenced_job_reports_numbers_too(fenced_rig: Rig) -> None:
+    script = "import meshgpu; meshgpu.log(loss=0.25)"
+    done = await fenced_rig.run("python", "-c", script, fenced=True, objective=Objective("loss", Goal.MIN, ""))
+    assert done.result.metric == Metric(0.25, 0.25)
 
 
 ORDINARY = """

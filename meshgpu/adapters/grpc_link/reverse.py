@@ -152,10 +152,10 @@ class Standings:
         if len(waiting) >= STANDING_CALLS:
             raise MeshgpuError("busy", f"cannot hold a standing call: {STANDING_CALLS} of this machine wait")
         standing = _Standing(end)
-        await context.send_initial_metadata(())  # else the first write does: one that is cancelled spoils a status
-        waiting.append(standing)
-        self._arrived.set()
+        waiting.append(standing)  # before anything is awaited: calls that come at one moment count one another
         try:
+            await context.send_initial_metadata(())  # else the first write does: one that is cancelled spoils a status
+            self._arrived.set()
             await context.write(await standing.request)
             while isinstance(message := await context.read(), bytes):
                 await standing.messages.put(message)
