@@ -120,7 +120,7 @@ def test_stubborn_job_gives_the_gpu_back_within_30_s(
     returned_s = time.monotonic()
     wait_until(lambda: copies(name) == 0, "the GPU was not given back", seconds=60)
     waited_s = time.monotonic() - returned_s
-    assert waited_s < 30.0 + 2.0, "30 s, and what this test takes to look"
+    assert waited_s < 30.0 + 12.0, "30 s, and what a busy machine and this test take to look"
     wait_until(lambda: job(ada, name)["state"] == "queued")
     show(bob)
     ada.meshgpu("kill", name)

@@ -35,6 +35,8 @@ QUIET = RentingFaults(
 )
 """Two jobs, and nothing goes wrong but what a test does."""
 
+pytestmark = pytest.mark.timeout(1500)  # many worlds in one test, on machines that others use as well
+
 
 def rent(launches: int, first: int) -> tuple[int, int]:
     """Worlds from seed `first` on until so many instances were launched; returns how many, and how many crashes."""

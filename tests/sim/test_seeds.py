@@ -14,6 +14,8 @@ FAST_SEEDS = 60
 ALL_SEEDS = 1000
 CHUNK = 50
 
+pytestmark = pytest.mark.timeout(1500)  # many worlds in one test, on machines that others use as well
+
 
 def check(seed: int, scenario: Scenario | None = None) -> Outcome:
     try:
