@@ -35,6 +35,9 @@ WAIT_S: Final = 3.0
 MESSAGE: Final = b"\x00"
 END: Final = b"\x01"
 
+_CALL_IS_OVER: Final = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
+"""What reading from a call and writing to it raise once it has ended."""
+
 _ServeCall = grpc.aio.StreamStreamCall[bytes, bytes]
 _log = logging.getLogger(__name__)
 
@@ -89,29 +92,37 @@ class Offers:
             await asyncio.wait({writer, ended})
 
     async def _answer(self, peer: NodeId, request: bytes, call: _ServeCall) -> None:
-        error: MeshgpuError | None = None
         try:
             await call.write(b"")
-            try:
-                async with aclosing(self._messages(peer, request)) as messages:
-                    async for message in messages:
-                        await call.write(MESSAGE + message)
-            except MeshgpuError as raised:
-                error = raised
+            error = await self._relay(peer, request, call)
             await call.write(END + (write_error(error) if error else b""))
-        except (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
-            return  # the call is over; whoever reads from it knows why
+        except _CALL_IS_OVER:
+            return  # whoever reads from it knows why
+
+    async def _relay(self, peer: NodeId, request: bytes, call: _ServeCall) -> MeshgpuError | None:
+        """Write what answers the request; returns the error that ended it. Raises one of _CALL_IS_OVER.
+
+        Our own faults are told as an error, too: a call that is cancelled loses what was written before.
+        """
+        try:
+            async with aclosing(self._messages(peer, request)) as messages:
+                async for message in messages:
+                    await call.write(MESSAGE + message)
+        except _CALL_IS_OVER:
+            raise
+        except MeshgpuError as error:
+            return error
         except Exception:
-            # In a call that it serves gRPC would do the same: log it, and end that call alone.
             _log.exception("a bulk request was not served")
-            call.cancel()
+            return MeshgpuError("no-answer", "cannot serve a bulk request: the machine that was asked failed at it")
+        return None
 
 
 async def _read(call: _ServeCall) -> bytes | None:
     """One message; None once the call is over, whatever ended it."""
     try:
         message = await beneath(call.read())
-    except (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError, ConnectionAbortedError):
+    except (*_CALL_IS_OVER, ConnectionAbortedError):
         return None
     return message if isinstance(message, bytes) else None
 
