@@ -74,15 +74,8 @@ def run(
     124: out of time, 130: Ctrl-C, after which the job goes on.
     """
     request = job_request(command, name, env, pip, pip_req, image)
-    request |= {
-        "from_project": not no_env,
-        "machine": "" if machine is None else not_empty(machine, "-m"),
-        "gpus": None if gpus is None else str(parse_gpus(gpus)),
-        "cpus": cpus,
-        "memory_bytes": parse_memory(memory) if memory else 0,
-        "retries": retries,
-        "cloud": checked_cloud(cloud),
-    }
+    place(request, machine, gpus, cpus, memory, cloud, no_env=no_env)
+    request["retries"] = retries
     client = agent_for(yes=yes)
     job = ship_and_submit(client, request)
     if detach:
@@ -129,6 +122,25 @@ def job_request(
         metric="",
         metric_pattern="",
     )
+
+
+def place(
+    request: JobRequest,
+    machine: str | None,
+    gpus: str | None,
+    cpus: int,
+    memory: str,
+    cloud: str | None,
+    *,
+    no_env: bool,
+) -> None:
+    """Say in the request where it may run, with what. Raises MeshgpuError `bad-request`."""
+    request["from_project"] = not no_env
+    request["machine"] = "" if machine is None else not_empty(machine, "-m")
+    request["gpus"] = None if gpus is None else str(parse_gpus(gpus))
+    request["cpus"] = cpus
+    request["memory_bytes"] = parse_memory(memory) if memory else 0
+    request["cloud"] = checked_cloud(cloud)
 
 
 def job_name(command: list[str]) -> str:

@@ -26,18 +26,18 @@ from meshgpu.cli.flags import (
     NoEnv,
     Pip,
     PipReq,
+    Retries,
     Yes,
 )
 from meshgpu.cli.job_commands import kill as kill_jobs
 from meshgpu.cli.job_commands import stop as stop_jobs
 from meshgpu.cli.render import clock, count, note, plain, print_table
-from meshgpu.cli.run_command import agent_for, checked_cloud, job_request, not_empty, parse_memory, ship_and_submit
+from meshgpu.cli.run_command import agent_for, job_request, place, ship_and_submit
 from meshgpu.cli.watch import Json, Watch, repeat
 from meshgpu.cli.words import EXIT_FAILED_CHECK, EXIT_INTERRUPTED, EXIT_MESH_FAILED, is_final, run_time, status, where
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.views import JobRequest, JobView, SweepRequest, SweepView
 from meshgpu.errors import MeshgpuError
-from meshgpu.model.resources import parse_gpus
 from meshgpu.model.sweep import parse_objective, parse_param
 
 POLL_S: Final = 1.0
@@ -55,12 +55,6 @@ Metric = Annotated[str, typer.Option("--metric", metavar="NAME:min|max", help="W
 Pattern = Annotated[
     str,
     typer.Option("--metric-regex", metavar="REGEX", help="Where the log has it; without: what meshgpu.log() reports."),
-]
-Retries = Annotated[
-    int,
-    typer.Option(
-        "--retries", min=0, max=100, metavar="N", help="Start a trial again if it dies with its machine, N times."
-    ),
 ]
 
 sweep = typer.Typer(
@@ -101,9 +95,9 @@ def grid(
     130: Ctrl-C, after which the sweep goes on.
     """
     request = job_request(command, name, env, pip, pip_req, image)
-    request |= _place(machine, gpus, cpus, memory, no_env=no_env) | _leave(cloud)
-    request |= _sweep(SweepRequest(method="grid", params=params, trials=0, parallel=parallel, seed=0))
-    request |= _objective(metric, metric_regex, retries)
+    place(request, machine, gpus, cpus, memory, cloud, no_env=no_env)
+    space = SweepRequest(method="grid", params=params, trials=0, parallel=parallel, seed=0)
+    _try_all(request, space, metric, metric_regex, retries)
     _start(request, detach=detach, as_json=as_json, yes=yes)
 
 
@@ -137,9 +131,9 @@ def at_random(
     {lr} or :lr: in the command stands for the value of lr. Exit codes as of `sweep grid`.
     """
     request = job_request(command, name, env, pip, pip_req, image)
-    request |= _place(machine, gpus, cpus, memory, no_env=no_env) | _leave(cloud)
-    request |= _sweep(SweepRequest(method="random", params=params, trials=trials, parallel=parallel, seed=seed))
-    request |= _objective(metric, metric_regex, retries)
+    place(request, machine, gpus, cpus, memory, cloud, no_env=no_env)
+    space = SweepRequest(method="random", params=params, trials=trials, parallel=parallel, seed=seed)
+    _try_all(request, space, metric, metric_regex, retries)
     _start(request, detach=detach, as_json=as_json, yes=yes)
 
 
@@ -215,32 +209,17 @@ def export(
 # -- what is asked for -----------------------------------------------------------------------------------------------
 
 
-def _place(machine: str | None, gpus: str | None, cpus: int, memory: str, *, no_env: bool) -> JobRequest:
-    return {  # type: ignore[typeddict-item]  # a part of one
-        "from_project": not no_env,
-        "machine": "" if machine is None else not_empty(machine, "-m"),
-        "gpus": None if gpus is None else str(parse_gpus(gpus)),
-        "cpus": cpus,
-        "memory_bytes": parse_memory(memory) if memory else 0,
-    }
-
-
-def _leave(cloud: str | None) -> JobRequest:
-    return {"cloud": checked_cloud(cloud)}  # type: ignore[typeddict-item]  # a part of one
-
-
-def _sweep(asked: SweepRequest) -> JobRequest:
-    for text in asked["params"]:
+def _try_all(request: JobRequest, space: SweepRequest, metric: str, pattern: str, retries: int) -> None:
+    """Say in the request what is tried, and what trials are compared by. Raises MeshgpuError `bad-request`."""
+    for text in space["params"]:
         parse_param(text)
-    return {"sweep": asked}  # type: ignore[typeddict-item]  # a part of one
-
-
-def _objective(metric: str, pattern: str, retries: int) -> JobRequest:
     if metric:
         parse_objective(metric)
     elif pattern:
         raise MeshgpuError("bad-request", "cannot use --metric-regex without --metric", "--metric loss:min")
-    return {"metric": metric, "metric_pattern": pattern, "retries": retries}  # type: ignore[typeddict-item]
+    request["sweep"] = space
+    request["metric"], request["metric_pattern"] = metric, pattern
+    request["retries"] = retries
 
 
 def _start(request: JobRequest, *, detach: bool, as_json: bool, yes: bool) -> None:
