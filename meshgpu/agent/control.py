@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from meshgpu.adapters.metrics import compile_pattern
+from meshgpu.agent.bodies import draft_of, read_body, text_of, texts_of
 from meshgpu.agent.callers import descends_from
 from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.pairing import Pairing
@@ -21,13 +21,10 @@ from meshgpu.agent.status import Status
 from meshgpu.agent.views import Document, JobDocuments, machine_document, verdict_document
 from meshgpu.config import DEFAULT_PAIRING_PORT, host_of, with_port
 from meshgpu.core import events as ev
-from meshgpu.core.sweep import grid_size
 from meshgpu.errors import HTTP_STATUS, MeshgpuError, TrustError
 from meshgpu.model.ids import Digest, KeyId, as_name, display_name
-from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest, Register, StopMode
+from meshgpu.model.job import Draft, Register, StopMode
 from meshgpu.model.lending import Pause
-from meshgpu.model.resources import Resources, parse_gpus
-from meshgpu.model.sweep import Method, Objective, Space, parse_objective, parse_param
 from meshgpu.model.tree import CHUNK_BYTES, MANIFEST_LIMIT_BYTES, Manifest
 from meshgpu.ports import ChunkStore, PairingDialog
 
@@ -124,8 +121,8 @@ class Control:
 
     async def _init(self, request: web.Request) -> web.Response:
         uid = self._check_own(request, "make a mesh")
-        body = await _body(request)
-        mesh, name, user = (_text(body, key) for key in ("mesh", "name", "user"))
+        body = await read_body(request)
+        mesh, name, user = (text_of(body, key) for key in ("mesh", "name", "user"))
         founded = await self.pairing.found(uid, mesh, name, as_name(user, "owner"))
         document = self.status.agent(uid)
         return web.json_response(
@@ -139,7 +136,7 @@ class Control:
         )
 
     async def _invite(self, request: web.Request) -> web.Response:
-        user = (await _body(request)).get("user")
+        user = (await read_body(request)).get("user")
         if user is not None and not isinstance(user, str):
             raise MeshgpuError("bad-request", "cannot invite: the user's name is no text")
         text, invite = await self.pairing.invite(self._uid(request), user)
@@ -147,17 +144,17 @@ class Control:
 
     async def _join(self, request: web.Request) -> web.Response:
         uid = self._check_own(request, "join a mesh")
-        body = await _body(request)
-        seeds = _texts(body, "seeds")
+        body = await read_body(request)
+        seeds = texts_of(body, "seeds")
         pairing_hosts = [with_port(host_of(seed), DEFAULT_PAIRING_PORT) for seed in seeds]
         joined = await self.pairing.join(
-            uid, _text(body, "invite"), _text(body, "name"), pairing_hosts, self.dial_pairing
+            uid, text_of(body, "invite"), text_of(body, "name"), pairing_hosts, self.dial_pairing
         )
         me = self.status.agent(uid)
         return web.json_response(
             {
                 "mesh": joined.mesh_name,
-                "name": _text(body, "name"),
+                "name": text_of(body, "name"),
                 "node": me["node"],
                 "user": joined.user,
                 "inviter": joined.inviter,
@@ -187,7 +184,7 @@ class Control:
     async def _pause(self, request: web.Request) -> web.Response:
         """Lend nothing; seconds: for how long, null without end. let_run: what runs may end by itself."""
         self._check_own(request, "pause the lending")
-        body = await _body(request)
+        body = await read_body(request)
         seconds = body.get("seconds")
         if not (seconds is None or (type(seconds) in (int, float) and 0 < seconds <= PAUSE_LIMIT_S)):
             raise MeshgpuError("bad-request", f"cannot pause for {seconds!r} s: expected up to {PAUSE_LIMIT_S}")
@@ -224,7 +221,7 @@ class Control:
 
     async def _submit(self, request: web.Request) -> web.StreamResponse:
         key = self._key(request)
-        draft = await self._draft(await _body(request))
+        draft = await self._draft(await read_body(request))
         lines: asyncio.Queue[Document] = asyncio.Queue()
 
         def shipped(done_bytes: int, total_bytes: int) -> None:
@@ -250,41 +247,13 @@ class Control:
         return response
 
     async def _draft(self, body: Mapping[str, Any]) -> Draft:
-        tree = Digest(_text(body, "tree"))
+        tree = Digest(text_of(body, "tree"))
         manifest: Manifest = await asyncio.to_thread(self.chunks.manifest, tree)
         missing = await asyncio.to_thread(self.chunks.missing, list(manifest.chunks()))
         if missing:
             raise MeshgpuError("missing-chunks", f"cannot submit: {len(missing)} chunks of the tree are not here yet")
         await asyncio.to_thread(self.chunks.sync)
-        gpus = body.get("gpus")
-        cpus, memory_bytes = _whole(body, "cpus"), _whole(body, "memory_bytes")
-        env = body.get("env", {})
-        if not isinstance(env, dict) or not all(isinstance(value, str) for value in env.values()):
-            raise MeshgpuError("bad-request", "cannot submit: env is no object of texts")
-        command = tuple(_texts(body, "command"))
-        if not command:
-            raise MeshgpuError("bad-request", "cannot submit: there is no command", "meshgpu run -- python train.py")
-        return Draft(
-            as_name(_text(body, "name"), "job"),
-            command,
-            body.get("shell") is True,
-            tuple(sorted(env.items())),
-            EnvironmentRequest(
-                tuple(_texts(body, "pip")), str(body.get("requirements", "")), body.get("from_project") is not False
-            ),
-            tree,
-            manifest.size_bytes,
-            len(manifest.files),
-            str(body.get("machine", "")),
-            Resources(parse_gpus(str(gpus)), cpus, memory_bytes) if gpus is not None else None,
-            cpus,
-            memory_bytes,
-            str(body.get("image", "")),
-            _cloud(body),
-            _whole(body, "retries"),
-            _space(body),
-            _objective(body),
-        )
+        return draft_of(body, tree, manifest)
 
     async def _list(self, request: web.Request) -> web.Response:
         found, silent = await self.jobs.all(self._key(request))
@@ -316,7 +285,7 @@ class Control:
 
     async def _stop(self, request: web.Request) -> web.Response:
         key = self._key(request)
-        mode = _text(await _body(request), "mode")
+        mode = text_of(await read_body(request), "mode")
         if mode not in list(StopMode):
             raise MeshgpuError("bad-request", f"cannot stop with mode {mode!r}: expected stop or kill")
         found = await self.jobs.find(key, request.match_info["job"])
@@ -442,65 +411,6 @@ async def _pulse(response: web.StreamResponse, writing: asyncio.Lock, current: D
             await asyncio.sleep(KEEPALIVE_S)
             async with writing:
                 await _write(response, current)
-
-
-async def _body(request: web.Request) -> dict[str, Any]:
-    try:
-        body = json.loads(await request.read() or b"{}")
-    except ValueError as error:
-        raise MeshgpuError("bad-request", f"cannot read the request: {error}") from error
-    if not isinstance(body, dict):
-        raise MeshgpuError("bad-request", "cannot read the request: expected a JSON object")
-    return body
-
-
-def _text(body: Mapping[str, Any], key: str) -> str:
-    value = body.get(key)
-    if not isinstance(value, str):
-        raise MeshgpuError("bad-request", f"cannot read the request: {key} is missing or no text")
-    return value
-
-
-def _texts(body: Mapping[str, Any], key: str) -> list[str]:
-    value = body.get(key, [])
-    if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-        raise MeshgpuError("bad-request", f"cannot read the request: {key} is no list of texts")
-    return value
-
-
-def _whole(body: Mapping[str, Any], key: str) -> int:
-    value = body.get(key, 0)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise MeshgpuError("bad-request", f"cannot read the request: {key} is no whole number from 0")
-    return value
-
-
-def _cloud(body: Mapping[str, Any]) -> CloudUse | None:
-    text = body.get("cloud")
-    if text is not None and text not in list(CloudUse):
-        raise MeshgpuError("bad-request", f"cannot submit: cloud is {text!r}, expected never, ok or only")
-    return None if text is None else CloudUse(text)
-
-
-def _space(body: Mapping[str, Any]) -> Space | None:
-    """The space of a sweep, as the command line tells it; None for a job of its own. trials: 0 for a whole grid."""
-    asked = body.get("sweep")
-    if asked is None:
-        return None
-    if not isinstance(asked, dict) or asked.get("method") not in list(Method):
-        raise MeshgpuError("bad-request", "cannot sweep: expected the method grid or random", "meshgpu sweep --help")
-    params = tuple(parse_param(text) for text in _texts(asked, "params"))
-    trials, parallel = _whole(asked, "trials"), _whole(asked, "parallel")
-    return Space(Method(asked["method"]), params, trials or grid_size(params), parallel, _whole(asked, "seed"))
-
-
-def _objective(body: Mapping[str, Any]) -> Objective | None:
-    if not body.get("metric"):
-        return None
-    objective = parse_objective(_text(body, "metric"), str(body.get("metric_pattern", "")))
-    if objective.pattern:
-        compile_pattern(objective.pattern)
-    return objective
 
 
 def _number(request: web.Request, key: str, default: float) -> float:

@@ -12,6 +12,7 @@ from typing import Final
 from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
 from meshgpu.core.jobs import sweeps
 from meshgpu.core.jobs.held_job import HeldJob
+from meshgpu.core.jobs.listing import listed
 from meshgpu.core.jobs.offering import Offering, OfferTiming
 from meshgpu.core.jobs.placement import Candidate, Guest
 from meshgpu.core.statemachine import earliest
@@ -48,7 +49,6 @@ from meshgpu.model.messages import (
     SignedView,
     Submit,
     SubmitAnswer,
-    TrialView,
 )
 from meshgpu.model.records import JobRecord
 from meshgpu.model.trust import Notary, Signed
@@ -64,16 +64,6 @@ USER_LIMIT_BYTES: Final = 64 * 2**20
 
 REASON_CHARACTERS: Final = 2_000
 """Of what a node tells about an attempt: the last lines of a failed build; a register must fit a frame."""
-
-VIEWS_LIMIT_BYTES: Final = 700_000
-"""Of the specs in one answer, newest first: with their registers they fit a frame of 1 MiB."""
-
-REGISTER_BYTES: Final = 600
-GPU_BYTES: Final = 60
-"""What a register, and a GPU in it, add to their spec in an answer, besides what people read."""
-
-TRIAL_REASON_CHARACTERS: Final = 200
-"""Of why a trial waits or failed, in a list; asked for alone it tells all."""
 
 GONE: Final = "the instance it ran on is gone"
 
@@ -154,26 +144,7 @@ class Stewardship:
 
     def views_of(self, user: UserName) -> tuple[SignedView, ...]:
         """The user's jobs, newest first, as many as fit a frame; trials are told with their sweep."""
-        mine = [
-            job
-            for job in (*self._final.values(), *self._jobs.values())
-            if job.spec.user == user and job.state is not JobState.DRAFT and job.trial is None
-        ]
-        mine.sort(key=lambda job: (-job.register.submitted_wall_s, job.spec.job))
-        room = VIEWS_LIMIT_BYTES
-        views = []
-        for job in mine:
-            view = replace(job.view(), trials=self._trial_views(job.spec.job))
-            room -= len(view.spec.payload) + sum(map(_size, (view.register, *(t.register for t in view.trials))))
-            if room < 0:
-                break
-            views.append(view)
-        return tuple(views)
-
-    def _trial_views(self, sweep: JobId) -> tuple[TrialView, ...]:
-        """Short enough that a whole sweep fits a frame."""
-        trials = sorted(self._trials.get(sweep, {}).items())
-        return tuple(TrialView(job.trial, _brief(job.register)) for _, job in trials if job.trial is not None)
+        return listed([j for j in (*self._final.values(), *self._jobs.values()) if j.spec.user == user], self._trials)
 
     def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
         """The job's tree, if `peer` runs the job now."""
@@ -533,17 +504,6 @@ class Stewardship:
     def _name(self, node: NodeId | None) -> str:
         member = self._log.members.get(node) if node else None
         return member.name if member else "the machine"
-
-
-def _brief(register: Register) -> Register:
-    result = register.result and replace(register.result, reason="")
-    return replace(register, detail="", reason=register.reason[:TRIAL_REASON_CHARACTERS], result=result)
-
-
-def _size(register: Register) -> int:
-    """Bytes of a register on the wire, at most: its reason is told twice, in its result as well."""
-    words = 2 * len((register.detail + register.reason).encode())
-    return REGISTER_BYTES + words + GPU_BYTES * len(register.gpus)
 
 
 def _clipped(report: AttemptReport) -> AttemptReport:
