@@ -398,20 +398,19 @@ class Node:
         if not added:
             return []
         effects = [*self._log_records(added), *self._trust_effects(), *self._gossip.log_grew(added, source)]
-        return effects + self._let_go(now, before)
+        return effects + self._let_go(now, [node for node in before if node not in self.log.members])
 
     def _expire(self, now: Now) -> list[Effect]:
         """Cloud nodes whose lease is over leave the mesh by the clock."""
-        before = tuple(self.log.members)
-        return [*self._trust_effects(), *self._let_go(now, before)] if self.log.expire(now) else []
+        gone = self.log.expire(now)
+        return [*self._trust_effects(), *self._let_go(now, gone)] if gone else []
 
-    def _let_go(self, now: Now, before: tuple[NodeId, ...]) -> list[Effect]:
-        """Members that are none any more: instances that are gone, and nothing that they ran lives on."""
+    def _let_go(self, now: Now, gone: Iterable[NodeId]) -> list[Effect]:
+        """They are members no more: instances that have ended, and nothing that they ran lives on."""
         effects: list[Effect] = []
-        for node in before:
-            if node not in self.log.members:
-                self._gossip.forget(node)
-                effects += self.stewardship.node_gone(now, node)
+        for node in gone:
+            self._gossip.forget(node)
+            effects += self.stewardship.node_gone(now, node)
         return effects
 
     def _write(self, now: Now, bodies: tuple[AddNode | RemoveNode, ...]) -> list[Effect]:
@@ -509,11 +508,9 @@ class Node:
 
     def _say_demand(self, now: Now) -> None:
         """What would fit nowhere in the office, where the mesh lets it leave: for whoever rents."""
-        told = self._gossip.demand(self.node)
         demand = self.stewardship.demand() if self.log.may_leave else Demand(())
-        if demand != (told or Demand(())):
+        if demand != (self._gossip.demand(self.node) or Demand(())):
             self._gossip.say(now, demand)
-            self.burst.mesh_changed(now)
 
     def _mesh_record(self) -> Persist:
         assert self.log.mesh is not None

@@ -88,6 +88,15 @@ def _is_value(param: Param, text: str) -> bool:
     return param.low <= value <= param.high and (not param.is_whole or value.is_integer())
 
 
+def runnable(spec: JobSpec, trial: Trial | None) -> JobSpec:
+    """The job that may run: `spec` itself, or a trial of it. Raises TrustError for a whole sweep, and as trial_spec."""
+    if trial is not None:
+        return trial_spec(spec, trial)
+    if spec.sweep is not None:
+        raise TrustError("not-allowed", "cannot run a sweep: its trials run")
+    return spec
+
+
 def trial_spec(spec: JobSpec, trial: Trial) -> JobSpec:
     """The job that a trial of the sweep `spec` is. Raises TrustError where it lies outside what was signed."""
     if spec.sweep is None or not is_in(spec.sweep, trial):

@@ -31,9 +31,6 @@ WALL_START_S: Final = 1_800_000_000.0
 MESH: Final = MeshId("5e" * 32)
 STEWARD: Final = NodeId("a" * 52)
 OWNER: Final = UserName("ada")
-LINK_S: Final = 20.0
-"""How often an instance hears from the office."""
-
 CAPS: Final = Caps(
     usd_per_hour=5.0,
     usd_per_day=12.0,

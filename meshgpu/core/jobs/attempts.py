@@ -14,6 +14,7 @@ from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.jobs.placement import find_room, out_of_bounds
 from meshgpu.core.owner import GRACE_S, NEEDS_IMAGE, Owner, Permission, permission
 from meshgpu.core.statemachine import earliest
+from meshgpu.core.sweep import runnable
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import TrustError
@@ -251,8 +252,8 @@ class Attempts:
 
     def cancelled(self, now: Now, steward: NodeId, cancel: Cancel) -> list[Effect]:
         try:
-            spec = self._rules.verify_job(cancel.spec, cancel.trial)
             asked = self._rules.verify_spec(cancel.spec)
+            spec = runnable(asked, cancel.trial)
             request = self._rules.verify_cancel(cancel.request, spec, asked.job)
         except TrustError as error:
             return [Reject(steward, error.message)]

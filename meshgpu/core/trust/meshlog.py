@@ -5,6 +5,7 @@ nodes counts, and that only while it has the role. Nothing is discarded and orde
 same entries see the same mesh. Cloud nodes leave it by the clock as well, each at the end of its lease.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final, assert_never
@@ -67,6 +68,7 @@ class MeshLog:
         """Whether jobs may leave the office for rented instances."""
         self._heads: tuple[Head, ...] = ()
         self._expired: set[NodeId] = set()
+        self._first_expiry_wall_s = math.inf
 
     def enter(self, mesh: MeshId, log: Iterable[Signed]) -> tuple[Signed, ...]:
         """Make `mesh` ours; its genesis must be in `log`. Returns the entries that were new. Raises TrustError."""
@@ -89,17 +91,15 @@ class MeshLog:
             waiting = tuple(entry for entry in waiting if entry.key not in self._chains)
         return tuple(added)
 
-    def expire(self, now: Now) -> bool:
-        """Let cloud nodes go whose time is over, clocks being as they are; returns whether any did."""
-        over = {
-            member.node
-            for member in self.members.values()
-            if member.expires_wall_s is not None and now.wall_s > member.expires_wall_s + WALL_CLOCK_SLACK_S
-        }
-        self._expired |= over
-        if over:
-            self._recount()
-        return bool(over)
+    def expire(self, now: Now) -> tuple[NodeId, ...]:
+        """Let cloud nodes go whose time is over, clocks being as they are, and say which; nearly always none."""
+        latest_wall_s = now.wall_s - WALL_CLOCK_SLACK_S
+        if latest_wall_s <= self._first_expiry_wall_s:
+            return ()
+        over = tuple(member.node for member in self.members.values() if _expiry_wall_s(member) < latest_wall_s)
+        self._expired.update(over)
+        self._recount()
+        return over
 
     def _add_one(self, signed: Signed) -> bool:
         chain = self._chain_of(signed.key)
@@ -160,6 +160,7 @@ class MeshLog:
                 _count_cloud(bodies, members, gone)
         self._heads = tuple(heads)
         self.members = _with_unique_names(members)
+        self._first_expiry_wall_s = min(map(_expiry_wall_s, members.values()), default=math.inf)
         self.users = {key: user for key, user in users.items() if user.node in members}
         self.frozen = tuple(
             author
@@ -267,6 +268,10 @@ def _count_cloud(bodies: list[Body], members: dict[NodeId, Member], gone: set[No
             is_new = body.node not in members and body.node not in gone
             if is_new and body.node == node_id(body.public_key):
                 members[body.node] = _member(body, body.expires_wall_s)
+
+
+def _expiry_wall_s(member: Member) -> float:
+    return math.inf if member.expires_wall_s is None else member.expires_wall_s
 
 
 def _member(body: AddNode, expires_wall_s: float | None) -> Member:

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from meshgpu.core.sweep import trial_spec
+from meshgpu.core.sweep import runnable
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
@@ -24,12 +24,7 @@ class RequestRules:
 
     def verify_job(self, signed: Signed, trial: Trial | None) -> JobSpec:
         """A job that may run: a user of this mesh asked for it, or for the sweep that it is a trial of."""
-        spec = self.verify_spec(signed)
-        if trial is not None:
-            return trial_spec(spec, trial)
-        if spec.sweep is not None:
-            raise TrustError("not-allowed", "cannot run a sweep: its trials run")
-        return spec
+        return runnable(self.verify_spec(signed), trial)
 
     def verify_spec(self, signed: Signed) -> JobSpec:
         """A job or a sweep that a user of this mesh really asked for. Says nothing about its age."""
