@@ -1,0 +1,520 @@
+"""EC2 as the seller of instances: boto3, one request a call, never repeated by the SDK.
+
+Tags are written at creation and say what an instance is for; a ClientToken makes a repeated request harmless. Only an
+endpoint that AWS_ENDPOINT_URL names is spoken to: AWS itself is refused until the burst step is complete.
+
+Sources: EC2 API reference (RunInstances, error codes, "Ensuring idempotency"), AWS Price List API, DLAMI release notes.
+"""
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+from meshgpu import __version__
+from meshgpu.errors import MeshgpuError
+from meshgpu.model.cloud import BurstSettings, Instance, InstanceState, LaunchId, LaunchRequest, Market, Rung
+from meshgpu.model.ids import JobId, MeshId, NodeId
+
+logger = logging.getLogger(__name__)
+
+ENDPOINT_VARIABLE: Final = "AWS_ENDPOINT_URL"
+OWN_DOMAINS: Final = ("amazonaws.com", "amazonaws.com.cn", "api.aws")
+"""Where AWS itself answers."""
+
+CONNECT_S: Final = 5.0
+READ_S: Final = 30.0
+"""RunInstances takes seconds; the caller gives up at 60 s."""
+
+PRICES_LIVE_S: Final = 86_400.0
+"""On-demand prices change a few times a year."""
+
+PRICING_REGION: Final = "us-east-1"
+"""Prices of all regions are told there (AWS Price List API has endpoints in three regions)."""
+
+EXTRA_USD_PER_HOUR: Final = 0.025
+"""The root volume (100 GB of gp3 at most $0.15 a GB and month) and the public address ($0.005), rounded up."""
+
+BID: Final = 1.5
+"""A spot instance may get dearer by this factor before it is lost, but never dearer than on demand."""
+
+GPU_IMAGE: Final = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
+"""SSM parameter with the newest AMI that has NVIDIA's driver, Docker and its GPU runtime."""
+
+GROUP: Final = "meshgpu"
+"""Name of the security group that `admit_office` keeps."""
+
+INSTANCE_PORT: Final = 443
+
+TAG: Final = "meshgpu:"
+MIB: Final = 2**20
+
+STATES: Final = {
+    "pending": InstanceState.PENDING,
+    "running": InstanceState.RUNNING,
+    "shutting-down": InstanceState.ENDING,
+    "terminated": InstanceState.TERMINATED,
+}
+"""Whatever else it says (a person stopped it) is one that lives and has to be ended."""
+
+CODES: Final = {
+    "no-capacity": (
+        "InsufficientInstanceCapacity",
+        "InsufficientHostCapacity",
+        "InsufficientFreeAddressesInSubnet",
+        "InstanceLimitExceeded",
+        "MaxSpotInstanceCountExceeded",
+        "ReservationCapacityExceeded",
+        "SpotMaxPriceTooLow",
+        "UnfulfillableCapacity",
+        "VcpuLimitExceeded",
+    ),
+    "throttled": ("EC2ThrottledException", "RequestLimitExceeded", "SlowDown", "Throttling", "ThrottlingException"),
+    "not-allowed": (
+        "AccessDenied",
+        "AccessDeniedException",
+        "AuthFailure",
+        "Blocked",
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "InvalidClientTokenId",
+        "OptInRequired",
+        "PendingVerification",
+        "RequestExpired",
+        "SignatureDoesNotMatch",
+        "UnauthorizedOperation",
+        "UnrecognizedClientException",
+    ),
+    "token-taken": ("IdempotentParameterMismatch",),
+}
+"""What EC2's errors mean for a burst peer. Others: unknown outcome where the server failed, else a bad request."""
+
+CODE_OF: Final = {theirs: ours for ours, names in CODES.items() for theirs in names}
+
+CREDENTIALS_HINT: Final = "aws sts get-caller-identity"
+
+T = TypeVar("T")
+
+
+def open_ec2(region: str, mesh: MeshId | None) -> "Ec2Cloud":
+    """The instances of one mesh in a region; of every mesh if it is None. Raises MeshgpuError `not-served`."""
+    return Ec2Cloud(region, mesh, _endpoint())
+
+
+def admit_office(region: str) -> str:
+    """Let this office reach rented machines: the id of the security group that lets nobody else. Blocks for seconds.
+
+    Finds or makes the group in the default VPC, and allows TCP to port 443 from the address that AWS sees. Raises
+    MeshgpuError.
+    """
+    endpoint = _endpoint()
+    with _translated(f"prepare the security group {GROUP!r} in {region}"):
+        office = _public_address(endpoint)
+        ec2 = _client("ec2", region, endpoint)
+        try:
+            group = _find_group(ec2) or ec2.create_security_group(
+                GroupName=GROUP,
+                Description="machines that meshgpu rents: reached from the office only",
+                TagSpecifications=[{"ResourceType": "security-group", "Tags": [{"Key": TAG + "group", "Value": "1"}]}],
+            )
+            rule = {
+                "IpProtocol": "tcp",
+                "FromPort": INSTANCE_PORT,
+                "ToPort": INSTANCE_PORT,
+                "IpRanges": [{"CidrIp": f"{office}/32", "Description": "the office"}],
+            }
+            if not _admits(group, f"{office}/32"):
+                ec2.authorize_security_group_ingress(GroupId=group["GroupId"], IpPermissions=[rule])
+        finally:
+            ec2.close()
+    return str(group["GroupId"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """A type of instance that has NVIDIA GPUs, and the zones of a region that offer it."""
+
+    name: str
+    gpu_name: str
+    gpus: int
+    gpu_memory_bytes: int
+    cpus: int
+    memory_bytes: int
+    zones: tuple[str, ...]
+
+
+class Ec2Cloud:
+    """Blocking calls run in threads. `close` drops the connections; what is under way ends by its own timeout."""
+
+    def __init__(self, region: str, mesh: MeshId | None, endpoint: str) -> None:
+        self._region = region
+        self._mesh = mesh
+        self._endpoint = endpoint
+        self._making = threading.Lock()
+        self._clients: dict[str, Any] = {}
+        self._machines: dict[str, _Machine | None] = {}
+        self._images: dict[str, str] = {}
+        self._on_demand: dict[str, tuple[float, float | None]] = {}
+
+    async def rungs(self, settings: BurstSettings) -> tuple[Rung, ...]:
+        """Each type of the settings in each zone that has it: on spot where it is cheaper, and on demand."""
+        return await self._call(f"look for prices in {self._region}", lambda: self._find_rungs(settings))
+
+    async def launch(self, request: LaunchRequest) -> Instance:
+        """One RunInstances, for one instance that terminates when it powers off."""
+        rung = request.rung
+        found = await self._call(
+            f"rent {rung.instance_type} in {rung.zone}",
+            lambda: self._client("ec2").run_instances(**self._parameters(request)),
+        )
+        return _instance(found["Instances"][0])
+
+    async def instances(self) -> tuple[Instance, ...]:
+        """Those with a tag of the mesh, in whatever state."""
+        wanted = (
+            {"Name": f"tag:{TAG}mesh", "Values": [self._mesh]}
+            if self._mesh is not None
+            else {"Name": "tag-key", "Values": [f"{TAG}launch"]}
+        )
+
+        def describe() -> tuple[Instance, ...]:
+            pages = self._client("ec2").get_paginator("describe_instances").paginate(Filters=[wanted])
+            return tuple(
+                _instance(found)
+                for page in pages
+                for reservation in page["Reservations"]
+                for found in reservation["Instances"]
+            )
+
+        return await self._call(f"list the instances in {self._region}", describe)
+
+    async def terminate(self, instance: str) -> None:
+        """TerminateInstances."""
+        try:
+            await self._call(f"end {instance}", lambda: self._client("ec2").terminate_instances(InstanceIds=[instance]))
+        except MeshgpuError as error:
+            if "InvalidInstanceID.NotFound" not in error.message:
+                raise
+
+    async def close(self) -> None:
+        with self._making:
+            for client in self._clients.values():
+                client.close()
+            self._clients.clear()
+
+    async def _call(self, what: str, call: Callable[[], T]) -> T:
+        def translated() -> T:
+            with _translated(what):
+                return call()
+
+        return await asyncio.to_thread(translated)
+
+    def _client(self, service: str) -> Any:  # Any: boto3 makes its clients' classes at run time
+        with self._making:
+            if service not in self._clients:
+                region = PRICING_REGION if service == "pricing" else self._region
+                self._clients[service] = _client(service, region, self._endpoint)
+            return self._clients[service]
+
+    # -- what can be asked for ----------------------------------------------------------------------------------------
+
+    def _find_rungs(self, settings: BurstSettings) -> tuple[Rung, ...]:
+        machines = self._gpu_machines(settings.instance_types)
+        spot = self._spot_prices([machine.name for machine in machines]) if machines else {}
+        rungs: list[Rung] = []
+        for machine in machines:
+            on_demand = self._on_demand_price(machine.name)
+            for zone in machine.zones:
+                now = spot.get((machine.name, zone))
+                if on_demand is not None:
+                    rungs.append(_rung(machine, zone, Market.ON_DEMAND, on_demand))
+                if now is not None and (on_demand is None or now < on_demand):
+                    bid = now * BID if on_demand is None else min(now * BID, on_demand)
+                    rungs.append(_rung(machine, zone, Market.SPOT, bid))
+        return tuple(rungs)
+
+    def _gpu_machines(self, names: Iterable[str]) -> list[_Machine]:
+        """Of these types the ones that can be rented here; asked once."""
+        wanted = sorted(set(names))
+        if any(name not in self._machines for name in wanted):
+            self._machines = self._look_up(wanted)
+        return [machine for name in wanted if (machine := self._machines[name]) is not None]
+
+    def _look_up(self, names: list[str]) -> dict[str, _Machine | None]:
+        ec2 = self._client("ec2")
+        here = {
+            zone["ZoneName"]
+            for zone in ec2.describe_availability_zones()["AvailabilityZones"]
+            if zone.get("ZoneType", "availability-zone") == "availability-zone" and zone["State"] == "available"
+        }
+        of_types = [{"Name": "instance-type", "Values": names}]
+        offers = ec2.get_paginator("describe_instance_type_offerings").paginate(
+            LocationType="availability-zone", Filters=of_types
+        )
+        zones: dict[str, list[str]] = {name: [] for name in names}
+        for offer in (offer for page in offers for offer in page["InstanceTypeOfferings"]):
+            if offer["Location"] in here:
+                zones[offer["InstanceType"]].append(offer["Location"])
+        pages = ec2.get_paginator("describe_instance_types").paginate(Filters=of_types)
+        described = {found["InstanceType"]: found for page in pages for found in page["InstanceTypes"]}
+        machines = {
+            name: _machine(described[name], sorted(zones[name])) if name in described else None for name in names
+        }
+        for name in (name for name, machine in machines.items() if machine is None):
+            logger.warning("%s has no instance type %s with NVIDIA GPUs for x86-64", self._region, name)
+        return machines
+
+    def _spot_prices(self, names: list[str]) -> dict[tuple[str, str], float]:
+        """{(type, zone): US dollars an hour, now}"""
+        pages = (
+            self._client("ec2")
+            .get_paginator("describe_spot_price_history")
+            .paginate(InstanceTypes=names, ProductDescriptions=["Linux/UNIX"], StartTime=time.time())
+        )
+        newest: dict[tuple[str, str], tuple[Any, float]] = {}
+        for found in (found for page in pages for found in page["SpotPriceHistory"]):
+            key = (found["InstanceType"], found["AvailabilityZone"])
+            price = (found["Timestamp"], float(found["SpotPrice"]))
+            newest[key] = max(newest.get(key, price), price)
+        return {key: price for key, (_, price) in newest.items()}
+
+    def _on_demand_price(self, name: str) -> float | None:
+        """US dollars an hour; None where the price list does not say: then only spot instances of it are asked for."""
+        at, price = self._on_demand.get(name, (-PRICES_LIVE_S, None))
+        if time.monotonic() < at + PRICES_LIVE_S:
+            return price
+        fields = {
+            "instanceType": name,
+            "regionCode": self._region,
+            "operatingSystem": "Linux",
+            "tenancy": "Shared",
+            "preInstalledSw": "NA",
+            "capacitystatus": "Used",
+        }
+        filters = [{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in fields.items()]
+        try:
+            with _translated(f"read the price of {name}"):
+                listed = self._client("pricing").get_products(ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
+        except MeshgpuError as error:
+            logger.warning("%s", error.message)
+            return None
+        price = _price(listed)
+        self._on_demand[name] = (time.monotonic(), price)
+        return price
+
+    # -- the request --------------------------------------------------------------------------------------------------
+
+    def _parameters(self, request: LaunchRequest) -> dict[str, Any]:
+        """RunInstances, the same for the same request: EC2 refuses a token with other parameters."""
+        rung = request.rung
+        tags = {
+            "mesh": request.mesh,
+            "launch": request.launch,
+            "owner": request.owner,
+            "need": request.need,
+            "expires": repr(request.lease_ends_wall_s),
+            "usd-per-hour": repr(rung.usd_per_hour),
+            "version": __version__,
+        }
+        tagged = ["instance", "volume", "network-interface"]
+        parameters: dict[str, Any] = {
+            "ClientToken": request.token,
+            "ImageId": request.image or self._gpu_image(),
+            "InstanceType": rung.instance_type,
+            "MinCount": 1,
+            "MaxCount": 1,
+            "Placement": {"AvailabilityZone": rung.zone},
+            "UserData": request.user_data.decode(),
+            "InstanceInitiatedShutdownBehavior": "terminate",
+            "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1},
+        }
+        if request.security_group:
+            parameters["SecurityGroupIds"] = [request.security_group]
+        if rung.market is Market.SPOT:
+            tagged.append("spot-instances-request")
+            parameters["InstanceMarketOptions"] = {
+                "MarketType": "spot",
+                "SpotOptions": {
+                    "SpotInstanceType": "one-time",
+                    "InstanceInterruptionBehavior": "terminate",
+                    "MaxPrice": f"{rung.usd_per_hour - EXTRA_USD_PER_HOUR:.4f}",
+                },
+            }
+        marks = [{"Key": TAG + key, "Value": str(value)} for key, value in tags.items()]
+        marks.append({"Key": "Name", "Value": f"meshgpu {request.launch[:8]}"})
+        parameters["TagSpecifications"] = [{"ResourceType": kind, "Tags": marks} for kind in tagged]
+        return parameters
+
+    def _gpu_image(self) -> str:
+        """The same for as long as this client lives: a repeated request must not change."""
+        if GPU_IMAGE not in self._images:
+            found = self._client("ssm").get_parameter(Name=GPU_IMAGE)
+            self._images[GPU_IMAGE] = str(found["Parameter"]["Value"])
+        return self._images[GPU_IMAGE]
+
+
+# -- the SDK and its errors ------------------------------------------------------------------------------------------
+
+
+def _endpoint() -> str:
+    """Where EC2 answers. Raises MeshgpuError `not-served` for AWS itself."""
+    endpoint = os.environ.get(ENDPOINT_VARIABLE, "")
+    host = (urlsplit(endpoint).hostname or "").rstrip(".").lower()
+    if not host or any(host == domain or host.endswith("." + domain) for domain in OWN_DOMAINS):
+        raise MeshgpuError(
+            "not-served",
+            "cannot rent from AWS itself yet: this version serves only an EC2 look-alike that AWS_ENDPOINT_URL names",
+            "make demo-burst",
+        )
+    return endpoint.rstrip("/")
+
+
+def _client(service: str, region: str, endpoint: str) -> Any:
+    """A client whose every call is exactly one request."""
+    import boto3  # half a second and 30 MB that only burst peers need
+    from botocore.config import Config
+
+    return boto3.session.Session().client(
+        service,
+        region_name=region,
+        endpoint_url=endpoint,
+        config=Config(
+            connect_timeout=CONNECT_S,
+            read_timeout=READ_S,
+            retries={"total_max_attempts": 1},
+            user_agent_extra=f"meshgpu/{__version__}",
+        ),
+    )
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """What goes wrong inside becomes a MeshgpuError that says what was tried."""
+    from botocore import exceptions as theirs
+    from botocore.parsers import ResponseParserError
+
+    try:
+        yield
+    except theirs.ClientError as error:
+        said = error.response.get("Error", {})
+        name, text = said.get("Code", "?"), said.get("Message", "")
+        has_failed = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500
+        code = CODE_OF.get(name, "unknown-outcome" if has_failed else "bad-request")
+        hint = CREDENTIALS_HINT if code == "not-allowed" else ""
+        raise MeshgpuError(code, f"cannot {what}: {text} ({name})", hint) from error
+    except (theirs.NoCredentialsError, theirs.PartialCredentialsError) as error:
+        raise MeshgpuError("not-allowed", f"cannot {what}: there are no AWS credentials", "aws configure") from error
+    except (theirs.ParamValidationError, theirs.ProfileNotFound) as error:
+        raise MeshgpuError("bad-request", f"cannot {what}: {error}") from error
+    except (theirs.BotoCoreError, ResponseParserError, OSError) as error:
+        raise MeshgpuError("unknown-outcome", f"cannot {what}: {error}") from error
+
+
+def _public_address(endpoint: str) -> ipaddress.IPv4Address:
+    """This office's address as the provider sees it. Raises MeshgpuError or OSError."""
+    with urllib.request.urlopen(endpoint + "/", timeout=CONNECT_S) as answer:  # noqa: S310 - AWS_ENDPOINT_URL's scheme
+        text = answer.read(64).decode("ascii", "replace").strip()
+    try:
+        return ipaddress.IPv4Address(text)
+    except ValueError as error:
+        raise MeshgpuError(
+            "unknown-outcome", f"cannot learn this office's address: {endpoint} says {text!r}"
+        ) from error
+
+
+def _find_group(ec2: Any) -> dict[str, Any] | None:
+    found = ec2.describe_security_groups(Filters=[{"Name": "group-name", "Values": [GROUP]}])["SecurityGroups"]
+    return dict(found[0]) if found else None
+
+
+def _admits(group: Mapping[str, Any], cidr: str) -> bool:
+    return any(
+        span["CidrIp"] == cidr
+        for rule in group.get("IpPermissions", [])
+        if rule.get("FromPort") == rule.get("ToPort") == INSTANCE_PORT
+        for span in rule["IpRanges"]
+    )
+
+
+def _machine(found: dict[str, Any], zones: list[str]) -> _Machine | None:
+    """What DescribeInstanceTypes says; None for what cannot run CUDA, or has only a part of a GPU (it counts 0)."""
+    gpus = found.get("GpuInfo", {}).get("Gpus", [])
+    is_usable = (
+        len(gpus) == 1
+        and gpus[0].get("Manufacturer") == "NVIDIA"
+        and gpus[0].get("Count", 0) > 0
+        and "x86_64" in found["ProcessorInfo"]["SupportedArchitectures"]
+    )
+    if not is_usable:
+        return None
+    return _Machine(
+        found["InstanceType"],
+        f"NVIDIA {gpus[0]['Name']}",
+        gpus[0]["Count"],
+        gpus[0]["MemoryInfo"]["SizeInMiB"] * MIB,
+        found["VCpuInfo"]["DefaultVCpus"],
+        found["MemoryInfo"]["SizeInMiB"] * MIB,
+        tuple(zones),
+    )
+
+
+def _rung(machine: _Machine, zone: str, market: Market, usd_per_hour: float) -> Rung:
+    """usd_per_hour: of the instance alone."""
+    return Rung(
+        machine.name,
+        zone,
+        market,
+        machine.gpu_name,
+        machine.gpus,
+        machine.gpu_memory_bytes,
+        machine.cpus,
+        machine.memory_bytes,
+        round(usd_per_hour + EXTRA_USD_PER_HOUR, 4),
+    )
+
+
+def _price(listed: list[str]) -> float | None:
+    """The dearest US dollar price an hour that the price list's documents name."""
+    prices = [
+        float(dimension["pricePerUnit"]["USD"])
+        for document in map(json.loads, listed)
+        for term in document.get("terms", {}).get("OnDemand", {}).values()
+        for dimension in term["priceDimensions"].values()
+        if dimension.get("unit") == "Hrs" and "USD" in dimension["pricePerUnit"]
+    ]
+    return max(prices, default=0.0) or None
+
+
+def _instance(found: dict[str, Any]) -> Instance:
+    """As its tags say; a number that cannot be read is 0, so that a lease that nobody can read is over."""
+    tags = {tag["Key"].removeprefix(TAG): tag["Value"] for tag in found.get("Tags", [])}
+    return Instance(
+        found["InstanceId"],
+        LaunchId(tags.get("launch", "")),
+        MeshId(tags.get("mesh", "")),
+        NodeId(tags.get("owner", "")),
+        JobId(tags.get("need", "")),
+        STATES.get(found["State"]["Name"], InstanceState.RUNNING),
+        found.get("PublicIpAddress", ""),
+        found["LaunchTime"].timestamp(),
+        _number(tags.get("expires", "")),
+        found["InstanceType"],
+        Market.SPOT if found.get("InstanceLifecycle") == "spot" else Market.ON_DEMAND,
+        _number(tags.get("usd-per-hour", "")),
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
