@@ -22,7 +22,16 @@ from urllib.parse import urlsplit
 
 from meshgpu import __version__
 from meshgpu.errors import MeshgpuError
-from meshgpu.model.cloud import BurstSettings, Instance, InstanceState, LaunchId, LaunchRequest, Market, Rung
+from meshgpu.model.cloud import (
+    INSTANCE_PORT,
+    BurstSettings,
+    Instance,
+    InstanceState,
+    LaunchId,
+    LaunchRequest,
+    Market,
+    Rung,
+)
 from meshgpu.model.ids import JobId, MeshId, NodeId
 
 logger = logging.getLogger(__name__)
@@ -52,8 +61,6 @@ GPU_IMAGE: Final = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-
 
 GROUP: Final = "meshgpu"
 """Name of the security group that `admit_office` keeps."""
-
-INSTANCE_PORT: Final = 443
 
 TAG: Final = "meshgpu:"
 MIB: Final = 2**20

@@ -143,6 +143,9 @@ class CloudAgent(Agent):
     def _power_off(self) -> Callable[[], Awaitable[None]]:
         return power_off
 
+    def _make_burst(self) -> None:
+        return None
+
     def _node_config(self) -> NodeConfig:
         return replace(super()._node_config(), may_steward=False, seeds=(), instance=self._boot.terms.terms)
 

@@ -18,6 +18,7 @@ from meshgpu import __version__, ports
 from meshgpu.adapters.boot_clock import BootClock
 from meshgpu.adapters.chunk_files import ChunkFiles
 from meshgpu.adapters.docker_executor import DockerExecutor
+from meshgpu.adapters.ec2_cloud import open_ec2
 from meshgpu.adapters.fences import Fence
 from meshgpu.adapters.gpu_locks import GpuLocks
 from meshgpu.adapters.grpc_link import GrpcLink
@@ -30,7 +31,9 @@ from meshgpu.adapters.nvml_gpus import NvmlGpus
 from meshgpu.adapters.process_executor import ProcessExecutor
 from meshgpu.adapters.sqlite_store import SqliteStore
 from meshgpu.adapters.uv_environments import UvEnvironments
+from meshgpu.agent.burst import Burst
 from meshgpu.agent.control import Control, serve
+from meshgpu.agent.enrolment import Enroller
 from meshgpu.agent.executors import Executors
 from meshgpu.agent.gpu_users import without_jobs
 from meshgpu.agent.home import Home
@@ -40,12 +43,16 @@ from meshgpu.agent.runtime import Outside, Runtime
 from meshgpu.agent.status import Status
 from meshgpu.agent.streams import Streams
 from meshgpu.agent.trees import Trees
+from meshgpu.agent.user_data import make_user_data
 from meshgpu.config import Config, load_config
+from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
 from meshgpu.core.node import Node, NodeConfig
 from meshgpu.errors import MeshgpuError
+from meshgpu.model.cloud import INSTANCE_PORT
+from meshgpu.model.enrolment import BootTerms, InstanceTerms
 from meshgpu.model.gossip import Sighting
-from meshgpu.model.ids import Address, JobId, as_name, node_id
+from meshgpu.model.ids import Address, JobId, MeshId, as_name, node_id
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.records import Record
 from meshgpu.wire.codec import decode, kind_of
@@ -155,6 +162,7 @@ class Agent:
             self._announce,
             self._discard,
             power_off=self._power_off(),
+            burst=self._make_burst(),
         )
         self._runtime = Runtime(self._node, outside, trees, self._tasks)
         streams = Streams(self._node, self._home, chunks, self._clock)
@@ -174,6 +182,26 @@ class Agent:
     def _power_off(self) -> Callable[[], Awaitable[None]] | None:
         """How this machine ends; None for all that are not rented."""
         return None
+
+    def _make_burst(self) -> Burst | None:
+        """What rents machines where a person has set that up; None for machines that are rented themselves."""
+        enroller = Enroller(self._keys, self._notary, self._clock, self._rng, lambda: self._node.log.mesh)
+        burst = Burst(lambda settings: open_ec2(settings.region, self._mesh()), self._prepare_launch, enroller.dial)
+        self._closing.push_async_callback(burst.close)
+        return burst
+
+    def _mesh(self) -> MeshId:
+        mesh = self._node.log.mesh
+        if mesh is None:
+            raise MeshgpuError("not-in-mesh", "cannot rent: this machine is in no mesh", "meshgpu init")
+        return mesh
+
+    async def _prepare_launch(self, order: fx.PrepareLaunch) -> tuple[bytes, bytes]:
+        """The user data of an instance to be, and the certificate (DER) by which it will be known."""
+        settings = order.settings
+        ends = InstanceTerms(order.lease_ends_wall_s, settings.idle_s, settings.no_contact_s)
+        terms = BootTerms(self._mesh(), order.launch, self._keys.node_key(), INSTANCE_PORT, ends)
+        return make_user_data(terms, settings.install, self._clock.now().wall_s)
 
     def _make_status(self) -> Status:
         return Status(

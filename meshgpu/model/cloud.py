@@ -12,6 +12,9 @@ LaunchId = NewType("LaunchId", str)
 CLIENT_TOKEN_CHARACTERS: Final = 64
 """Of EC2's ClientToken at most (API reference, RunInstances)."""
 
+INSTANCE_PORT: Final = 443
+"""Where an instance listens, with its bootstrap certificate and later with its own."""
+
 
 class Market(StrEnum):
     SPOT = "spot"

@@ -7,7 +7,7 @@ from typing import Final
 from meshgpu.core.effects import Effect, Enrol, Launch, Persist, Terminate
 from meshgpu.core.statemachine import earliest
 from meshgpu.model.clock import Now
-from meshgpu.model.cloud import Instance, InstanceState, LaunchId
+from meshgpu.model.cloud import INSTANCE_PORT, Instance, InstanceState, LaunchId
 from meshgpu.model.ids import Address
 from meshgpu.model.records import LaunchRecord, LaunchState
 
@@ -37,9 +37,6 @@ ENROL_PAUSE_S: Final = 5.0
 
 MISSED: Final = 2
 """Surveys in a row that do not name an instance before it counts as gone."""
-
-INSTANCE_PORT: Final = 443
-"""Where an instance listens, with its bootstrap certificate and later with its own."""
 
 
 def member_name(launch: LaunchId) -> str:
