@@ -4,19 +4,36 @@ Everything here raises MeshgpuError `bad-request` for what makes no sense.
 """
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 
 from meshgpu.adapters.metrics import compile_pattern
 from meshgpu.core.sweep import grid_size
 from meshgpu.errors import MeshgpuError
+from meshgpu.model.cloud import BurstSettings, Caps
 from meshgpu.model.ids import Digest, as_name
 from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest
 from meshgpu.model.resources import Resources, parse_gpus
 from meshgpu.model.sweep import Method, Objective, Space, parse_objective, parse_param
 from meshgpu.model.tree import Manifest
+
+SETTING_NAMES: Final = {
+    "region": r"[a-z]{2}(-[a-z0-9]+)+",
+    "instance_types": r"[a-z0-9-]+\.[a-z0-9-]+",
+    "image": r"(ami-[a-z0-9]+)?",
+    "security_group": r"(sg-[a-z0-9]+)?",
+}
+"""{setting: what EC2's names for it look like}."""
+
+INSTALL_BYTES: Final = 8 * 1024
+"""Of the install command at most: half of the user data into which it has to fit."""
+
+INSTANCES_LIMIT: Final = 1000
+AMOUNT_LIMIT: Final = 1e9
+"""US dollars or seconds: more than anybody means."""
 
 
 async def read_body(request: web.Request) -> dict[str, Any]:
@@ -109,3 +126,70 @@ def _objective(body: Mapping[str, Any]) -> Objective | None:
     if objective.pattern:
         compile_pattern(objective.pattern)
     return objective
+
+
+def settings_of(body: Mapping[str, Any]) -> BurstSettings:
+    """How this machine is to rent."""
+    asked, caps = body.get("settings"), None
+    if isinstance(asked, dict):
+        caps = asked.get("caps")
+    if not isinstance(asked, dict) or not isinstance(caps, dict):
+        raise MeshgpuError("bad-request", "cannot set up renting: settings or their caps are missing")
+    instances = whole_of(caps, "instances")
+    if instances > INSTANCES_LIMIT:
+        raise MeshgpuError("bad-request", f"cannot rent {instances} instances: at most {INSTANCES_LIMIT}")
+    types = tuple(_ec2_name("instance_types", name) for name in texts_of(asked, "instance_types"))
+    if not types:
+        raise MeshgpuError("bad-request", "cannot rent: there is no instance type", "--instance-type g6.xlarge")
+    return BurstSettings(
+        _ec2_name("region", text_of(asked, "region")),
+        Caps(
+            _amount_of(caps, "usd_per_hour"),
+            _amount_of(caps, "usd_per_day"),
+            _amount_of(caps, "usd_per_month"),
+            _amount_of(caps, "usd_per_job"),
+            instances,
+            caps.get("on_demand") is True,
+            _span_of(caps, "lease_s"),
+        ),
+        tuple(dict.fromkeys(types)),
+        _amount_of(asked, "burst_after_s"),
+        _span_of(asked, "idle_s"),
+        _span_of(asked, "no_contact_s"),
+        _ec2_name("image", text_of(asked, "image")),
+        _ec2_name("security_group", text_of(asked, "security_group")),
+        _install_of(asked),
+    )
+
+
+def _amount_of(body: Mapping[str, Any], key: str) -> float:
+    value = body.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= AMOUNT_LIMIT:
+        raise MeshgpuError("bad-request", f"cannot rent: {key} is {value!r}, expected a number from 0")
+    return float(value)
+
+
+def _span_of(body: Mapping[str, Any], key: str) -> float:
+    seconds = _amount_of(body, key)
+    if seconds == 0:
+        raise MeshgpuError("bad-request", f"cannot rent: {key} is no time at all")
+    return seconds
+
+
+def _ec2_name(what: str, text: str) -> str:
+    if not re.fullmatch(SETTING_NAMES[what], text):
+        raise MeshgpuError(
+            "bad-request", f"cannot rent: {text!r} is no {what.replace('_', ' ').removesuffix('s')} of EC2"
+        )
+    return text
+
+
+def _install_of(asked: Mapping[str, Any]) -> str:
+    install = text_of(asked, "install").strip()
+    size_bytes = len(install.encode(errors="replace"))
+    if not install or size_bytes > INSTALL_BYTES or not install.replace("\n", "").replace("\t", "").isprintable():
+        raise MeshgpuError(
+            "bad-request",
+            f"cannot rent: install has {size_bytes} bytes, expected a shell command of 1 to {INSTALL_BYTES}",
+        )
+    return install

@@ -80,12 +80,12 @@ class Burst:
             async with asyncio.timeout(DIALOG_S if isinstance(order, fx.Enrol | fx.Welcome) else CALL_S):
                 return await self._carry_out(order)
         except TimeoutError:
-            return _failed(order, "unknown-outcome", "there was no answer in time")
+            return failed(order, "unknown-outcome", "there was no answer in time")
         except MeshgpuError as error:
-            return _failed(order, error.code, error.message)
+            return failed(order, error.code, error.message)
         except Exception as error:
             logger.exception("a burst order failed")
-            return _failed(order, "unknown-outcome", f"{type(error).__name__}: {error}")
+            return failed(order, "unknown-outcome", f"{type(error).__name__}: {error}")
 
     async def _carry_out(self, order: fx.BurstEffect) -> ev.BurstEvent:
         match order:
@@ -149,7 +149,7 @@ class Burst:
             logger.debug("a dialog was left open: %s", error)
 
 
-def _failed(order: fx.BurstEffect, code: str, reason: str) -> ev.BurstEvent:
+def failed(order: fx.BurstEffect, code: str, reason: str) -> ev.BurstEvent:
     """The event in which the order ends when it fails."""
     match order:
         case fx.SurveyCloud():

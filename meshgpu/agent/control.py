@@ -13,12 +13,19 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from meshgpu.agent.bodies import draft_of, read_body, text_of, texts_of
+from meshgpu.agent.bodies import draft_of, read_body, settings_of, text_of, texts_of
 from meshgpu.agent.callers import descends_from
 from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.status import Status
-from meshgpu.agent.views import Document, JobDocuments, machine_document, verdict_document
+from meshgpu.agent.views import (
+    Document,
+    JobDocuments,
+    burst_document,
+    machine_document,
+    plan_document,
+    verdict_document,
+)
 from meshgpu.config import DEFAULT_PAIRING_PORT, host_of, with_port
 from meshgpu.core import events as ev
 from meshgpu.errors import HTTP_STATUS, MeshgpuError, TrustError
@@ -69,6 +76,9 @@ class Control:
                 web.post("/v1/down", self._down),
                 web.post("/v1/pause", self._pause),
                 web.post("/v1/resume", self._resume),
+                web.get("/v1/burst", self._burst),
+                web.post("/v1/burst", self._set_up_burst),
+                web.get("/v1/burst/plan", self._burst_plan),
                 web.post("/v1/trees", self._put_tree),
                 web.put("/v1/chunks", self._put_chunk),
                 web.post("/v1/jobs", self._submit),
@@ -196,6 +206,31 @@ class Control:
         self._check_own(request, "lend again")
         await self.settle(ev.LendingResumed())
         return web.json_response({})
+
+    # -- renting ------------------------------------------------------------------------------------------------------
+
+    async def _burst(self, request: web.Request) -> web.Response:
+        self._key(request)
+        return web.json_response(burst_document(self.status.node, self.status.clock.now()))
+
+    async def _set_up_burst(self, request: web.Request) -> web.Response:
+        """Rent as the settings say from now on. check: only find out whether that may be."""
+        uid = self._check_own(request, "let this machine rent")
+        self._key(request)
+        body = await read_body(request)
+        settings = settings_of(body)
+        if body.get("check") is True:
+            self.pairing.check_renting(uid)
+        else:
+            await self.pairing.let_rent(uid)
+            await self.settle(ev.BurstConfigured(settings))
+        return web.json_response(burst_document(self.status.node, self.status.clock.now()))
+
+    async def _burst_plan(self, request: web.Request) -> web.Response:
+        self._key(request)
+        now = self.status.clock.now()
+        plans = [plan_document(plan, now) for plan in self.status.node.burst.plan(now)]
+        return web.json_response(burst_document(self.status.node, now) | {"plans": plans})
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,8 @@
-"""Founding a mesh, inviting, joining: the conversations around `core.trust.joining`."""
+"""Founding a mesh, inviting, joining: the conversations around `core.trust.joining`; and letting a machine rent.
+
+Whatever an admin signs here is written one at a time, and not before the last is on disk: who signs one number twice
+is frozen.
+"""
 
 import asyncio
 import random
@@ -11,9 +15,9 @@ from meshgpu.core.node import Node
 from meshgpu.core.trust import joining
 from meshgpu.core.trust.meshlog import MeshLog, found
 from meshgpu.errors import MeshgpuError, TrustError
-from meshgpu.model.ids import Address, UserName, base32, digest, is_name, key_id, node_id
+from meshgpu.model.ids import Address, KeyId, UserName, base32, digest, is_name, key_id, node_id
 from meshgpu.model.pairing import Application, Greeting, Introduction, InviteString, Newcomer, PairingBinding, Welcome
-from meshgpu.model.trust import AddNode, Genesis, Invite, LinkUser, Notary, Role
+from meshgpu.model.trust import AddNode, Genesis, Invite, LinkUser, Notary, Role, SetPolicy, SetRole, UserKey
 from meshgpu.wire.certificates import node_of_ca
 from meshgpu.wire.codec import PROTOCOL, decode, encode
 
@@ -84,16 +88,9 @@ class Pairing:
 
     async def invite(self, uid: int, user: str | None) -> tuple[str, Invite]:
         """Open the pairing listener for one more machine; it closes when the last invite is used or over."""
+        account = self._admin(uid, "invite", "meshgpu invite")
         log = self.node.log
-        account = log.account(self.node.node, uid)
-        if account is None or log.mesh is None:
-            raise TrustError("not-in-mesh", "cannot invite: this account is in no mesh", "meshgpu init")
-        if not account.is_admin:
-            raise TrustError(
-                "not-an-admin",
-                f"cannot invite: {account.user} on this machine is no admin of the mesh {log.mesh_name}",
-                "run `meshgpu invite` on the machine where the mesh was made",
-            )
+        assert log.mesh is not None
         _check_names(user=user or account.user)
         if not self._port:
             self._port = await self.listener.open(self._answer)
@@ -104,6 +101,20 @@ class Pairing:
         hosts = dict.fromkeys(address.rpartition(":")[0] for address in self.addresses())
         where = tuple(Address(f"{host}:{self._port}") for host in hosts)
         return joining.write_invite(InviteString(log.mesh, self.node.node, secret, where)), invite
+
+    def _admin(self, uid: int, what: str, command: str) -> UserKey:
+        """The caller's account, which `what` needs. Raises TrustError `not-in-mesh` or `not-an-admin`."""
+        log = self.node.log
+        account = log.account(self.node.node, uid)
+        if account is None or log.mesh is None:
+            raise TrustError("not-in-mesh", f"cannot {what}: this account is in no mesh", "meshgpu init")
+        if not account.is_admin:
+            raise TrustError(
+                "not-an-admin",
+                f"cannot {what}: {account.user} on this machine is no admin of the mesh {log.mesh_name}",
+                f"run `{command}` on the machine where the mesh was made",
+            )
+        return account
 
     async def _close_when_over(self) -> None:
         await asyncio.sleep(joining.INVITE_LIFE_S + 1.0)
@@ -144,10 +155,7 @@ class Pairing:
         return introduction
 
     async def _admit(self, application: Application) -> Welcome:
-        """Whoever proves an invite's secret over one of the open conversations is in.
-
-        One at a time, and not before the entries are on disk: an admin who signs one number twice is frozen.
-        """
+        """Whoever proves an invite's secret over one of the open conversations is in."""
         newcomer = application.newcomer
         _check_names(machine=newcomer.name)
         if node_of_ca(newcomer.device_ca) != node_id(newcomer.public_key):
@@ -164,6 +172,32 @@ class Pairing:
             joining.check_possession(self.notary, self.node.log, application, transcripts[nonce])
             await self.settle(ev.LogWritten(joining.admit(self.node.log, invite, newcomer)))
         return Welcome(self.node.log.all_entries(), invite.user, tuple(self.addresses()))
+
+    # -- renting ------------------------------------------------------------------------------------------------------
+
+    def check_renting(self, uid: int) -> None:
+        """Raise TrustError `not-in-mesh` or `not-an-admin` where `let_rent` would."""
+        self._granting(uid)
+
+    async def let_rent(self, uid: int) -> None:
+        """Let this node rent, and jobs leave the office for what it rents, where the mesh does not yet.
+
+        Raises TrustError `not-in-mesh` or `not-an-admin`; then nothing was changed.
+        """
+        async with self._writing:
+            author, grants = self._granting(uid)
+            if grants:
+                await self.settle(ev.LogWritten(self.node.log.write(author, grants)))
+
+    def _granting(self, uid: int) -> tuple[KeyId, tuple[SetPolicy | SetRole, ...]]:
+        """Who signs what is lacking; with nothing lacking anybody may."""
+        log, me = self.node.log, self.node.node
+        member, account = log.members.get(me), log.account(me, uid)
+        policy = () if log.may_leave else (SetPolicy(may_leave=True),)
+        role = () if member is not None and member.role is Role.BURST else (SetRole(me, Role.BURST),)
+        if account is not None and not (policy or role):
+            return account.key, ()
+        return self._admin(uid, "let this machine rent", "meshgpu burst setup").key, (*policy, *role)
 
     # -- joining ------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar, assert_never
 
 from meshgpu import ports
-from meshgpu.agent.burst import Burst
+from meshgpu.agent.burst import Burst, failed
 from meshgpu.agent.trees import Trees
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
@@ -314,8 +314,11 @@ class Runtime:
             del self._staging[key]
 
     async def _rent(self, order: fx.BurstEffect) -> None:
-        assert self.outside.burst is not None, "only who was set up for it rents"
-        self.post(await self.outside.burst.perform(order))
+        burst = self.outside.burst
+        if burst is None:
+            self.post(failed(order, "not-served", "this agent knows no seller"))
+        else:
+            self.post(await burst.perform(order))
 
     async def _discard(self, job: JobId, epoch: int) -> None:
         try:

@@ -1,16 +1,22 @@
-"""What the control API says of machines and jobs, as JSON documents."""
+"""What the control API says of machines, jobs and renting, as JSON documents."""
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from meshgpu.core.burst.plan import Plan
+from meshgpu.core.burst.planner import BurstStatus
+from meshgpu.core.burst.rental import member_name
 from meshgpu.core.jobs.placement import GpuVerdict, MachineVerdict
 from meshgpu.core.node import MachineView, Node
 from meshgpu.model.clock import Now
+from meshgpu.model.cloud import Instance, InstanceState
 from meshgpu.model.gossip import Allocation
 from meshgpu.model.ids import GpuId, JobId, NodeId, display_name
 from meshgpu.model.inventory import Gpu, GpuReading
 from meshgpu.model.job import JobSpec, JobState, JobView, Register
+from meshgpu.model.records import LaunchRecord
 from meshgpu.model.sweep import Metric, Objective, Space
 from meshgpu.model.trust import Member
 
@@ -201,3 +207,92 @@ def display_names(views: list[JobView]) -> dict[JobId, str]:
             length += 1
         names[spec.job] = display_name(spec.name, spec.job, length)
     return names
+
+
+def burst_document(node: Node, now: Now) -> Document:
+    """How renting stands on this node: its settings, what it spends, what is rented; settings is None without any."""
+    status = node.burst.status(now)
+    me = node.log.members[node.node]
+    return {
+        "machine": me.name,
+        "role": me.role.value,
+        "may_leave": node.log.may_leave,
+        "rents": status is not None and status.rents,
+        "settings": asdict(status.settings) if status else None,
+        "usd_per_hour": status.usd_per_hour if status else 0.0,
+        "usd_today": status.usd_today if status else 0.0,
+        "usd_this_month": status.usd_this_month if status else 0.0,
+        "surveyed_s": status.surveyed_s if status else None,
+        "problem": status.fault if status else "",
+        "rented": _rented_documents(node, now, status) if status else [],
+    }
+
+
+def _rented_documents(node: Node, now: Now, status: BurstStatus) -> list[Document]:
+    """This node's launches, whatever became of them, and what others rented and lives; the oldest first."""
+    seen = {instance.launch: instance for instance in status.instances}
+    own = {record.request.launch for record in status.launches}
+    rows = [_launch_document(record, seen.get(record.request.launch)) for record in status.launches]
+    rows += [
+        _instance_document(instance)
+        for instance in status.instances
+        if instance.launch not in own and instance.state is not InstanceState.TERMINATED
+    ]
+    names = {member.name for member in node.log.members.values()}
+    for row in rows:
+        name = member_name(row["launch"])
+        owner = node.log.members.get(row["owner"])
+        row |= {
+            "machine": name if name in names else None,
+            "owner": owner.name if owner else None,
+            "lease_left_s": row["lease_ends_at"] - now.wall_s,
+        }
+    return sorted(rows, key=lambda row: (row["since"], row["launch"]))
+
+
+def _launch_document(record: LaunchRecord, instance: Instance | None) -> Document:
+    request = record.request
+    return {
+        "launch": request.launch,
+        "instance": record.instance or None,
+        "instance_type": request.rung.instance_type,
+        "market": request.rung.market.value,
+        "usd_per_hour": request.rung.usd_per_hour,
+        "job": request.need,
+        "owner": request.owner,
+        "state": record.state.value,
+        "reason": record.reason,
+        "address": instance.address if instance else "",
+        "since": instance.launched_wall_s if instance else record.asked_wall_s,
+        "lease_ends_at": request.lease_ends_wall_s,
+    }
+
+
+def _instance_document(instance: Instance) -> Document:
+    return {
+        "launch": instance.launch,
+        "instance": instance.instance,
+        "instance_type": instance.instance_type,
+        "market": instance.market.value,
+        "usd_per_hour": instance.usd_per_hour,
+        "job": instance.need,
+        "owner": instance.owner,
+        "state": instance.state.value,
+        "reason": "",
+        "address": instance.address,
+        "since": instance.launched_wall_s,
+        "lease_ends_at": instance.lease_ends_wall_s,
+    }
+
+
+def plan_document(plan: Plan, now: Now) -> Document:
+    """What would be rented for one job now, and why or why not."""
+    return {
+        "job": plan.need.job,
+        "gpu_request": str(plan.need.resources.gpus),
+        "waits_since": plan.need.since_wall_s,
+        "rung": asdict(plan.rung) if plan.rung else None,
+        "usd": plan.usd,
+        "words": plan.words,
+        "again_s": None if plan.again_at is None else max(plan.again_at - now.boot_s, 0.0),
+    }

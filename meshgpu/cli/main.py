@@ -46,6 +46,7 @@ COMMANDS: Final = {
     "wait": "job_commands",
     "ls": "file_commands",
     "cp": "file_commands",
+    "burst": "burst_command",
     "cost": "cost_command",
     "doctor": "machine_commands",
     "install": "install_command",

@@ -10,6 +10,8 @@ from meshgpu.client.home import find_home, socket_path
 from meshgpu.client.http import Answer, error_in, request
 from meshgpu.client.views import (
     AgentView,
+    BurstSettingsView,
+    BurstView,
     ChecksView,
     FileView,
     FollowEvent,
@@ -20,6 +22,7 @@ from meshgpu.client.views import (
     JobView,
     JoinedView,
     MachinesView,
+    PlansView,
     SightingView,
     SubmitEvent,
     SweepView,
@@ -81,6 +84,18 @@ class AgentClient:
 
     def resume(self) -> None:
         self._post("/v1/resume", {})
+
+    def burst(self) -> BurstView:
+        """How renting stands on this machine."""
+        return cast(BurstView, self._get("/v1/burst"))
+
+    def burst_plan(self) -> PlansView:
+        """What this machine would rent now for each job that waits, and why or why not."""
+        return cast(PlansView, self._get("/v1/burst/plan"))
+
+    def set_up_burst(self, settings: BurstSettingsView, *, check: bool = False) -> BurstView:
+        """Let this machine rent as `settings` say; with `check` only find out whether that may be."""
+        return cast(BurstView, self._post("/v1/burst", {"settings": settings, "check": check}))
 
     def put_tree(self, manifest: bytes) -> TreeView:
         """Offer a tree; `manifest` is Manifest.encode()."""

@@ -340,3 +340,109 @@ class CheckView(TypedDict):
 
 class ChecksView(TypedDict):
     checks: list[CheckView]
+
+
+class CapsView(TypedDict):
+    """What a burst peer may spend, in US dollars. instances: at a time; lease_s: how long one lives at most."""
+
+    usd_per_hour: float
+    usd_per_day: float
+    usd_per_month: float
+    usd_per_job: float
+    instances: int
+    on_demand: bool
+    lease_s: float
+
+
+class BurstSettingsView(TypedDict):
+    """How a machine rents. image, security_group: empty for the seller's own."""
+
+    region: str
+    caps: CapsView
+    instance_types: list[str]
+    burst_after_s: float
+    idle_s: float
+    no_contact_s: float
+    image: str
+    security_group: str
+    install: str
+
+
+class RentedView(TypedDict):
+    """An instance that lives, or may. instance: None until it is known; machine: its name, once it is a member.
+
+    state: of this machine's own `asked rented enrolled joined ending`, of another's `pending running ending`.
+    owner: the machine that rents it, None where it is not known; market: `spot on-demand`. reason: why it ends.
+    job: the id of the job for which it was rented; since: when it was launched.
+    """
+
+    launch: str
+    instance: str | None
+    instance_type: str
+    market: str
+    usd_per_hour: float
+    job: str
+    owner: str | None
+    machine: str | None
+    state: str
+    reason: str
+    address: str
+    since: float
+    lease_ends_at: float
+    lease_left_s: float
+
+
+class BurstView(TypedDict):
+    """How renting stands on a machine. settings: None where it was never set up. role: `burst`, or what it is instead.
+
+    may_leave: whether jobs may leave the office. rents: that it shall. usd_today, usd_this_month: what was spent with
+    what may still be, in UTC; usd_per_hour: of all that lives. surveyed_s: how long ago the seller was asked last.
+    problem: what went wrong last, empty without.
+    """
+
+    machine: str
+    role: str
+    may_leave: bool
+    rents: bool
+    settings: BurstSettingsView | None
+    usd_per_hour: float
+    usd_today: float
+    usd_this_month: float
+    surveyed_s: float | None
+    problem: str
+    rented: list[RentedView]
+
+
+class RungView(TypedDict):
+    """What can be asked for; usd_per_hour: at most. gpu_memory_bytes: of one GPU."""
+
+    instance_type: str
+    zone: str
+    market: str
+    gpu_name: str
+    gpus: int
+    gpu_memory_bytes: int
+    cpus: int
+    memory_bytes: int
+    usd_per_hour: float
+
+
+class PlanView(TypedDict):
+    """What would be rented for a job now: rung, at worst for `usd`; None for nothing. words: why, or why not.
+
+    again_s: in how long it is looked at again; None where only an event can change it.
+    """
+
+    job: str
+    gpu_request: str
+    waits_since: float
+    rung: RungView | None
+    usd: float
+    words: str
+    again_s: float | None
+
+
+class PlansView(BurstView):
+    """How renting stands, and a plan for each job that waits, the oldest first."""
+
+    plans: list[PlanView]

@@ -5,13 +5,37 @@ from typing import Any
 
 import pytest
 
-from meshgpu.agent.views import JobDocuments, machine_document
-from meshgpu.client.views import GpuView, JobView, MachineView
+from meshgpu.agent.views import JobDocuments, burst_document, machine_document, plan_document
+from meshgpu.client.views import (
+    BurstSettingsView,
+    BurstView,
+    CapsView,
+    GpuView,
+    JobView,
+    MachineView,
+    PlanView,
+    RentedView,
+    RungView,
+)
+from meshgpu.core.burst.plan import Plan
+from meshgpu.core.burst.planner import BurstStatus
 from meshgpu.core.events import MachineRead, MeshEntered
 from meshgpu.core.node import Node, NodeConfig
 from meshgpu.model import job as model
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import UserName, digest, job_id
+from meshgpu.model.cloud import (
+    BurstSettings,
+    Caps,
+    Instance,
+    InstanceState,
+    LaunchId,
+    LaunchRequest,
+    Market,
+    Rung,
+)
+from meshgpu.model.gossip import Need
+from meshgpu.model.ids import JobId, UserName, digest, job_id
+from meshgpu.model.records import LaunchRecord, LaunchState
 from meshgpu.model.resources import GpuRequest, Resources
 from meshgpu.sim.office import Office, furnish
 
@@ -78,3 +102,59 @@ def test_job_has_the_keys_of_its_type(node: Node, office: Office) -> None:
     assert document["command"] == "python 'train it.py'"
     assert document["out_of_touch_s"] == 40
     assert document["display"] == f"train-{spec.job[:3]}"
+
+
+RUNG = Rung("g6.xlarge", "a", Market.SPOT, "L4", 1, 22 * 2**30, 4, 16 * 10**9, 0.40)
+SETTINGS = BurstSettings(
+    "eu-central-1", Caps(5.0, 20.0, 50.0, 10.0, 3, False, 3600.0), ("g6.xlarge",), 60.0, 300.0, 900.0, "", "", "true"
+)
+
+
+def test_renting_has_the_keys_of_its_type_before_it_is_set_up_and_after(node: Node, office: Office) -> None:
+    before = burst_document(node, NOW)
+    assert set(before) == keys(BurstView)
+    assert (before["machine"], before["role"], before["settings"], before["rented"]) == ("rig0", "rig", None, [])
+
+    def request(name: str) -> LaunchRequest:
+        launch, need = LaunchId(name * 26), JobId(name * 26)
+        return LaunchRequest(launch, office.mesh, node.node, need, "token", RUNG, NOW.wall_s + 600, "", "", b"data")
+
+    def instance(name: str, state: InstanceState) -> Instance:
+        asked = request(name)
+        owner = office.setups[1].node
+        return Instance(
+            f"i-{name}", asked.launch, office.mesh, owner, asked.need, state, "198.51.100.7", NOW.wall_s - 50,
+            asked.lease_ends_wall_s, "g6.xlarge", Market.ON_DEMAND, 0.8,
+        )  # fmt: skip
+
+    own = [
+        LaunchRecord(request("a"), LaunchState.ENDING, b"", NOW.wall_s - 90, "i-a", None, "it is idle"),
+        LaunchRecord(request("b"), LaunchState.ASKED, b"", NOW.wall_s - 5),
+    ]
+    seen = [
+        instance("a", InstanceState.RUNNING),
+        instance("c", InstanceState.PENDING),
+        instance("d", InstanceState.TERMINATED),
+    ]
+    stub: Any = type("Planner", (), {})()
+    stub.status = lambda now: BurstStatus(SETTINGS, True, tuple(own), tuple(seen), 7.0, 1.6, 3.0, 4.0, "no rights")
+    node.burst = stub
+    document = burst_document(node, NOW)
+    assert set(document) == keys(BurstView)
+    assert set(document["settings"]) == keys(BurstSettingsView)
+    assert set(document["settings"]["caps"]) == keys(CapsView)
+    assert [set(rented) for rented in document["rented"]] == [keys(RentedView)] * 3
+    assert [(r["instance"], r["state"], r["owner"], r["since"] - NOW.wall_s) for r in document["rented"]] == [
+        ("i-a", "ending", "rig0", -50), ("i-c", "pending", "rig1", -50), (None, "asked", "rig0", -5)
+    ]  # fmt: skip
+    assert {r["lease_left_s"] for r in document["rented"]} == {600.0}
+
+
+def test_plan_has_the_keys_of_its_type() -> None:
+    need = Need(JobId("a" * 26), Resources(GpuRequest(2)), NOW.wall_s - 70)
+    document = plan_document(Plan(need, RUNG, 1.6, "g6.xlarge, spot, in a"), NOW)
+    assert set(document) == keys(PlanView)
+    assert set(document["rung"]) == keys(RungView)
+    assert (document["again_s"], document["gpu_request"]) == (None, "2")
+    nothing = plan_document(Plan(need, None, 0.0, "no capacity", NOW.boot_s + 5), NOW)
+    assert (nothing["rung"], nothing["again_s"]) == (None, 5.0)

@@ -104,6 +104,22 @@ async def test_nothing_is_sent_before_its_step_is_on_disk() -> None:
     await with_runtime(diary, lambda event: [keep("a"), tell("a")], drive)
 
 
+async def test_agent_without_a_seller_says_so_to_whatever_the_planner_orders() -> None:
+    told: asyncio.Queue[ev.Event] = asyncio.Queue()
+
+    def respond(event: ev.Event) -> list[fx.Effect]:
+        if isinstance(event, ev.LinkOpened):
+            return [fx.Terminate("i-1")]
+        told.put_nowait(event)
+        return []
+
+    async def drive(runtime: Runtime) -> None:
+        await runtime.settle(sighted("a"))
+        assert await told.get() == ev.TerminateEnded("i-1", "not-served", "this agent knows no seller")
+
+    await with_runtime(Diary(), respond, drive)
+
+
 async def test_steps_that_gather_behind_a_slow_disk_share_one_transaction_and_keep_their_order() -> None:
     diary = Diary()
     diary.is_slow = True

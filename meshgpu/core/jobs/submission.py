@@ -177,7 +177,7 @@ class Submissions:
             raise MeshgpuError(
                 "not-allowed",
                 f"cannot run with --cloud {draft.cloud}: this mesh lets no job leave the office",
-                "leave --cloud out",
+                "meshgpu burst setup",
             )
         return draft.cloud
 

@@ -250,7 +250,7 @@ def let_leave(bench: Bench) -> None:
 def test_no_job_leaves_where_the_mesh_does_not_say_so(bench: Bench, wish: CloudUse) -> None:
     refused = refusal(bench.ask("1", cloud=wish))
     assert refused.code == "not-allowed"
-    assert refused.hint == "leave --cloud out"
+    assert refused.hint == "meshgpu burst setup"
 
 
 def test_job_may_leave_where_the_mesh_says_so_unless_its_user_does_not(bench: Bench) -> None:
