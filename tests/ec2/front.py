@@ -1,8 +1,8 @@
 """The API of a local EC2: moto, and in front of it what moto lacks.
 
-Added are idempotent ClientTokens, prices, the GPU image's parameter, errors and lost replies on demand, terminated
-instances that vanish, a caller's own address, and the log of all calls. Facts: EC2 API reference, and what
-`../shared/research/cloud_gpu.md` §7 measured of moto.
+Added are idempotent ClientTokens, prices, the GPU image's parameter, errors and lost replies on demand, things done at
+moments of a call, terminated instances that vanish, a caller's own address, and the log of all calls. Facts: EC2 API
+reference, and what `../shared/research/cloud_gpu.md` §7 measured of moto.
 """
 
 import base64
@@ -15,8 +15,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl
 from xml.sax.saxutils import escape
@@ -78,8 +79,34 @@ class Fault:
     loses_reply: bool = False
 
 
+class Stage(StrEnum):
+    """How far a call has come. arrived: nothing happened yet. done: it happened or was refused, but the caller was not
+    told. told: the last byte of the answer was sent.
+    """
+
+    ARRIVED = "arrived"
+    DONE = "done"
+    TOLD = "told"
+
+
+@dataclass
+class Moment:
+    """What a test does when the next call of an action has come so far; once. The call goes on when `do` returns.
+
+    do: called in a thread of the API; until `told`, no other call happens meanwhile. To kill the caller before anything
+    happened takes a Fault besides: a request that has arrived happens, whether or not its caller lives.
+    """
+
+    action: str
+    stage: Stage
+    do: Callable[[], None]
+
+
 class LocalEc2:
-    """Answers on `url` from the moment it is made until `close`. Equal to one account with one region."""
+    """Answers on `url` from the moment it is made until `close`. Equal to one account with one region.
+
+    most_live: how many instances cost money at one time, at most; may be set back.
+    """
 
     def __init__(self, hypervisor: Hypervisor | None = None, host: str = "127.0.0.1", namespace: str = "") -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -97,10 +124,12 @@ class LocalEc2:
     def forget(self) -> None:
         """Be as new: an account in which nothing ever lived. Machines that run are not ended."""
         self.faults: list[Fault] = []
+        self.moments: list[Moment] = []
         self.calls: list[dict[str, str]] = []
         self.on_demand = dict(PRICES)
         self.spot = dict(SPOT_PRICES)
         self.vanish_s = 3600.0
+        self.most_live = 0
         self._tokens: dict[str, tuple[str, Answer]] = {}
         self._ended: dict[str, float] = {}
         ec2_backends[DEFAULT_ACCOUNT_ID][REGION].reset()
@@ -152,7 +181,10 @@ class LocalEc2:
         form.setdefault("Action", target)
         with self._lock:
             self.calls.append(form)
-            return self._ec2(environment, body, form, start)
+            self._come(form["Action"], Stage.ARRIVED)
+            answer = self._ec2(environment, body, form, start)
+            self._come(form["Action"], Stage.DONE)
+        return _Answer(answer, lambda: self._come(form["Action"], Stage.TOLD))
 
     def _ec2(
         self, environment: Environment, body: bytes, form: dict[str, str], start: StartResponse
@@ -206,6 +238,14 @@ class LocalEc2:
                 return fault
         return None
 
+    def _come(self, action: str, stage: Stage) -> None:
+        with self._lock:
+            due = [moment for moment in self.moments if (moment.action, moment.stage) == (action, stage)][:1]
+            for moment in due:
+                self.moments.remove(moment)
+        for moment in due:
+            moment.do()
+
     # -- instances ----------------------------------------------------------------------------------------------------
 
     def _instances(self) -> list[Any]:
@@ -215,6 +255,7 @@ class LocalEc2:
         """Make true what a call that moto took has promised."""
         action = form["Action"]
         now = {found.id: found for found in self._instances() if found.state != "terminated"}
+        self.most_live = max(self.most_live, len(now))
         if action == "RunInstances":
             for name in now.keys() - living:
                 found = now[name]
@@ -272,6 +313,21 @@ class LocalEc2:
             "OnDemand": {"A.B": {"priceDimensions": {"A.B.C": {"unit": "Hrs", "pricePerUnit": {"USD": str(price)}}}}}
         }
         return json.dumps({"FormatVersion": "aws_v1", "PriceList": [json.dumps({"terms": terms})] if price else []})
+
+
+class _Answer:
+    """The body of an answer; `told` is called once the server has sent it, or could not."""
+
+    def __init__(self, content: Iterable[bytes], told: Callable[[], None]) -> None:
+        self._content = content
+        self._told = told
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._content)
+
+    def close(self) -> None:
+        """Called by the server (PEP 3333)."""
+        self._told()
 
 
 def listen_in(namespace: str, host: str) -> socket.socket:
