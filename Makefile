@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PYTHON ?= python3
 
-.PHONY: help demo test check sim-long benchmarks proto lock clean
+.PHONY: help demo demo-burst test check sim-long benchmarks proto lock clean
 .DEFAULT_GOAL := help
 
 help:           ## list what can be made
@@ -20,6 +20,9 @@ $(READY): pyproject.toml packaging/requirements.lock
 
 demo: $(READY)  ## three agents on loopback: find each other, form a mesh, train a model on a machine found by name
 	@$(BIN)/python examples/demo.py
+
+demo-burst: $(READY)  ## a sweep that overflows into a local cloud, and an owner who takes his GPU back; needs root
+	@$(BIN)/python -m examples.demo_burst
 
 test: check     ## everything: `check`, then all tests
 	$(BIN)/pytest -n 2 -m "slow or hosts"
