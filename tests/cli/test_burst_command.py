@@ -275,7 +275,8 @@ VIEW: BurstView = {
 
 
 def test_status_tells_what_is_rented_spent_and_wrong(cli: Cli, stub: "StubAgent") -> None:
-    stub.on("GET /v1/burst", {**VIEW})
+    began = time.time() - 630.0
+    stub.on("GET /v1/burst", {**VIEW, "rented": [{**rented, "since": began} for rented in VIEW["rented"]]})
     result = cli("burst", "status")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()

@@ -65,6 +65,7 @@ def test_node_that_forgets_what_its_running_jobs_use_is_caught(monkeypatch: pyte
     find("runs jobs on .* twice|more memory|allocations|lives|still")
 
 
+@pytest.mark.slow
 def test_steward_that_requeues_an_active_job_by_timeout_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Stewardship.step
 
@@ -170,6 +171,7 @@ def test_node_that_forgets_its_allocations_on_restart_is_caught(monkeypatch: pyt
     find("twice|more|not at rest|accepted again|goes back|first written|while it lives")
 
 
+@pytest.mark.slow
 def test_node_that_asks_a_stubborn_job_only_once_to_leave_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts_module, "GRACE_S", 1e9)
     find("whose owner waits for it", scenario=OWNERS)
@@ -262,6 +264,7 @@ def test_steward_that_takes_stale_specs_is_caught(monkeypatch: pytest.MonkeyPatc
     find_by_lies("which no user asked for")
 
 
+@pytest.mark.slow
 def test_steward_that_lets_anybody_stop_a_job_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Stewardship._obey
 

@@ -27,7 +27,7 @@ from meshgpu.sim.machine import CrashPoint
 from meshgpu.sim.renting import SETTINGS, RentingFaults, RentingWorld
 from meshgpu.sim.world import World, WorldConfig
 
-FAST_LAUNCHES = 120
+FAST_LAUNCHES = 60
 ALL_LAUNCHES = 1000
 
 QUIET = RentingFaults(
@@ -152,6 +152,7 @@ def without(effects: list[Effect], drop: Callable[[Effect], bool]) -> list[Effec
     return [effect for effect in effects if not drop(effect)]
 
 
+@pytest.mark.slow
 def test_call_that_is_not_journalled_first_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Planner._prepared
 
@@ -162,6 +163,7 @@ def test_call_that_is_not_journalled_first_is_caught(monkeypatch: pytest.MonkeyP
     find("has not journalled")
 
 
+@pytest.mark.slow
 def test_launch_that_is_not_counted_first_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Planner._prepared
 
@@ -172,6 +174,7 @@ def test_launch_that_is_not_counted_first_is_caught(monkeypatch: pytest.MonkeyPa
     find("has not counted")
 
 
+@pytest.mark.slow
 def test_new_token_on_retry_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Rental.step
 
@@ -190,6 +193,7 @@ def test_new_token_on_retry_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 TIGHT = {"instances": 1, "usd_per_hour": 0.9, "usd_per_day": 2.0, "usd_per_month": 2.0, "usd_per_job": 0.9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", TIGHT)
 def test_cap_that_is_not_checked_before_is_caught(monkeypatch: pytest.MonkeyPatch, cap: str) -> None:
     original = refusal
@@ -202,6 +206,7 @@ def test_cap_that_is_not_checked_before_is_caught(monkeypatch: pytest.MonkeyPatc
     find("live|more an hour|may cost", WILD, settings=tight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", TIGHT)
 def test_tight_cap_is_never_passed(cap: str) -> None:
     tight = replace(SETTINGS, caps=replace(SETTINGS.caps, **{cap: TIGHT[cap]}))  # type: ignore[arg-type]  # of Caps
@@ -215,6 +220,7 @@ def test_spending_that_is_forgotten_at_restart_is_caught(monkeypatch: pytest.Mon
     find("may cost|counted", replace(WILD, jobs=14))
 
 
+@pytest.mark.slow
 def test_launch_given_up_before_the_provider_could_show_it_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rental_module, "SEEK_S", -1000.0)
     monkeypatch.setattr(rental_module, "MISSED", 1)
@@ -222,6 +228,7 @@ def test_launch_given_up_before_the_provider_could_show_it_is_caught(monkeypatch
     find("leaked|live for one need|forgets|live in the mesh|instances live|more an hour|members whose|counted")
 
 
+@pytest.mark.slow
 def test_instance_that_no_net_ends_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rental_module, "JOIN_WITHIN_S", 1e9)
     monkeypatch.setattr(rental_module, "END_EARLY_S", -1e9)
@@ -231,12 +238,14 @@ def test_instance_that_no_net_ends_is_caught(monkeypatch: pytest.MonkeyPatch) ->
         RentingWorld(3, replace(QUIET, cloud=replace(NO_FAULTS, dead=1.0)), never_idle).play()
 
 
+@pytest.mark.slow
 def test_orphans_that_nobody_reaps_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that is gone for good leaves an instance behind that never booted."""
     monkeypatch.setattr(Reaper, "doomed", lambda *_args: [])
     find("leaked|live for", replace(WILD, gone=1.0, cloud=CloudFaults(dead=0.5)))
 
 
+@pytest.mark.slow
 def test_launches_forgotten_at_restart_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Planner.restore
 
@@ -247,11 +256,13 @@ def test_launches_forgotten_at_restart_are_caught(monkeypatch: pytest.MonkeyPatc
     find("still keeps launches|counted|leaked|members whose")
 
 
+@pytest.mark.slow
 def test_instances_that_stay_members_when_gone_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Planner, "_remove", lambda self, now, nodes: [])
     find("members whose instances are gone")
 
 
+@pytest.mark.slow
 def test_ending_that_is_not_repeated_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Rental.retry
 
