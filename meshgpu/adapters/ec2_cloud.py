@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -47,6 +48,9 @@ READ_S: Final = 30.0
 PRICES_LIVE_S: Final = 86_400.0
 """On-demand prices change a few times a year."""
 
+PRICE_PAUSE_S: Final = 600.0
+"""Before a price is asked for again that could not be read."""
+
 PRICING_REGION: Final = "us-east-1"
 """Prices of all regions are told there (AWS Price List API has endpoints in three regions)."""
 
@@ -60,7 +64,8 @@ GPU_IMAGE: Final = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-
 """SSM parameter with the newest AMI that has NVIDIA's driver, Docker and its GPU runtime."""
 
 GROUP: Final = "meshgpu"
-"""Name of the security group that `admit_office` keeps."""
+GROUP_TAG: Final = "meshgpu:group"
+"""Name of the security group that `admit_office` keeps, and what shows that it is ours."""
 
 TAG: Final = "meshgpu:"
 MIB: Final = 2**20
@@ -102,6 +107,7 @@ CODES: Final = {
         "UnrecognizedClientException",
     ),
     "token-taken": ("IdempotentParameterMismatch",),
+    "gone": ("InvalidInstanceID.NotFound",),
 }
 """What EC2's errors mean for a burst peer. Others: unknown outcome where the server failed, else a bad request."""
 
@@ -118,29 +124,25 @@ def open_ec2(region: str, mesh: MeshId | None) -> "Ec2Cloud":
 
 
 def admit_office(region: str) -> str:
-    """Let this office reach rented machines: the id of the security group that lets nobody else. Blocks for seconds.
+    """Let this office reach rented machines, and nobody else: the id of the security group. Blocks for seconds.
 
-    Finds or makes the group in the default VPC, and allows TCP to port 443 from the address that AWS sees. Raises
-    MeshgpuError.
+    The group is ours, by its tag, in the default VPC; it is made where it is missing. It allows TCP to port 443 from
+    the address that AWS sees, and what it allowed before is revoked. Raises MeshgpuError.
     """
     endpoint = _endpoint()
     with _translated(f"prepare the security group {GROUP!r} in {region}"):
         office = _public_address(endpoint)
         ec2 = _client("ec2", region, endpoint)
         try:
-            group = _find_group(ec2) or ec2.create_security_group(
-                GroupName=GROUP,
-                Description="machines that meshgpu rents: reached from the office only",
-                TagSpecifications=[{"ResourceType": "security-group", "Tags": [{"Key": TAG + "group", "Value": "1"}]}],
-            )
-            rule = {
-                "IpProtocol": "tcp",
-                "FromPort": INSTANCE_PORT,
-                "ToPort": INSTANCE_PORT,
-                "IpRanges": [{"CidrIp": f"{office}/32", "Description": "the office"}],
-            }
+            group = _find_group(ec2) or _make_group(ec2)
+            ours = {"IpProtocol": "tcp", "FromPort": INSTANCE_PORT, "ToPort": INSTANCE_PORT}
             if not _admits(group, f"{office}/32"):
-                ec2.authorize_security_group_ingress(GroupId=group["GroupId"], IpPermissions=[rule])
+                spans = [{"CidrIp": f"{office}/32", "Description": "the office"}]
+                ec2.authorize_security_group_ingress(
+                    GroupId=group["GroupId"], IpPermissions=[ours | {"IpRanges": spans}]
+                )
+            if others := _others(group, f"{office}/32"):
+                ec2.revoke_security_group_ingress(GroupId=group["GroupId"], IpPermissions=others)
         finally:
             ec2.close()
     return str(group["GroupId"])
@@ -169,7 +171,8 @@ class Ec2Cloud:
         self._making = threading.Lock()
         self._clients: dict[str, Any] = {}
         self._machines: dict[str, _Machine | None] = {}
-        self._images: dict[str, str] = {}
+        self._image = ""
+        self._group = ""
         self._on_demand: dict[str, tuple[float, float | None]] = {}
 
     async def rungs(self, settings: BurstSettings) -> tuple[Rung, ...]:
@@ -209,21 +212,29 @@ class Ec2Cloud:
         try:
             await self._call(f"end {instance}", lambda: self._client("ec2").terminate_instances(InstanceIds=[instance]))
         except MeshgpuError as error:
-            if "InvalidInstanceID.NotFound" not in error.message:
+            if error.code != "gone":
                 raise
 
     async def close(self) -> None:
+        self._drop_clients()
+
+    async def _call(self, what: str, call: Callable[[], T]) -> T:
+        def translated() -> T:
+            try:
+                with _translated(what):
+                    return call()
+            except MeshgpuError as error:
+                if error.code == "not-allowed":  # clients keep the credentials that they began with
+                    self._drop_clients()
+                raise
+
+        return await asyncio.to_thread(translated)
+
+    def _drop_clients(self) -> None:
         with self._making:
             for client in self._clients.values():
                 client.close()
             self._clients.clear()
-
-    async def _call(self, what: str, call: Callable[[], T]) -> T:
-        def translated() -> T:
-            with _translated(what):
-                return call()
-
-        return await asyncio.to_thread(translated)
 
     def _client(self, service: str) -> Any:  # Any: boto3 makes its clients' classes at run time
         with self._making:
@@ -296,8 +307,8 @@ class Ec2Cloud:
 
     def _on_demand_price(self, name: str) -> float | None:
         """US dollars an hour; None where the price list does not say: then only spot instances of it are asked for."""
-        at, price = self._on_demand.get(name, (-PRICES_LIVE_S, None))
-        if time.monotonic() < at + PRICES_LIVE_S:
+        until, price = self._on_demand.get(name, (0.0, None))
+        if time.monotonic() < until:
             return price
         fields = {
             "instanceType": name,
@@ -313,9 +324,10 @@ class Ec2Cloud:
                 listed = self._client("pricing").get_products(ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
         except MeshgpuError as error:
             logger.warning("%s", error.message)
+            self._on_demand[name] = (time.monotonic() + PRICE_PAUSE_S, None)
             return None
         price = _price(listed)
-        self._on_demand[name] = (time.monotonic(), price)
+        self._on_demand[name] = (time.monotonic() + PRICES_LIVE_S, price)
         return price
 
     # -- the request --------------------------------------------------------------------------------------------------
@@ -344,8 +356,7 @@ class Ec2Cloud:
             "InstanceInitiatedShutdownBehavior": "terminate",
             "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1},
         }
-        if request.security_group:
-            parameters["SecurityGroupIds"] = [request.security_group]
+        parameters["SecurityGroupIds"] = [request.security_group or self._own_group()]
         if rung.market is Market.SPOT:
             tagged.append("spot-instances-request")
             parameters["InstanceMarketOptions"] = {
@@ -361,12 +372,21 @@ class Ec2Cloud:
         parameters["TagSpecifications"] = [{"ResourceType": kind, "Tags": marks} for kind in tagged]
         return parameters
 
+    def _own_group(self) -> str:
+        """What `admit_office` made; raises MeshgpuError `bad-request` where it did not."""
+        if not self._group:
+            group = _find_group(self._client("ec2"))
+            if group is None:
+                what = f"there is no security group {GROUP!r} of ours in {self._region}"
+                raise MeshgpuError("bad-request", what, "meshgpu burst setup")
+            self._group = str(group["GroupId"])
+        return self._group
+
     def _gpu_image(self) -> str:
         """The same for as long as this client lives: a repeated request must not change."""
-        if GPU_IMAGE not in self._images:
-            found = self._client("ssm").get_parameter(Name=GPU_IMAGE)
-            self._images[GPU_IMAGE] = str(found["Parameter"]["Value"])
-        return self._images[GPU_IMAGE]
+        if not self._image:
+            self._image = str(self._client("ssm").get_parameter(Name=GPU_IMAGE)["Parameter"]["Value"])
+        return self._image
 
 
 # -- the SDK and its errors ------------------------------------------------------------------------------------------
@@ -427,7 +447,10 @@ def _translated(what: str) -> Iterator[None]:
 
 
 def _public_address(endpoint: str) -> ipaddress.IPv4Address:
-    """This office's address as the provider sees it. Raises MeshgpuError or OSError."""
+    """This office's address as the provider sees it. Raises MeshgpuError or OSError.
+
+    A look-alike answers GET / with it; AWS has checkip.amazonaws.com for that.
+    """
     with urllib.request.urlopen(endpoint + "/", timeout=CONNECT_S) as answer:  # noqa: S310 - AWS_ENDPOINT_URL's scheme
         text = answer.read(64).decode("ascii", "replace").strip()
     try:
@@ -438,18 +461,55 @@ def _public_address(endpoint: str) -> ipaddress.IPv4Address:
         ) from error
 
 
+def _default_vpc(ec2: Any) -> str:
+    """Raises MeshgpuError `bad-request` where the account has none."""
+    found = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
+    if not found:
+        raise MeshgpuError("bad-request", "there is no default VPC in this region", "aws ec2 create-default-vpc")
+    return str(found[0]["VpcId"])
+
+
 def _find_group(ec2: Any) -> dict[str, Any] | None:
-    found = ec2.describe_security_groups(Filters=[{"Name": "group-name", "Values": [GROUP]}])["SecurityGroups"]
+    """Ours; a group that only has its name may let in anybody."""
+    wanted = {"vpc-id": _default_vpc(ec2), "group-name": GROUP, "tag-key": GROUP_TAG}
+    filters = [{"Name": name, "Values": [value]} for name, value in wanted.items()]
+    found = ec2.describe_security_groups(Filters=filters)["SecurityGroups"]
     return dict(found[0]) if found else None
 
 
-def _admits(group: Mapping[str, Any], cidr: str) -> bool:
-    return any(
-        span["CidrIp"] == cidr
-        for rule in group.get("IpPermissions", [])
-        if rule.get("FromPort") == rule.get("ToPort") == INSTANCE_PORT
-        for span in rule["IpRanges"]
+def _make_group(ec2: Any) -> dict[str, Any]:
+    made = ec2.create_security_group(
+        GroupName=GROUP,
+        Description="machines that meshgpu rents: reached from the office only",
+        VpcId=_default_vpc(ec2),
+        TagSpecifications=[{"ResourceType": "security-group", "Tags": [{"Key": GROUP_TAG, "Value": "1"}]}],
     )
+    return {"GroupId": made["GroupId"], "IpPermissions": []}
+
+
+def _admits(group: Mapping[str, Any], cidr: str) -> bool:
+    return any(span["CidrIp"] == cidr for rule in group["IpPermissions"] if _is_ours(rule) for span in rule["IpRanges"])
+
+
+def _is_ours(rule: Mapping[str, Any]) -> bool:
+    """Whether it is about the port at which instances listen, and no other."""
+    return bool(rule["IpProtocol"] == "tcp" and rule.get("FromPort") == rule.get("ToPort") == INSTANCE_PORT)
+
+
+def _others(group: Mapping[str, Any], cidr: str) -> list[dict[str, Any]]:
+    """What the group allows beside our port to this office, in the form in which it can be revoked."""
+    rules = []
+    for rule in group["IpPermissions"]:
+        spans = [span for span in rule["IpRanges"] if not (_is_ours(rule) and span["CidrIp"] == cidr)]
+        kinds = {
+            "IpRanges": spans,
+            "Ipv6Ranges": rule.get("Ipv6Ranges"),
+            "UserIdGroupPairs": rule.get("UserIdGroupPairs"),
+        }
+        found = {kind: values for kind, values in kinds.items() if values}
+        if found:
+            rules.append({key: rule[key] for key in ("IpProtocol", "FromPort", "ToPort") if key in rule} | found)
+    return rules
 
 
 def _machine(found: dict[str, Any], zones: list[str]) -> _Machine | None:
@@ -522,6 +582,7 @@ def _instance(found: dict[str, Any]) -> Instance:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return 0.0
+    return number if math.isfinite(number) and number > 0 else 0.0

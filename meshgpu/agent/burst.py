@@ -82,7 +82,7 @@ class Burst:
         except TimeoutError:
             return failed(order, "unknown-outcome", "there was no answer in time")
         except MeshgpuError as error:
-            return failed(order, error.code, error.message)
+            return failed(order, error.code, _words(error))
         except Exception as error:
             logger.exception("a burst order failed")
             return failed(order, "unknown-outcome", f"{type(error).__name__}: {error}")
@@ -95,7 +95,10 @@ class Burst:
                 living = {i.launch for i in instances if i.state is not InstanceState.TERMINATED}
                 for launch in self._dialogs.keys() - living:
                     await self._hang_up(launch)
-                return ev.CloudSurveyed(await cloud.rungs(settings), instances)
+                try:
+                    return ev.CloudSurveyed(await cloud.rungs(settings), instances)
+                except MeshgpuError as error:  # what lives must be looked after all the same
+                    return ev.CloudSurveyed((), instances, reason=_words(error))
             case fx.PrepareLaunch(launch=launch):
                 user_data, bootstrap = await self._make_user_data(order)
                 return ev.LaunchPrepared(launch, user_data, bootstrap)
@@ -147,6 +150,10 @@ class Burst:
                 await dialog.close()
         except (TimeoutError, MeshgpuError) as error:
             logger.debug("a dialog was left open: %s", error)
+
+
+def _words(error: MeshgpuError) -> str:
+    return f"{error.message} (hint: {error.hint})" if error.hint else error.message
 
 
 def failed(order: fx.BurstEffect, code: str, reason: str) -> ev.BurstEvent:

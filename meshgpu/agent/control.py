@@ -29,6 +29,7 @@ from meshgpu.agent.views import (
 from meshgpu.config import DEFAULT_PAIRING_PORT, host_of, with_port
 from meshgpu.core import events as ev
 from meshgpu.errors import HTTP_STATUS, MeshgpuError, TrustError
+from meshgpu.model.cloud import BurstSettings, InstanceState
 from meshgpu.model.ids import Digest, KeyId, as_name, display_name
 from meshgpu.model.job import Draft, Register, StopMode
 from meshgpu.model.lending import Pause
@@ -219,12 +220,26 @@ class Control:
         self._key(request)
         body = await read_body(request)
         settings = settings_of(body)
+        self._check_region(settings)
         if body.get("check") is True:
             self.pairing.check_renting(uid)
         else:
             await self.pairing.let_rent(uid)
             await self.settle(ev.BurstConfigured(settings))
         return web.json_response(burst_document(self.status.node, self.status.clock.now()))
+
+    def _check_region(self, settings: BurstSettings) -> None:
+        """What lives in one region must be given back there."""
+        status = self.status.node.burst.status(self.status.clock.now())
+        if status is None or status.settings.region == settings.region:
+            return
+        before = status.settings
+        if status.launches or any(i.state is not InstanceState.TERMINATED for i in status.instances):
+            raise MeshgpuError(
+                "bad-request",
+                f"cannot rent in {settings.region} while instances of this mesh live in {before.region}",
+                "meshgpu burst setup --instances 0, and again when `meshgpu burst status` shows none",
+            )
 
     async def _burst_plan(self, request: web.Request) -> web.Response:
         self._key(request)

@@ -27,7 +27,10 @@ from meshgpu.ports import Cloud
 
 REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
 
-INSTALL_COMMAND: Final = "curl -LsSf https://astral.sh/uv/install.sh | sh && uv tool install meshgpu=="
+INSTALL_COMMAND: Final = (
+    "apt-get update -qq && apt-get install -yqq bubblewrap"
+    " && curl -LsSf https://astral.sh/uv/install.sh | sh && uv tool install meshgpu=="
+)
 """Of this version, without its number: an instance must speak as this machine does."""
 
 FIRST_SETTINGS: Final[BurstSettingsView] = {
@@ -156,8 +159,7 @@ def setup(
         note(plain(line))
     _ask(f"Let {before['machine']} rent like this?", yes=yes)
     if not settings["security_group"] and settings["caps"]["instances"]:
-        settings["security_group"] = _admit_office(settings["region"])
-        note(f"the security group {settings['security_group']} admits this office")
+        note(f"the security group {_admit_office(settings['region'])} admits this office, and nobody else")
     view = client.set_up_burst(settings)
     if as_json:
         print(json.dumps(view))

@@ -218,6 +218,8 @@ class BurstConfigured:
 class CloudSurveyed:
     """What can be rented, and every instance of this mesh that has not vanished. With a `code` neither is known.
 
+    With a reason alone it is not known what can be rented.
+
     Of this event and the next ones: `code` is empty if all went well, else a code of ports.Cloud or another.
     """
 

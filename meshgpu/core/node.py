@@ -17,7 +17,7 @@ from meshgpu.core.jobs.steward import Stewardship, StewardTiming
 from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
 from meshgpu.core.membership.gossip import Gossip, GossipTiming
 from meshgpu.core.membership.links import Links, LinkTiming
-from meshgpu.core.owner import NEEDS_IMAGE, PAUSED, Owner, OwnerPolicy, permission
+from meshgpu.core.owner import NEEDS_IMAGE, PAUSED, Owner, OwnerPolicy, at_home, permission
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
@@ -158,7 +158,7 @@ class Node:
             return Rule.CLOUD, wrong_side
         if record is not None:
             policy = OwnerPolicy(record.lends, record.trusts)
-            if closed := permission(policy, guest.user, member.owner, record.fence).refusal:
+            if closed := permission(policy, guest.user, at_home(member), record.fence).refusal:
                 return Rule.CLOSED, closed
             if record.needs_image and not guest.image:
                 return Rule.CLOSED, NEEDS_IMAGE

@@ -14,6 +14,7 @@ from meshgpu.model.ids import GpuId, UserName
 from meshgpu.model.inventory import GpuProcess, GpuReading, ProcessKind
 from meshgpu.model.lending import Lending, Pause
 from meshgpu.model.records import PauseRecord
+from meshgpu.model.trust import Member, Role
 
 GRACE_S: Final = 24.0
 """Between SIGTERM and SIGKILL for a job that must leave: with two samples of 2 s the owner waits 30 s at most."""
@@ -53,6 +54,14 @@ class OwnerPolicy:
         return asked or (self.default_image if self.containers_only else "")
 
 
+def at_home(member: Member) -> UserName:
+    """The user whose jobs need no fence on this machine: its owner; on a rented one nobody.
+
+    Its keys, its other users' jobs and the switches that end it are within reach of what runs unfenced there.
+    """
+    return UserName("") if member.role is Role.CLOUD else member.owner
+
+
 @dataclass(frozen=True, slots=True)
 class Permission:
     """refusal: empty if the job may run. needs_fence: whether it must be shut in."""
@@ -72,8 +81,8 @@ def permission(policy: OwnerPolicy, user: UserName, owner: UserName, fence: str)
     if user in policy.trusted:
         return Permission()
     return Permission(
-        refusal=f"lends to its owner {owner} only: nothing there can shut in another user's job"
-        f" (remedy, on that machine: apt install bubblewrap)"
+        refusal=(f"lends to its owner {owner} only" if owner else "lends nothing")
+        + ": nothing there can shut in another user's job (remedy, on that machine: apt install bubblewrap)"
     )
 
 

@@ -60,8 +60,8 @@ class Caps:
 class BurstSettings:
     """How this node rents, as `burst setup` wrote it. burst_after_s: how long a job waits for the office first.
 
-    image: an AMI, or empty for the provider's GPU image. security_group: empty where the account's default serves.
-    install: the shell command that brings meshgpu onto an instance.
+    image: an AMI, or empty for the provider's GPU image. security_group: empty for the one that admits this office
+    alone. install: the shell command that brings meshgpu onto an instance.
     """
 
     region: str

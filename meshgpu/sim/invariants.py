@@ -183,7 +183,7 @@ class Invariants:
         self._check_shares(machine, "runs jobs on", [s for living in machine.executor.living for s in living.gpus])
         if len(plan.gpus) != spec.resources.gpus.count:
             self._fail(f"{spec.job} asked for {spec.resources.gpus}, got {plan.gpus}")
-        allowed = permission(setup.policy, spec.user, setup.owner, setup.fence)
+        allowed = permission(setup.policy, spec.user, setup.at_home, setup.fence)
         if allowed.refusal or allowed.needs_fence != plan.fenced:
             self._fail(f"{spec.job} of {spec.user} runs on {setup.name} of {setup.owner}, fenced: {plan.fenced}")
         if setup.is_rented and spec.cloud is CloudUse.NEVER:
@@ -360,7 +360,7 @@ class Invariants:
             setup = machine.setup
             is_meant = spec.machine in (None, node) and node not in away and not machine.is_gone
             is_meant = is_meant and not out_of_bounds(spec.cloud, is_rented=setup.is_rented)
-            if is_meant and not permission(setup.policy, spec.user, setup.owner, setup.fence).refusal:
+            if is_meant and not permission(setup.policy, spec.user, setup.at_home, setup.fence).refusal:
                 inventory = setup.inventory
                 never = lacking(spec.resources.gpus, inventory) or _too_small(view, inventory)
                 if not never:

@@ -48,6 +48,11 @@ class Setup:
     may_steward: bool = True
     is_rented: bool = False
 
+    @property
+    def at_home(self) -> UserName:
+        """Whose jobs need no fence here."""
+        return UserName("") if self.is_rented else self.owner
+
 
 class Watcher(Protocol):
     """Sees everything that happens in a world; raises BrokenInvariant."""

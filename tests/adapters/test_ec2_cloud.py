@@ -5,13 +5,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import boto3
 import pytest
 
 from meshgpu.adapters.ec2_cloud import EXTRA_USD_PER_HOUR, Ec2Cloud, admit_office, open_ec2
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.cloud import BurstSettings, Caps, InstanceState, LaunchId, LaunchRequest, Market
 from meshgpu.model.ids import JobId, MeshId, NodeId
-from tests.ec2.front import IMAGE, REGION, Fault, LocalEc2
+from tests.ec2.front import IMAGE, REGION, Fault, LocalEc2, default_group
 
 MESH = MeshId("5e" * 32)
 SETTINGS = BurstSettings(
@@ -66,7 +67,7 @@ async def request_of(cloud: Ec2Cloud, market: Market = Market.SPOT) -> LaunchReq
         rung,
         time.time() + 3600.0,
         "",
-        "",
+        default_group(),
         b"#!/bin/sh\ntrue\n",
     )
 
@@ -272,9 +273,52 @@ async def test_without_credentials_it_says_so(ec2: LocalEc2, monkeypatch: pytest
     assert "no AWS credentials" in refused.value.message
 
 
-def test_the_office_is_admitted_once(ec2: LocalEc2) -> None:
+def test_the_office_is_admitted_once_and_nobody_else_is(ec2: LocalEc2) -> None:
     group = admit_office(REGION)
+    api = boto3.client("ec2")
+    strange = {"IpProtocol": "tcp", "FromPort": 443, "ToPort": 443, "IpRanges": [{"CidrIp": "203.0.113.9/32"}]}
+    api.authorize_security_group_ingress(GroupId=group, IpPermissions=[strange])
     assert admit_office(REGION) == group
-    (rule,) = ec2.actions("AuthorizeSecurityGroupIngress")
-    assert rule["IpPermissions.1.IpRanges.1.CidrIp"] == "127.0.0.1/32"
-    assert rule["IpPermissions.1.FromPort"] == rule["IpPermissions.1.ToPort"] == "443"
+    (found,) = api.describe_security_groups(GroupIds=[group])["SecurityGroups"]
+    rules = [(r["FromPort"], r["ToPort"], s["CidrIp"]) for r in found["IpPermissions"] for s in r["IpRanges"]]
+    assert rules == [(443, 443, "127.0.0.1/32")]
+    api.close()
+
+
+def test_group_that_only_has_our_name_is_not_ours(ec2: LocalEc2) -> None:
+    api = boto3.client("ec2")
+    vpc = api.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
+    other = api.create_security_group(GroupName="meshgpu", Description="of somebody else", VpcId=vpc)["GroupId"]
+    assert admit_office(REGION) != other
+    api.close()
+
+
+async def test_without_our_group_nothing_is_rented(cloud: Ec2Cloud) -> None:
+    fresh = open_ec2(REGION, MESH)
+    with pytest.raises(MeshgpuError) as refused:
+        await fresh.launch(replace(await request_of(cloud), security_group=""))
+    await fresh.close()
+    assert (refused.value.code, refused.value.hint) == ("bad-request", "meshgpu burst setup")
+
+
+async def test_renewed_credentials_are_used(ec2: LocalEc2, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = open_ec2(REGION, MESH)
+    await fresh.instances()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "renewed")
+    ec2.faults.append(Fault("DescribeInstances", "ExpiredToken"))
+    with pytest.raises(MeshgpuError):
+        await fresh.instances()
+    await fresh.instances()
+    await fresh.close()
+    assert "Credential=renewed/" in ec2.calls[-1]["Authorization"]
+
+
+@pytest.mark.parametrize(("text", "number"), [("nan", 0.0), ("inf", 0.0), ("-5", 0.0), ("x", 0.0), ("0.5", 0.5)])
+async def test_tags_that_make_no_sense_count_as_none(ec2: LocalEc2, cloud: Ec2Cloud, text: str, number: float) -> None:
+    rented = await cloud.launch(await request_of(cloud))
+    api = boto3.client("ec2")
+    tags = [{"Key": f"meshgpu:{key}", "Value": text} for key in ("usd-per-hour", "expires")]
+    api.create_tags(Resources=[rented.instance], Tags=tags)
+    api.close()
+    (found,) = await cloud.instances()
+    assert (found.usd_per_hour, found.lease_ends_wall_s) == (number, number)

@@ -67,6 +67,7 @@ class World:
         return (RUNG,)
 
     async def instances(self) -> tuple[Instance, ...]:
+        await self._do("instances")
         return (self.instance,)
 
     async def launch(self, request: LaunchRequest) -> Instance:
@@ -140,6 +141,15 @@ async def test_refusal_comes_back_with_its_code(burst: Burst, world: World, numb
 
     world.trouble = refuse
     assert await burst.perform(ORDERS[number]) == failures("no-capacity", "not today")[number]
+
+
+async def test_what_lives_is_told_although_prices_are_not(burst: Burst, world: World) -> None:
+    def refuse() -> None:
+        if world.lines[-1].startswith("rungs"):
+            raise MeshgpuError("throttled", "no prices", "wait")
+
+    world.trouble = refuse
+    assert await burst.perform(SURVEY) == ev.CloudSurveyed((), (INSTANCE,), reason="no prices (hint: wait)")
 
 
 @pytest.mark.parametrize("number", range(len(ORDERS)))

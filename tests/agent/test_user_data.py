@@ -24,6 +24,7 @@ from meshgpu.wire.certificates import launch_of_bootstrap
 LAUNCH = LaunchId("l" * 26)
 NOW_S = 1_800_000_000.0
 TERMS = BootTerms(MeshId("ab" * 32), LAUNCH, b"k" * 32, 443, InstanceTerms(NOW_S + 3600.5, 600.0, 900.0))
+WALL = "iptables -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT"
 INSTALL = 'echo installing >> "$CALLS"; printf \'#!/bin/sh\\n\' > "$BIN/meshgpu"; chmod +x "$BIN/meshgpu"'
 
 
@@ -36,7 +37,7 @@ class Machine:
         for place in (self.bin, self.units, self.state):
             place.mkdir(parents=True)
         self.calls_file.touch()
-        for name in ("shutdown", "systemctl"):
+        for name in ("shutdown", "systemctl", "iptables"):
             self.fake(name)
 
     def fake(self, name: str, code: int = 0) -> None:
@@ -78,7 +79,7 @@ AGENT = ["systemctl daemon-reload", "systemctl enable --now meshgpu.service"]
 
 def test_switches_come_first_and_the_agent_last(machine: Machine) -> None:
     assert machine.boot() == 0, machine.errors
-    assert machine.calls == [*SWITCHES, "installing", *AGENT]
+    assert machine.calls == [*SWITCHES, WALL, "installing", *AGENT]
     unit = (machine.units / "meshgpu.service").read_text()
     assert f"ExecStart={machine.bin}/meshgpu agent --cloud {machine.directory}\n" in unit
     assert "Restart=always" in unit
@@ -111,20 +112,20 @@ def test_what_the_agent_reads_is_what_was_meant_and_secret(machine: Machine) -> 
 def test_failed_install_powers_off_below_the_switches(machine: Machine, install: str) -> None:
     """The last one installs nothing at all."""
     assert machine.boot(install) != 0
-    assert machine.calls == [*SWITCHES, "shutdown -P now"]
+    assert machine.calls == [*SWITCHES, WALL, "shutdown -P now"]
 
 
 def test_switches_work_whatever_else_is_broken(machine: Machine) -> None:
     machine.fake("systemctl", 1)
     shutil.rmtree(machine.units)
     assert machine.boot("false") != 0
-    assert machine.calls == [*SWITCHES, "shutdown -P now"]
+    assert machine.calls == [*SWITCHES, WALL, "shutdown -P now"]
 
 
 def test_agent_that_does_not_start_powers_off(machine: Machine) -> None:
     (machine.bin / "systemctl").write_text('#!/bin/sh\necho "systemctl $*" >> "$CALLS"\n[ "$3" != meshgpu.service ]\n')
     assert machine.boot() != 0
-    assert machine.calls == [*SWITCHES, "installing", *AGENT, "shutdown -P now"]
+    assert machine.calls == [*SWITCHES, WALL, "installing", *AGENT, "shutdown -P now"]
 
 
 def test_timer_fires_at_the_moment_of_the_lease_and_after_a_reboot(machine: Machine) -> None:
@@ -173,7 +174,7 @@ def test_install_command_is_taken_literally(machine: Machine) -> None:
     """Quotes, placeholders and ends of here-documents in it change nothing around it."""
     odd = INSTALL + "\n: 'it''s' \"@KEY@\" $(true)\ncat <<'END' > /dev/null\nEND\n"
     assert machine.boot(odd) == 0, machine.errors
-    assert machine.calls == [*SWITCHES, "installing", *AGENT]
+    assert machine.calls == [*SWITCHES, WALL, "installing", *AGENT]
 
 
 def test_script_passes_the_shells_linter(tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ def test_setup_says_what_it_does_asks_once_and_lets_the_machine_rent(rig: None, 
         "no_contact_s": 900.0,
         "image": "",
         "security_group": GROUP,
-        "install": f"curl -LsSf https://astral.sh/uv/install.sh | sh && uv tool install meshgpu=={__version__}",
+        "install": "apt-get update -qq && apt-get install -yqq bubblewrap"
+        f" && curl -LsSf https://astral.sh/uv/install.sh | sh && uv tool install meshgpu=={__version__}",
     }
     shown = cli("burst", "status").stdout
     assert "rents       g6.xlarge or g5.xlarge in eu-central-1, for jobs that wait 60 s" in shown
@@ -126,7 +127,7 @@ def test_setup_again_changes_what_is_said_and_outlives_the_agent(rig: None, cli:
     assert (view["settings"], view["role"], view["may_leave"], view["rents"]) == (wanted, "burst", True, True)
 
 
-def test_group_is_made_only_after_a_yes_and_belongs_to_its_region(
+def test_office_is_admitted_after_each_yes_but_to_a_group_of_ones_own(
     rig: None, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -140,11 +141,12 @@ def test_group_is_made_only_after_a_yes_and_belongs_to_its_region(
     assert asked == []
     assert set_up(cli, "--region", REGION).exit_code == 0
     assert set_up(cli, "--usd-per-day", "7").exit_code == 0
-    assert (asked, status(cli)["settings"]["security_group"]) == ([REGION], "sg-1")
-    assert set_up(cli, "--region", "us-east-1").exit_code == 0
-    assert (asked[1:], status(cli)["settings"]["security_group"]) == (["us-east-1"], "sg-2")
-    assert set_up(cli, "--security-group", "").exit_code == 0
-    assert status(cli)["settings"]["security_group"] == "sg-3"
+    assert (asked, status(cli)["settings"]["security_group"]) == ([REGION, REGION], "")
+    assert set_up(cli, "--security-group", GROUP).exit_code == 0
+    assert set_up(cli, "--usd-per-day", "8").exit_code == 0
+    assert (asked[2:], status(cli)["settings"]["security_group"]) == ([], GROUP)
+    assert set_up(cli, "--security-group", "", "--region", "us-east-1").exit_code == 0
+    assert (asked[2:], status(cli)["settings"]["security_group"]) == (["us-east-1"], "")
 
 
 def test_setup_that_the_seller_refuses_changes_nothing(rig: None, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,13 @@
 import pytest
 
 from meshgpu.core.effects import Persist
-from meshgpu.core.owner import Owner, OwnerPolicy, Permission, permission
+from meshgpu.core.owner import Owner, OwnerPolicy, Permission, at_home, permission
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import GpuId, UserName
+from meshgpu.model.ids import GpuId, NodeId, UserName
 from meshgpu.model.inventory import GpuProcess, GpuReading, ProcessKind
 from meshgpu.model.lending import Lending, Pause
 from meshgpu.model.records import PauseRecord
+from meshgpu.model.trust import Member, Role
 
 ADA, BOB = UserName("ada"), UserName("bob")
 
@@ -35,6 +36,14 @@ def test_refusal_names_owner_and_remedy() -> None:
     found: Permission = permission(OwnerPolicy(), BOB, ADA, "")
     assert "its owner ada only" in found.refusal
     assert "bubblewrap" in found.refusal
+
+
+def test_on_a_rented_machine_nobody_is_at_home() -> None:
+    """Its keys and the switches that end it are within reach of what runs unfenced there."""
+    homes = {role: at_home(Member(NodeId("n" * 52), "n", b"", b"", role, ADA)) for role in Role}
+    assert homes[Role.RIG] == homes[Role.BURST] == ADA
+    assert permission(OwnerPolicy(), ADA, homes[Role.CLOUD], "bubblewrap").needs_fence
+    assert permission(OwnerPolicy(), ADA, homes[Role.CLOUD], "").refusal.startswith("lends nothing: ")
 
 
 # -- the owner returns -------------------------------------------------------------------------------------------------

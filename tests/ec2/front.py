@@ -180,7 +180,7 @@ class LocalEc2:
         form = dict(parse_qsl(body.decode("latin-1"), keep_blank_values=True))
         form.setdefault("Action", target)
         with self._lock:
-            self.calls.append(form)
+            self.calls.append(form | {"Authorization": environment.get("HTTP_AUTHORIZATION", "")})
             self._come(form["Action"], Stage.ARRIVED)
             answer = self._ec2(environment, body, form, start)
             self._come(form["Action"], Stage.DONE)
@@ -328,6 +328,12 @@ class _Answer:
     def close(self) -> None:
         """Called by the server (PEP 3333)."""
         self._told()
+
+
+def default_group() -> str:
+    """The security group that every account has from the beginning."""
+    (found,) = ec2_backends[DEFAULT_ACCOUNT_ID][REGION].describe_security_groups(filters={"group-name": ["default"]})
+    return str(found.id)
 
 
 def listen_in(namespace: str, host: str) -> socket.socket:

@@ -72,8 +72,10 @@ def refusal(
         ("for a job", caps.usd_per_job, _of_job(spends, candidate.need), usd(candidate)),
     ]
     for name, cap, span in (("a day", caps.usd_per_day, day), ("a month", caps.usd_per_month, month)):
-        for begin, end in sorted({span(candidate.from_wall_s), span(candidate.until_wall_s)}):
+        begin, end = span(candidate.from_wall_s)
+        while begin < candidate.until_wall_s:
             rows.append((name, cap, spent_usd(spends, begin, end), spent_usd((candidate,), begin, end)))
+            begin, end = span(end)
     for name, cap, before, more in rows:
         if before + more > cap + CENT_PART:
             return f"the cap of ${cap:.2f} {name}: ${before:.2f} and ${more:.2f} more would be ${before + more:.2f}"

@@ -122,6 +122,7 @@ class Planner:
         self._blocked_until = -math.inf
         self._forbidden_s = FORBIDDEN_PAUSE_S
         self._fault = ""
+        self._price_fault = ""
         self._own_demand: Demand | None = None
         self._look_at: float | None = None
 
@@ -132,7 +133,9 @@ class Planner:
                 case BurstRecord(settings=settings, rents=rents):
                     self._settings, self._rents = settings, rents
                 case LaunchRecord():
-                    self._rentals[record.request.launch] = Rental(record, 0.0, now.boot_s, now.boot_s)
+                    rental = Rental(record, 0.0, now.boot_s, now.boot_s)
+                    rental.has_worked = record.state is LaunchState.JOINED  # for all that is remembered
+                    self._rentals[record.request.launch] = rental
                 case SpendRecord():
                     self._spending.restore(record)
                 case _:
@@ -161,7 +164,7 @@ class Planner:
             sum(self._live_usd_per_hour()),
             spent_usd(spends, *day(now.wall_s)),
             spent_usd(spends, *month(now.wall_s)),
-            self._fault,
+            self._fault or self._price_fault,
         )
 
     # -- events -------------------------------------------------------------------------------------------------------
@@ -217,6 +220,7 @@ class Planner:
             return []
         if survey.not_before > 0.0:  # the last one failed
             self._fault = ""
+        self._price_fault = event.reason
         mesh = self._sight.mesh()
         survey.succeed(now, event.rungs, tuple(instance for instance in event.instances if instance.mesh == mesh))
         effects = self._take_in(now)
@@ -238,8 +242,6 @@ class Planner:
         return effects
 
     def _rented(self, rental: Rental, instance: Instance) -> Persist:
-        self._rests.worked(rental.record.request.rung)
-        self._forbidden_s = FORBIDDEN_PAUSE_S
         rental.address = instance.address
         if self._rents:
             return rental.become(LaunchState.RENTED, instance=instance.instance)
@@ -303,8 +305,7 @@ class Planner:
                 self._taken_until[need] = now.boot_s + TAKEN_PAUSE_S
             case "not-allowed":
                 self._fault = f"the account does not allow it: {event.reason}"
-                self._blocked_until = now.boot_s + self._forbidden_s
-                self._forbidden_s = min(self._forbidden_s * 2, FORBIDDEN_LIMIT_S)
+                self._wait(now)
             case _:  # it may have happened: the same again, or a survey shows it
                 rental.retry(now, self._rng)
                 return []
@@ -323,6 +324,7 @@ class Planner:
             return self._idle(rental)
         if event.code:
             rental.retry(now, self._rng, ENROL_PAUSE_S)
+            rental.trouble = event.reason
             return []
         node = node_id(event.public_key)
         if rental.record.node not in (None, node):
@@ -372,7 +374,24 @@ class Planner:
         effects += self._spending.close(now, rental.launch) if was_rented else self._spending.void(rental.launch)
         if rental.record.node is not None:
             effects += self._remove(now, (rental.record.node,))
+        is_missed = any(need.job == rental.record.request.need for need in self._waiting.needs)
+        if was_rented and is_missed and not rental.has_worked:
+            self._hold_back(now, rental)
         return effects
+
+    def _hold_back(self, now: Now, rental: Rental) -> None:
+        """An instance was paid for nothing: the next one waits, longer each time."""
+        record = rental.record
+        what = "joined and ran nothing" if record.node is not None else "ended before it joined"
+        trouble = rental.trouble or "its console output may say why"
+        self._fault = f"{record.instance or 'an instance'} {what}" + ("" if record.node else f": {trouble}")
+        self._rests.failed(now, record.request.rung, is_refused=False)
+        self._wait(now)
+
+    def _wait(self, now: Now) -> None:
+        """Rent nothing for a while, longer each time until an instance works."""
+        self._blocked_until = now.boot_s + self._forbidden_s
+        self._forbidden_s = min(self._forbidden_s * 2, FORBIDDEN_LIMIT_S)
 
     def _reap(self, now: Now) -> list[Effect]:
         effects: list[Effect] = []
@@ -493,18 +512,19 @@ class Planner:
         )
 
     def _live_usd_per_hour(self) -> list[float]:
-        """Of each instance of the mesh that lives, or may."""
-        prices = {r.launch: r.record.request.rung.usd_per_hour for r in self._rentals.values()}
-        for instance in self._survey.instances:
-            if instance.state is not InstanceState.TERMINATED:
-                prices[instance.launch] = instance.usd_per_hour
+        """Of each instance of the mesh that lives, or may; tags can be changed, so the journal knows better."""
+        living = (i for i in self._survey.instances if i.state is not InstanceState.TERMINATED)
+        prices = {instance.launch: instance.usd_per_hour for instance in living}
+        prices |= {r.launch: r.record.request.rung.usd_per_hour for r in self._rentals.values()}
         return list(prices.values())
 
     # -- the mesh and what is rented ----------------------------------------------------------------------------------
 
     def _demands(self) -> list[Demand]:
-        """Of stewards that can act on what is rented for them."""
-        found = (self._sight.demand(node) for node in sorted(self._sight.members()) if self._sight.is_alive(node))
+        """Of stewards that can act on what is rented for them. A rented machine must not order another."""
+        members = self._sight.members()
+        stewards = (node for node in sorted(members) if members[node].role is not Role.CLOUD)
+        found = (self._sight.demand(node) for node in stewards if self._sight.is_alive(node))
         return [demand for demand in found if demand is not None]
 
     def _courtesy_s(self) -> float | None:
@@ -584,7 +604,12 @@ class Planner:
                 continue
             assert rental.record.node is not None
             _, capacity = self._sight.heard(rental.record.node)
-            if not self._is_linked(rental) or (capacity is not None and capacity.allocations):
+            works = capacity is not None and bool(capacity.allocations)
+            if works and not rental.has_worked:
+                rental.has_worked = True
+                self._rests.worked(rental.record.request.rung)
+                self._forbidden_s, self._fault = FORBIDDEN_PAUSE_S, ""
+            if works or not self._is_linked(rental):
                 rental.useful_at = now.boot_s  # out of touch is not idle: its own timers watch it
             for job in place.serves:
                 rental.useful_at = max(rental.useful_at, self._waiting.seen_at(job))

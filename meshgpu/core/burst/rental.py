@@ -50,6 +50,7 @@ class Rental:
 
     is_busy: an effect of it is under way. due: `boot_s` of its next try. called_at: when a call of it last ended or
     may have. useful_at: when a job last ran on it or was meant for it. missed: surveys that did not name it.
+    trouble: why it was last not reached. has_worked: a job ran on it.
     """
 
     record: LaunchRecord
@@ -60,6 +61,8 @@ class Rental:
     is_busy: bool = False
     address: str = ""
     missed: int = 0
+    trouble: str = ""
+    has_worked: bool = False
 
     @property
     def launch(self) -> LaunchId:

@@ -12,7 +12,7 @@ from typing import Final
 from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttempt, Persist, Reject, Send, StartAttempt
 from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.jobs.placement import find_room, out_of_bounds
-from meshgpu.core.owner import GRACE_S, NEEDS_IMAGE, Owner, Permission, permission
+from meshgpu.core.owner import GRACE_S, NEEDS_IMAGE, Owner, Permission, at_home, permission
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import runnable
 from meshgpu.core.trust.meshlog import MeshLog
@@ -358,7 +358,7 @@ class Attempts:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _permission(self, spec: JobSpec) -> Permission:
-        return permission(self._owner.policy, spec.user, self._log.members[self._node].owner, self.fence)
+        return permission(self._owner.policy, spec.user, at_home(self._log.members[self._node]), self.fence)
 
     def _plan(self, attempt: Attempt) -> AttemptPlan:
         fenced = self._permission(attempt.spec).needs_fence

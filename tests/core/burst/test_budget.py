@@ -146,3 +146,11 @@ def test_spending_of_older_months_is_forgotten() -> None:
     spending.restore(replace(spend(begin=NOON - 70 * 86400), is_over=True))
     effects = spending.account(now(0), (), ())
     assert effects == [Persist("spend", "a" * 26, None)]
+
+
+def test_each_day_of_a_long_lease_needs_room() -> None:
+    """From noon for 48 hours: the day in the middle costs most."""
+    lease = spend(hours=48.0)
+    roomy = replace(CAPS, usd_per_hour=9.0, usd_per_day=24.0, usd_per_month=99.0, usd_per_job=99.0)
+    assert refusal(roomy, lease, [], ()) == ""
+    assert refusal(replace(roomy, usd_per_day=23.0), lease, [], ()).startswith("the cap of $23.00 a day")

@@ -8,7 +8,7 @@ import pytest
 
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
-from meshgpu.core.burst.planner import COURTESY_S, Planner, Scribe, Sight, token
+from meshgpu.core.burst.planner import COURTESY_S, BurstStatus, Planner, Scribe, Sight, token
 from meshgpu.core.burst.rental import (
     END_EARLY_S,
     JOIN_WITHIN_S,
@@ -61,6 +61,7 @@ class Bench:
     written: list[AddNode | RemoveNode] = field(default_factory=list)
     met: list[tuple[NodeId, Address]] = field(default_factory=list)
     may_write: bool = True
+    stewards: set[NodeId] = field(default_factory=lambda: {STEWARD})
 
     def __post_init__(self) -> None:
         self.planner = self._planner()
@@ -70,7 +71,7 @@ class Bench:
             lambda: MESH,
             self._members,
             lambda node: node not in self.away,
-            lambda node: Demand(tuple(self.needs)) if node == STEWARD else None,
+            lambda node: Demand(tuple(self.needs)) if node in self.stewards else None,
             self._heard,
         )
         planner = Planner(ME, random.Random(1), sight, Scribe(self._write, lambda: LOG, self._meet))
@@ -181,6 +182,11 @@ class Bench:
         record = self.disk["launch", request.launch]
         assert isinstance(record, LaunchRecord)
         return record
+
+    def status(self) -> BurstStatus:
+        status = self.planner.status(self.now())
+        assert status is not None
+        return status
 
     def words(self) -> list[str]:
         return [plan.words for plan in self.planner.plan(self.now())]
@@ -531,6 +537,55 @@ def test_instance_that_changes_its_key_ends() -> None:
     assert bench.tell(ev.Enrolled(request.launch, b"x" * 32, b"ca")) == [fx.Terminate("i-1")]
 
 
+def test_instances_that_never_join_are_rented_more_and_more_seldom() -> None:
+    bench = Bench()
+    launches = [bench.renting()]
+    began = bench.at
+    while bench.at < began + 4 * 3600.0:
+        bench.instances = [replace(bench.instances[0], state=InstanceState.TERMINATED)]
+        for order in bench.wait(60.0):  # it powers off within a minute, as where `install` fails
+            if isinstance(order, fx.Enrol):
+                bench.tell(ev.Enrolled(order.launch, b"", b"", "no-answer", "refused"))
+            elif isinstance(order, fx.Launch):
+                launches.append(order.request)
+                bench.instances = [instance(order.request, "198.51.100.7")]
+                (dial,) = bench.tell(ev.LaunchEnded(order.request.launch, bench.instances[0]))
+                assert isinstance(dial, fx.Enrol)
+                bench.tell(ev.Enrolled(dial.launch, b"", b"", "no-answer", "refused"))
+    assert 4 < len(launches) < 16
+    assert bench.status().fault == "i-1 ended before it joined: refused"
+
+
+def test_instance_that_joins_and_runs_nothing_is_not_rented_again_at_once() -> None:
+    bench = Bench()
+    bench.joined()
+    bench.capacity = Capacity((), ())
+    bench.changed()
+    assert bench.wait(7200.0) == [fx.Terminate("i-1")]
+    bench.tell(ev.TerminateEnded("i-1"))
+    bench.instances = [replace(bench.instances[0], state=InstanceState.TERMINATED)]
+    began = bench.at
+    assert [type(order) for order in bench.wait(600.0)] == [fx.Launch]
+    assert bench.at - began > 60.0
+    assert "ran nothing" in bench.status().fault
+
+
+def test_rented_machine_orders_no_other() -> None:
+    bench = Bench()
+    bench.joined()
+    bench.stewards = {CLOUD}
+    bench.changed()
+    assert bench.planner.plan(bench.now()) == ()
+
+
+def test_tags_do_not_change_what_the_journal_counts() -> None:
+    bench = Bench()
+    request = bench.joined()
+    bench.instances = [replace(bench.instances[0], usd_per_hour=0.0)]
+    bench.wait(120.0)
+    assert bench.status().usd_per_hour == request.rung.usd_per_hour
+
+
 def test_instance_that_the_mesh_does_not_let_in_ends() -> None:
     bench = Bench(may_write=False)
     request = bench.renting()
@@ -592,6 +647,8 @@ def test_ending_is_repeated_until_the_provider_shows_it() -> None:
 def test_instance_that_the_provider_took_leaves_the_mesh_and_its_job_gets_another() -> None:
     bench = Bench()
     request = bench.joined()
+    bench.capacity = busy()
+    bench.changed()
     bench.instances = [instance(request, state=InstanceState.TERMINATED)]
     (order,) = bench.wait(SURVEY_S)
     assert bench.written[-1] == RemoveNode(CLOUD)
