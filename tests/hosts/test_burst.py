@@ -1,0 +1,272 @@
+"""The whole of renting: an office behind its NAT, a local EC2 whose instances run, real agents on both sides."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import pytest
+
+from meshgpu.config import Config
+from meshgpu.model.cloud import INSTANCE_PORT
+from tests.ec2.cloud import PROGRAMS
+from tests.ec2.front import Fault
+from tests.ec2.internet import API_HOST
+from tests.hosts.office import MESHGPU, Office, until
+from tests.hosts.renting import AGAIN_S, RENTED_S, Project, Story, Strike, renting
+
+pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("burst")]
+
+SPOT_NOTICE_S: Final = 60.0
+NO_CONTACT_S: Final = 15.0
+DRAINED_S: Final = 120.0
+"""From the moment the line is cut until the instance is down: its link must fail, then NO_CONTACT_S, then 60 s."""
+
+DIAL: Final = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), 2.0).close()
+except OSError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+FORGETFUL: Final = f"""#!{sys.executable}
+import os, shutil, sys
+from pathlib import Path
+from meshgpu.agent import enrolment
+from meshgpu.cli.main import main
+async def answer(self, step, request, answer=enrolment.InstanceDoor.answer):
+    if step == "welcome":
+        print("forgets its key", flush=True)
+        os._exit(1)
+    return await answer(self, step, request)
+enrolment.InstanceDoor.answer = answer
+shutil.rmtree(Path(os.environ["MESHGPU_HOME"]) / "keys", ignore_errors=True)
+sys.exit(main())
+"""
+"""A `meshgpu` for instances: as if at each dial another machine answered that booted the same user data."""
+
+
+@pytest.fixture(scope="module")
+def opened(office: Office, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    with renting(office, tmp_path_factory.mktemp("gpus")) as story:
+        yield story
+
+
+@pytest.fixture
+def story(opened: Story) -> Iterator[Story]:
+    opened.new_calls()
+    with opened.told():
+        yield opened
+
+
+@pytest.fixture
+def project(story: Story, tmp_path: Path) -> Project:
+    directory = tmp_path / "project"
+    directory.mkdir()
+    return Project(story.ada, directory)
+
+
+def test_job_that_finds_no_room_runs_on_a_rented_machine_which_is_given_back(story: Story, project: Project) -> None:
+    with story.filled(project):
+        name = project.submit("2")
+        until(lambda: story.runs_on_rented(name), "no machine was rented", RENTED_S)
+        until(lambda: story.is_done(name), "the job did not end there")
+        assert story.ada.meshgpu("logs", name).stdout == "works\n"
+        assert project.times("ends") == 1
+        story.give_back()
+
+
+def test_type_without_capacity_is_left_for_the_next_one(story: Story, project: Project) -> None:
+    lacking = Fault("RunInstances", "InsufficientInstanceCapacity", 500, {"InstanceType": "g6.xlarge"}, times=-1)
+    story.cloud.ec2.faults.append(lacking)
+    try:
+        with story.filled(project):
+            name = project.submit("2")
+            until(lambda: story.is_done(name), "the job did not run", RENTED_S)
+            assert project.times("ends") == 1
+    finally:
+        story.cloud.ec2.faults.remove(lacking)
+    asked = [
+        (call["InstanceType"], call["Placement.AvailabilityZone"], call.get("InstanceMarketOptions.MarketType"))
+        for call in story.cloud.ec2.actions("RunInstances")
+    ]
+    assert len(asked) == len(set(asked)) > 1
+    assert {kind for kind, _, _ in asked[:-1]} == {"g6.xlarge"}
+    assert asked[-1][0] == "g5.xlarge"
+    assert story.cloud.ec2.most_live == 1
+    story.give_back()
+
+
+# -- what may be done to it from outside, and what it does ----------------------------------------------------------
+
+
+def reaches(argv: list[str], address: str, port: int) -> bool:
+    return subprocess.run([*argv, sys.executable, "-c", DIAL, address, str(port)], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_rented_machine_reaches_nothing_of_the_office_and_tries_nothing(story: Story, project: Project) -> None:
+    link_port = Config().link_port
+
+    def dials() -> int:
+        """How many connections out of it were begun since it booted."""
+        rules = machine.argv("iptables", "-L", "OUTPUT", "-v", "-x")
+        shown = subprocess.run(rules, capture_output=True, text=True, check=True).stdout
+        return int(shown.splitlines()[2].split()[0])
+
+    with story.filled(project):
+        name = project.submit("3")
+        until(lambda: bool(story.cloud.running()), "no machine was rented")
+        machine = story.machine()
+        subprocess.run(machine.argv("iptables", "-A", "OUTPUT", "-p", "tcp", "--syn", "!", "-o", "lo"), check=True)
+        assert b"to be enrolled" not in machine.console.read_bytes(), "it was looked at too late"
+        until(lambda: story.is_done(name), "the job did not run there", RENTED_S)
+        assert story.ada.meshgpu("logs", name).stdout == "works\n"
+        assert dials() == 0
+        assert reaches(story.ada.argv(), story.ada.address, link_port)
+        assert reaches(story.ada.argv(), machine.public, INSTANCE_PORT)
+        assert reaches(machine.argv(), API_HOST, urlsplit(story.cloud.ec2.url).port or 0)
+        assert dials() == 1
+        office = story.cloud.internet.office_address
+        for address, port in ((story.ada.address, link_port), (office, link_port), (office, INSTANCE_PORT)):
+            assert not reaches(machine.argv(), address, port), (address, port)
+    story.give_back()
+
+
+@pytest.mark.slow
+def test_instances_are_listed_and_ended_with_nothing_but_credentials(
+    story: Story, project: Project, tmp_path: Path
+) -> None:
+    def burst(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        """On somebody's machine anywhere in the Internet."""
+        environment = {"PATH": f"{PROGRAMS}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        return subprocess.run(
+            story.cloud.internet.argv(MESHGPU, "burst", *arguments),
+            env=environment | story.cloud.ec2.environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+
+    with story.filled(project):
+        name = project.submit("600,1", "--retries", "1")
+        until(lambda: project.times("begins") == 1, "no machine was rented", RENTED_S)
+        machine = story.machine()
+        (listed,) = json.loads(burst("ls", "--json").stdout)["instances"]
+        assert (listed["instance"], listed["job"]) == (machine.instance, name)
+        assert machine.instance in burst("ls").stdout
+        assert "1 instance told to end" in burst("reap", "--yes").stderr
+        assert story.cloud.ec2.live() == []
+        assert "no instance of meshgpu lives" in burst("ls").stderr
+        until(lambda: story.is_done(name), "the job did not get another machine", AGAIN_S)
+    assert project.words() == ["begins", "begins", "ends"]
+    assert story.job(name)["epoch"] == 2
+    assert story.cloud.ec2.most_live == 1
+    story.give_back()
+
+
+# -- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_launch_makes_one_member_however_many_boot_its_user_data(
+    story: Story, project: Project, tmp_path: Path
+) -> None:
+    """The burst peer is killed between its two dials: what refuses the second key is its journal."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "meshgpu").write_text(FORGETFUL)
+    (tmp_path / "bin" / "meshgpu").chmod(0o755)
+    story.settings["PATH"] = f"{tmp_path}/bin:{PROGRAMS}"
+    with story.filled(project):
+        strike = Strike(story.ada)
+        name = project.submit("1")
+        try:
+            strike.when(lambda: "forgets its key\n" in story.consoles)
+            until(strike.is_over.is_set, "nobody was welcomed", RENTED_S)
+        finally:
+            strike.is_over.set()
+            story.settings.clear()
+        first = story.machine()
+        until(strike.is_dead)
+        story.ada.meshgpu("up")
+        until(lambda: not first.is_alive, "another key was taken")
+        assert first.console.read_text().count("forgets its key") == 1
+        until(lambda: story.is_done(name), "the job did not get another machine", RENTED_S)
+        assert story.cloud.ec2.most_live == 1
+        assert len(story.cloud.ec2.actions("TerminateInstances")) >= 1
+        story.give_back()
+
+
+@pytest.mark.slow
+def test_instance_that_is_out_of_touch_ends_itself_and_its_job_runs_again(story: Story, project: Project) -> None:
+    story.ada.meshgpu("burst", "setup", "--yes", "--no-contact", f"{NO_CONTACT_S:.0f}s")
+    try:
+        with story.filled(project):
+            name = project.submit("600,1", "--retries", "1")
+            until(lambda: project.times("begins") == 1, "no machine was rented", RENTED_S)
+            machine = story.machine()
+            story.cloud.internet.cut_office()
+            begun = time.monotonic()
+            try:
+                until(lambda: not machine.is_alive, "it lives on", DRAINED_S)
+                print("ended after", time.monotonic() - begun)
+                until(lambda: story.cloud.ec2.live() == [])
+                assert "TerminateInstances" not in {call["Action"] for call in story.cloud.ec2.calls}
+                assert story.job(name)["state"] not in ("failed", "succeeded")
+            finally:
+                story.cloud.internet.heal_office()
+        until(lambda: story.is_done(name), "the job was lost", 120)
+        print("succeeded after", time.monotonic() - begun)
+        assert project.words() == ["begins", "asked", "begins", "ends"]
+    finally:
+        story.ada.meshgpu("burst", "setup", "--yes", "--no-contact", "2m")
+    story.give_back()
+
+
+@pytest.mark.slow
+def test_job_leaves_a_machine_that_the_provider_takes_back(story: Story, project: Project) -> None:
+    with story.filled(project):
+        name = project.submit("600,1")
+        until(lambda: project.times("begins") == 1, "no machine was rented", RENTED_S)
+        machine = story.machine()
+        notice = datetime.now(UTC) + timedelta(seconds=SPOT_NOTICE_S)
+        machine.notice_spot(f"{notice:%Y-%m-%dT%H:%M:%SZ}")
+        until(lambda: not machine.is_alive, "it stays", SPOT_NOTICE_S)
+        print("ended before notice by", notice - datetime.now(UTC))
+        until(lambda: story.is_done(name), "the job did not run again", AGAIN_S)
+    print(project.diary(), story.job(name))
+    assert project.words() == ["begins", "asked", "begins", "ends"]
+    assert len({host for _, who, host, _ in project.diary() if who == "job"}) == 2
+    assert story.cloud.ec2.most_live == 1
+    story.give_back()
+
+
+@pytest.mark.slow
+def test_sweep_runs_here_and_there_each_trial_once(story: Story, project: Project) -> None:
+    done = story.ada.meshgpu(
+        "sweep", "grid", "--param", "n=1,2,3,4,5,6", "--parallel", "3", "-d", "--json", "-g", "1",
+        "--", "python", "work.py", "6", str(project.path), "{n}", directory=project.directory,
+    )  # fmt: skip
+    name = json.loads(done.stdout)["id"]
+    until(
+        lambda: bool(story.ada.json("sweep", "status", name)["sweep"]["state"] == "succeeded"),
+        "the sweep did not end",
+        120,
+    )
+    trials = story.ada.json("sweep", "status", name)["trials"]
+    assert [(trial["state"], trial["epoch"]) for trial in trials] == [("succeeded", 1)] * 6
+    for word in ("begins", "ends"):
+        assert sorted(line[1] for line in project.diary() if line[0] == word) == list("123456")
+    machines = {str(trial["machine"]) for trial in trials}
+    assert "ada" in machines
+    assert any(machine.startswith("cloud-") for machine in machines)
+    assert 1 <= story.cloud.ec2.most_live <= 2
+    story.give_back()
