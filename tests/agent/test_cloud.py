@@ -234,9 +234,7 @@ async def test_rented_machine_works_for_the_office_and_goes(story: Story, tmp_pa
     project.mkdir()
     (project / "big.bin").write_bytes(random.Random(1).randbytes(12_000_000))
     (project / "train.py").write_text(PROGRAM)
-    out = await story.meshgpu(
-        "run", "-m", NAME, "-g", "0", "--no-env", "--fetch", "--", sys.executable, "train.py", directory=project
-    )
+    out = await story.meshgpu("run", "-m", NAME, "-g", "0", "--fetch", "--", "python", "train.py", directory=project)
     assert "12000000 " in out
     assert (project / "model.bin").read_bytes() == (project / "big.bin").read_bytes()[::-1]
     (machine,) = [m for m in json.loads(await story.meshgpu("machines", "--json"))["machines"] if m["name"] == NAME]
@@ -263,9 +261,7 @@ async def test_rented_machine_works_for_the_office_and_goes(story: Story, tmp_pa
     # A spot notice stops what runs and, once that is told, the machine.
     (project / "sleep.py").write_text(SLEEPER)
     (project / "big.bin").unlink()
-    await story.meshgpu(
-        "run", "-m", NAME, "-g", "0", "--no-env", "-d", "--", sys.executable, "sleep.py", directory=project
-    )
+    await story.meshgpu("run", "-m", NAME, "-g", "0", "-d", "--", "python", "sleep.py", directory=project)
     await eventually(lambda: bool(running(story, node)), 20)
     assert story.rented.switched_off == ["-P +60"]
     notice = datetime.now(UTC) + timedelta(seconds=120)

@@ -105,19 +105,20 @@ class Story:
         until(lambda: self.cloud.ec2.live() == [], "the instance was not given back", 60)
         until(lambda: self.members() == ["ada"], "it is still a member", 60)
 
-    def new_calls(self) -> None:
-        """Forget what was asked of the provider until now."""
+    @contextmanager
+    def at_rest(self, *kept: str) -> Iterator[None]:
+        """Begin with no call noted, and end with no job but those that are kept and nothing that is rented."""
         self.cloud.ec2.calls.clear()
         self.cloud.ec2.most_live = 0
-
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Show everything that is known afterwards; pytest does if the test fails."""
         try:
             yield
         finally:
-            print(self.consoles, self.ada.log())
+            print(self.consoles, self.ada.log())  # pytest shows it if the test failed
             print(self.ada.meshgpu("burst", "status", "--json", code=None).stdout)
+        for row in self.ada.json("ps")["jobs"]:
+            if row["id"] not in kept:
+                self.ada.meshgpu("kill", row["id"], code=None)
+        self.give_back()
 
 
 @dataclass

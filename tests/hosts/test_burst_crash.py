@@ -22,8 +22,8 @@ ESTABLISHED: Final = "01"
 """As proc_net_tcp(5) writes port 443 and the state."""
 
 GRID_S: Final = 0.01
-STEPS: Final = 400
-"""Moments within 4 s of the agent's start: by then it asks and dials, and it seldom has done all."""
+STEPS: Final = 300
+"""Moments within 3 s of the agent's start: by then it asks and dials, and it seldom has done all."""
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,7 @@ def filled(opened: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def story(opened: Story, filled: str) -> Iterator[Story]:
-    opened.new_calls()
-    with opened.told():
+    with opened.at_rest(filled):
         yield opened
         assert opened.job(filled)["phase"] == "running"
         assert opened.job(filled)["epoch"] == 1
@@ -117,10 +116,10 @@ POINTS: Final[dict[str, Aim]] = {
 }
 
 
-def check_launch(story: Story, project: Project, *aims: Aim) -> None:
+def check_launch(story: Story, project: Project, *aims: Aim, spans: str = "3") -> None:
     """Rent for a job, be killed at moments of that and start again: the job ends well, once, on the only instance."""
     before = set(story.cloud.machines)
-    name = project.submit("3")
+    name = project.submit(spans)
     for aim in aims:
         strike_and_start(story, project, aim)
     until(lambda: story.is_done(name), "the job did not end", AGAIN_S)
@@ -138,11 +137,13 @@ def strike_and_start(story: Story, project: Project, aim: Aim) -> None:
         until(strike.is_over.is_set, "the moment did not come", RENTED_S)
         assert project.times("ends") == 0, "it came too late"
     finally:
+        is_struck = strike.is_over.is_set()
         strike.is_over.set()
         story.cloud.ec2.moments.clear()
-    until(strike.is_dead)
-    story.ada.meshgpu("up")
-    story.cloud.ec2.faults.clear()
+        if is_struck:
+            until(strike.is_dead)
+            story.ada.meshgpu("up")
+        story.cloud.ec2.faults.clear()
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -152,7 +153,7 @@ def test_burst_peer_killed_at_a_call_goes_on_after_it(story: Story, project: Pro
     check_launch(story, project, POINTS[point])
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_burst_peer_killed_again_and_again_gets_there(story: Story, project: Project, seed: int) -> None:
     """Five times in one launch, at moments on a grid of 10 ms after each start."""
     rng = random.Random(seed)
@@ -161,4 +162,4 @@ def test_burst_peer_killed_again_and_again_gets_there(story: Story, project: Pro
     def again(_story: Story, _project: Project, strike: Strike) -> None:
         threading.Timer(rng.randrange(STEPS) * GRID_S, strike).start()
 
-    check_launch(story, project, *[again] * 5)
+    check_launch(story, project, *[again] * 5, spans="15")
