@@ -70,7 +70,8 @@ class Story:
 
     @property
     def consoles(self) -> str:
-        return "\n".join(f"--- {m.instance}\n{m.console.read_text()[-3000:]}" for m in self.cloud.machines.values())
+        found = [(m.instance, m.console) for m in list(self.cloud.machines.values())]
+        return "\n".join(f"--- {name}\n{path.read_text()[-3000:]}" for name, path in found if path.exists())
 
     def members(self) -> list[str]:
         return [str(machine["name"]) for machine in self.ada.json("machines")["machines"]]
