@@ -134,7 +134,8 @@ def admit_office(region: str) -> str:
         office = _public_address(endpoint)
         ec2 = _client("ec2", region, endpoint)
         try:
-            group = _find_group(ec2) or _make_group(ec2)
+            vpc = _default_vpc(ec2)
+            group = _find_group(ec2, vpc) or _make_group(ec2, vpc)
             ours = {"IpProtocol": "tcp", "FromPort": INSTANCE_PORT, "ToPort": INSTANCE_PORT}
             if not _admits(group, f"{office}/32"):
                 spans = [{"CidrIp": f"{office}/32", "Description": "the office"}]
@@ -375,7 +376,8 @@ class Ec2Cloud:
     def _own_group(self) -> str:
         """What `admit_office` made; raises MeshgpuError `bad-request` where it did not."""
         if not self._group:
-            group = _find_group(self._client("ec2"))
+            ec2 = self._client("ec2")
+            group = _find_group(ec2, _default_vpc(ec2))
             if group is None:
                 what = f"there is no security group {GROUP!r} of ours in {self._region}"
                 raise MeshgpuError("bad-request", what, "meshgpu burst setup")
@@ -469,19 +471,19 @@ def _default_vpc(ec2: Any) -> str:
     return str(found[0]["VpcId"])
 
 
-def _find_group(ec2: Any) -> dict[str, Any] | None:
+def _find_group(ec2: Any, vpc: str) -> dict[str, Any] | None:
     """Ours; a group that only has its name may let in anybody."""
-    wanted = {"vpc-id": _default_vpc(ec2), "group-name": GROUP, "tag-key": GROUP_TAG}
+    wanted = {"vpc-id": vpc, "group-name": GROUP, "tag-key": GROUP_TAG}
     filters = [{"Name": name, "Values": [value]} for name, value in wanted.items()]
     found = ec2.describe_security_groups(Filters=filters)["SecurityGroups"]
     return dict(found[0]) if found else None
 
 
-def _make_group(ec2: Any) -> dict[str, Any]:
+def _make_group(ec2: Any, vpc: str) -> dict[str, Any]:
     made = ec2.create_security_group(
         GroupName=GROUP,
         Description="machines that meshgpu rents: reached from the office only",
-        VpcId=_default_vpc(ec2),
+        VpcId=vpc,
         TagSpecifications=[{"ResourceType": "security-group", "Tags": [{"Key": GROUP_TAG, "Value": "1"}]}],
     )
     return {"GroupId": made["GroupId"], "IpPermissions": []}

@@ -25,6 +25,7 @@ def iam_policy() -> dict[str, Any]:
                     "ec2:DescribeInstanceTypes",
                     "ec2:DescribeSecurityGroups",
                     "ec2:DescribeSpotPriceHistory",
+                    "ec2:DescribeVpcs",
                     "pricing:GetProducts",
                 ],
                 ANY,
