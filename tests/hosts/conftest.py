@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.hosts.office import Office, until
+from tests.hosts.renting import Project, Story, renting
 
 
 def needs_namespaces() -> None:
@@ -33,3 +35,25 @@ def office() -> Iterator[Office]:
 @pytest.fixture
 def wait_until() -> Callable[..., None]:
     return until
+
+
+# -- renting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def opened(office: Office, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    with renting(office, tmp_path_factory.mktemp("gpus")) as story:
+        yield story
+
+
+@pytest.fixture
+def story(opened: Story) -> Iterator[Story]:
+    with opened.at_rest():
+        yield opened
+
+
+@pytest.fixture
+def project(story: Story, tmp_path: Path) -> Project:
+    directory = tmp_path / "project"
+    directory.mkdir()
+    return Project(story.ada, directory)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -16,8 +15,8 @@ from meshgpu.model.cloud import INSTANCE_PORT
 from tests.ec2.cloud import PROGRAMS
 from tests.ec2.front import Fault
 from tests.ec2.internet import API_HOST
-from tests.hosts.office import MESHGPU, Office, until
-from tests.hosts.renting import AGAIN_S, RENTED_S, Project, Story, renting
+from tests.hosts.office import MESHGPU, until
+from tests.hosts.renting import AGAIN_S, RENTED_S, Project, Story
 
 pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("burst")]
 
@@ -28,25 +27,6 @@ try:
 except OSError as error:
     sys.exit(f"refused: {error}")
 """
-
-
-@pytest.fixture(scope="module")
-def opened(office: Office, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    with renting(office, tmp_path_factory.mktemp("gpus")) as story:
-        yield story
-
-
-@pytest.fixture
-def story(opened: Story) -> Iterator[Story]:
-    with opened.at_rest():
-        yield opened
-
-
-@pytest.fixture
-def project(story: Story, tmp_path: Path) -> Project:
-    directory = tmp_path / "project"
-    directory.mkdir()
-    return Project(story.ada, directory)
 
 
 def test_job_that_finds_no_room_runs_on_a_rented_machine_which_is_given_back(story: Story, project: Project) -> None:

@@ -5,15 +5,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Final
 
 import pytest
 
 from meshgpu.core.burst.survey import FRESH_S
 from tests.ec2.front import Fault, Moment, Stage
-from tests.hosts.office import Office, until
-from tests.hosts.renting import AGAIN_S, RENTED_S, Project, Story, Strike, renting
+from tests.hosts.office import until
+from tests.hosts.renting import AGAIN_S, RENTED_S, Project, Story, Strike
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.xdist_group("burst-crash")]
 
@@ -24,12 +23,6 @@ ESTABLISHED: Final = "01"
 GRID_S: Final = 0.01
 STEPS: Final = 300
 """Moments within 3 s of the agent's start: by then it asks and dials, and it seldom has done all."""
-
-
-@pytest.fixture(scope="module")
-def opened(office: Office, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    with renting(office, tmp_path_factory.mktemp("gpus")) as story:
-        yield story
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +38,6 @@ def story(opened: Story, filled: str) -> Iterator[Story]:
         yield opened
         assert opened.job(filled)["phase"] == "running"
         assert opened.job(filled)["epoch"] == 1
-
-
-@pytest.fixture
-def project(story: Story, tmp_path: Path) -> Project:
-    directory = tmp_path / "project"
-    directory.mkdir()
-    return Project(story.ada, directory)
 
 
 Aim = Callable[[Story, Project, Strike], None]

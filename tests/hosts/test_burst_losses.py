@@ -1,7 +1,6 @@
 """What a rented machine comes to when its keys, its link to the office or the provider fail it."""
 
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -9,8 +8,8 @@ from typing import Final
 import pytest
 
 from tests.ec2.cloud import PROGRAMS
-from tests.hosts.office import Office, until
-from tests.hosts.renting import AGAIN_S, RENTED_S, Project, Story, Strike, renting
+from tests.hosts.office import until
+from tests.hosts.renting import AGAIN_S, RENTED_S, Project, Story, Strike
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.xdist_group("burst-losses")]
 
@@ -34,25 +33,6 @@ shutil.rmtree(Path(os.environ["MESHGPU_HOME"]) / "keys", ignore_errors=True)
 sys.exit(main())
 """
 """A `meshgpu` for instances: as if at each dial another machine answered that booted the same user data."""
-
-
-@pytest.fixture(scope="module")
-def opened(office: Office, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    with renting(office, tmp_path_factory.mktemp("gpus")) as story:
-        yield story
-
-
-@pytest.fixture
-def story(opened: Story) -> Iterator[Story]:
-    with opened.at_rest():
-        yield opened
-
-
-@pytest.fixture
-def project(story: Story, tmp_path: Path) -> Project:
-    directory = tmp_path / "project"
-    directory.mkdir()
-    return Project(story.ada, directory)
 
 
 def test_one_launch_makes_one_member_however_many_boot_its_user_data(
