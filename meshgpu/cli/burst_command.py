@@ -22,7 +22,7 @@ from meshgpu.cli.words import EXIT_FAILED_CHECK, EXIT_MESH_FAILED
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.views import BurstSettingsView, BurstView, CapsView, PlanView, RentedView
 from meshgpu.errors import MeshgpuError
-from meshgpu.model.cloud import Instance, InstanceState
+from meshgpu.model.cloud import LIVE_STATES, Instance, InstanceState
 from meshgpu.ports import Cloud
 
 REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
@@ -63,7 +63,6 @@ STATE_WORDS: Final = {
     "running": "runs",
     "ending": "ends",
 }
-LIVE_STATES: Final = (InstanceState.PENDING, InstanceState.RUNNING)
 
 T = TypeVar("T")
 

@@ -102,6 +102,10 @@ class InstanceState(StrEnum):
     TERMINATED = "terminated"
 
 
+LIVE_STATES: Final = (InstanceState.PENDING, InstanceState.RUNNING)
+"""Of what costs money until somebody ends it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Instance:
     """A rented instance of the mesh, as its tags say. address: public IPv4 address, empty until it has one."""

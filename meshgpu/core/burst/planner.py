@@ -17,7 +17,7 @@ from meshgpu.core.burst.budget import Spending, day, month, spent_usd, worst_cas
 from meshgpu.core.burst.demand import Place, Waiting, assign
 from meshgpu.core.burst.ladder import Rests, inventory_of
 from meshgpu.core.burst.plan import Outlook, Plan, plans
-from meshgpu.core.burst.reaper import LIVE_STATES, Reaper
+from meshgpu.core.burst.reaper import Reaper
 from meshgpu.core.burst.rental import ENROL_PAUSE_S, PAUSE_LIMIT_S, Rental, member_name
 from meshgpu.core.burst.survey import Survey
 from meshgpu.core.effects import Effect, Launch, Persist, PrepareLaunch, SurveyCloud, Terminate, Welcome
@@ -26,6 +26,7 @@ from meshgpu.errors import TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.cloud import (
     CLIENT_TOKEN_CHARACTERS,
+    LIVE_STATES,
     BurstSettings,
     Instance,
     InstanceState,

@@ -4,13 +4,11 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
-from meshgpu.model.cloud import Instance, InstanceState, LaunchId
+from meshgpu.model.cloud import LIVE_STATES, Instance, LaunchId
 from meshgpu.model.ids import JobId, NodeId
 
 LOST_OWNER_S: Final = 600.0
 """How long the burst peer that rented an instance may be away, as for an upgrade: then others watch the instance."""
-
-LIVE_STATES: Final = (InstanceState.PENDING, InstanceState.RUNNING)
 
 
 class Reaper:
