@@ -1,6 +1,7 @@
 """Keys port over PEM files: this machine's node key, its users' keys, its device CA, and the leaves made from them."""
 
 import contextlib
+import hashlib
 import os
 import stat
 import threading
@@ -23,7 +24,7 @@ from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import KeyId, NodeId, key_id, node_id
 from meshgpu.wire.certificates import der, make_device_ca, make_leaf, node_of_ca, pem, server_name
 
-__all__ = ["KeyFiles", "node_of_ca"]
+__all__ = ["KeyFiles", "RecoveryKey", "node_of_ca"]
 
 LEAF_BACKDATED: Final = timedelta(hours=24)
 """A peer whose clock is a day behind ours must still accept a fresh leaf; TLS knows no slack."""
@@ -134,6 +135,21 @@ class KeyFiles:
         except OSError as error:
             reason = error.strerror or str(error)
             raise MeshgpuError("bad-key", f"cannot keep {path}: {reason}", f"ls -ld {self._directory}") from error
+
+
+class RecoveryKey:
+    """The key that follows from the words which `init` printed once. Kept in memory, for as long as this lives."""
+
+    def __init__(self, words: str) -> None:
+        seed = hashlib.sha256(b"meshgpu recovery 1" + "".join(words.lower().split()).encode()).digest()
+        self._private = ed25519.Ed25519PrivateKey.from_private_bytes(seed)
+        self.public_key = self._private.public_key().public_bytes_raw()
+
+    def sign(self, key: KeyId, message: bytes) -> bytes:
+        """64 bytes of Ed25519; raises TrustError `no-such-key` for any key but this."""
+        if key != key_id(self.public_key):
+            raise TrustError("no-such-key", f"cannot sign with the key {key}: this is the recovery key")
+        return self._private.sign(message)
 
 
 def _create(path: Path, data: bytes) -> None:

@@ -25,7 +25,7 @@ from meshgpu.adapters.grpc_link import GrpcLink
 from meshgpu.adapters.grpc_pairing import GrpcPairing, dial_pairing
 from meshgpu.adapters.interfaces import lan_addresses
 from meshgpu.adapters.job_trees import remove_tree
-from meshgpu.adapters.key_files import KeyFiles
+from meshgpu.adapters.key_files import KeyFiles, RecoveryKey
 from meshgpu.adapters.mdns import Mdns
 from meshgpu.adapters.nvml_gpus import NvmlGpus
 from meshgpu.adapters.process_executor import ProcessExecutor
@@ -302,6 +302,7 @@ class Agent:
             lambda: self._addresses,
             self._pairing_opened,
             self._tasks,
+            RecoveryKey,
         )
         control = Control(
             self._status,

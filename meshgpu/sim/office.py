@@ -6,7 +6,7 @@ from typing import Final
 
 from meshgpu.core.owner import OwnerPolicy
 from meshgpu.core.trust.meshlog import MeshLog, found
-from meshgpu.model.ids import Address, GpuId, KeyId, MeshId, NodeId, UserName, digest, key_id, node_id
+from meshgpu.model.ids import Address, GpuId, KeyId, MeshId, NodeId, UserName, key_id, node_id
 from meshgpu.model.inventory import Gpu, Inventory
 from meshgpu.model.lending import Lending
 from meshgpu.model.resources import GB
@@ -63,7 +63,7 @@ def furnish(
         setups = [replace(setup, may_steward=setup is setups[-1]) for setup in setups]
     if has_intruder:
         setups[-1] = replace(setups[-1], policy=OwnerPolicy(lends=False), may_steward=False)
-    mesh, log = _found(notaries[0], setups[0], tuple(bodies))
+    mesh, log = _found(notaries[0], setups[0], ring.make("recovery"), tuple(bodies))
     for number in range(instances):
         public = ring.make(f"cloud{number}")
         notaries.append(ToyNotary(ring, (public,)))
@@ -90,12 +90,12 @@ def _setup(
 
 
 def _found(
-    notary: ToyNotary, founder: Setup, bodies: tuple[AddNode | LinkUser, ...]
+    notary: ToyNotary, founder: Setup, recovery_key: bytes, bodies: tuple[AddNode | LinkUser, ...]
 ) -> tuple[MeshId, tuple[Signed, ...]]:
     """The founder's account is the admin, and lets everybody in."""
     admin = founder.accounts[founder.owner]
     linked = next(b for b in bodies if isinstance(b, LinkUser) and key_id(b.public_key) == admin)
-    mesh, genesis = found(notary, admin, Genesis("office", linked.public_key, digest(b"recovery"), b"nonce"))
+    mesh, genesis = found(notary, admin, Genesis("office", linked.public_key, recovery_key, b"nonce"))
     log = MeshLog(notary)
     log.enter(mesh, (genesis,))
     return mesh, (genesis, *log.write(admin, bodies))
