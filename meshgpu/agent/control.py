@@ -310,7 +310,7 @@ class Control:
         if request.query.get("all") != "1":
             found = [job for job in found if not job.view.register.state.is_final]
         documents = JobDocuments(self.status.node, self.status.clock.now())
-        names = [self.status.node.log.members[node].name for node in silent]
+        names = [self.status.node.log.name_of(node) for node in silent]
         jobs = [documents.document(job.view, job.display) for job in found]
         return web.json_response({"jobs": jobs, "silent": sorted(names)})
 
@@ -327,7 +327,7 @@ class Control:
         """A sweep with its trials, by number."""
         sweep, trials, silent = await self.jobs.sweep(self._key(request), request.match_info["job"])
         documents = JobDocuments(self.status.node, self.status.clock.now())
-        names = sorted(self.status.node.log.members[node].name for node in silent)
+        names = sorted(self.status.node.log.name_of(node) for node in silent)
         rows = [documents.document(job.view, job.display) for job in trials]
         return web.json_response(
             {"sweep": documents.document(sweep.view, sweep.display), "trials": rows, "silent": names}
@@ -404,7 +404,7 @@ class Control:
                 text = record.data.decode("utf-8", "surrogateescape")
                 return {"type": "log", "stream": record.stream.value, "data": text, "position": position}
             case OutOfTouch(machine=machine, seconds=seconds):
-                name = self.status.node.log.members[machine].name
+                name = self.status.node.log.name_of(machine)
                 return {"type": "out-of-touch", "machine": name, "seconds": seconds}
 
     def _document(self, found: Found) -> Document:

@@ -104,7 +104,7 @@ class Jobs:
         if matches:
             shown = ", ".join(job.display for job in matches[:8]) + (", …" if len(matches) > 8 else "")
             raise MeshgpuError("ambiguous", f"cannot tell which job {text} is: it fits {shown}", "meshgpu ps -a")
-        names = ", ".join(sorted(self._node.log.members[node].name for node in silent))
+        names = ", ".join(sorted(self._node.log.name_of(node) for node in silent))
         missing = f" ({names} did not answer)" if names else ""
         hint = "meshgpu machines" if names else "meshgpu ps -a"
         raise MeshgpuError("unknown-job", f"cannot find a job {text} among yours{missing}", hint)

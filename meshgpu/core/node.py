@@ -31,7 +31,7 @@ from meshgpu.model.ids import Address, Digest, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import JobSpec
 from meshgpu.model.records import AttemptRecord, JobRecord, MeshLogRecord, MeshRecord, PauseRecord, PeerRecord, Record
-from meshgpu.model.trust import AddNode, Member, Notary, RemoveNode, Role, Signed
+from meshgpu.model.trust import LENDING_ROLES, AddNode, Member, Notary, RemoveNode, Role, Signed
 
 LOOPS_LIMIT = 100_000
 """Messages a node sends to itself in one step: some for each of its jobs; more means that two rules feed each other."""
@@ -154,6 +154,8 @@ class Node:
 
     def _refusal(self, guest: Guest, member: Member, record: NodeRecord | None) -> tuple[Rule | None, str]:
         """Why an offer would be in vain, as far as it is known here: the machine itself has the last word."""
+        if member.role not in LENDING_ROLES:
+            return Rule.CLOSED, f"lends nothing: it is a {member.role}"
         if wrong_side := out_of_bounds(guest.cloud, is_rented=member.role is Role.CLOUD):
             return Rule.CLOUD, wrong_side
         if record is not None:
@@ -256,7 +258,7 @@ class Node:
                 if member is None:
                     return [Reject(peer, "a node outside the mesh sent a message")]
                 if not may_say(member, message):
-                    return [Reject(peer, f"a cloud node sent a {type(message).__name__}")]
+                    return [Reject(peer, f"a {member.role} sent a {type(message).__name__}")]
                 return self._heard(now, peer, message)
             case ev.LinkOpened(peer=peer):
                 return self._link_opened(now, peer)
@@ -394,11 +396,16 @@ class Node:
 
     def _log_learned(self, now: Now, entries: tuple[Signed, ...], source: NodeId | None) -> list[Effect]:
         before = tuple(self.log.members)
+        refused = self.log.refused
         added = self.log.add(entries)
+        rejects: list[Effect] = []
+        if self.log.refused != refused:
+            rejects.append(Reject(source or self.node, f"an entry of the mesh log was refused: {self.log.refused[-1]}"))
         if not added:
-            return []
-        effects = [*self._log_records(added), *self._trust_effects(), *self._gossip.log_grew(added, source)]
-        return effects + self._let_go(now, [node for node in before if node not in self.log.members])
+            return rejects
+        effects = [*rejects, *self._log_records(added), *self._trust_effects(), *self._gossip.log_grew(added, source)]
+        effects += self._let_go(now, [node for node in before if node not in self.log.members])
+        return [*effects, *self.attempts.keys_stopped(now), *self.stewardship.keys_stopped(now)]
 
     def _expire(self, now: Now) -> list[Effect]:
         """Cloud nodes whose lease is over leave the mesh by the clock."""
@@ -406,11 +413,12 @@ class Node:
         return [*self._trust_effects(), *self._let_go(now, gone)] if gone else []
 
     def _let_go(self, now: Now, gone: Iterable[NodeId]) -> list[Effect]:
-        """They are members no more: instances that have ended, and nothing that they ran lives on."""
+        """They are members no more. Of instances that have ended nothing lives on; of all others nobody knows."""
         effects: list[Effect] = []
         for node in gone:
             self._gossip.forget(node)
-            effects += self.stewardship.node_gone(now, node)
+            if node in self.log.ended:
+                effects += self.stewardship.node_gone(now, node)
         return effects
 
     def _write(self, now: Now, bodies: tuple[AddNode | RemoveNode, ...]) -> list[Effect]:

@@ -18,7 +18,7 @@ from meshgpu.core.jobs.placement import Candidate, Guest
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import check_space, trial_spec
 from meshgpu.core.trust.meshlog import MeshLog
-from meshgpu.core.trust.requests import RequestRules
+from meshgpu.core.trust.requests import STOPPED, RequestRules
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import NEEDS_LIMIT, Demand, Need
@@ -449,6 +449,18 @@ class Stewardship:
                 effects += self._requeue(now, job, GONE, died=1)
             else:
                 effects += self._finish(now, job, JobState.FAILED, None, None, GONE)
+        return effects
+
+    def keys_stopped(self, now: Now) -> list[Effect]:
+        """A revocation may have ended the jobs of some keys: what waits is over; what runs its node stops by itself."""
+        stopped = [job for job in self._jobs.values() if job.signed.key in self._log.stopped]
+        effects: list[Effect] = []
+        for job in sorted(stopped, key=lambda job: job.spec.sweep is None):  # sweeps first: they begin no more trials
+            if job.state not in (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING) or job.spec.sweep is not None:
+                effects += self._finish(now, job, JobState.CANCELLED, None, None, STOPPED)
+            elif job.state is not JobState.CANCELLING:
+                job.due = None
+                effects += job.change(now, state=JobState.CANCELLING, stop=StopMode.STOP, reason=STOPPED)
         return effects
 
     # -- time ---------------------------------------------------------------------------------------------------------

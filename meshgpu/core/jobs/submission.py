@@ -16,9 +16,8 @@ from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, job
 from meshgpu.model.job import CloudUse, Draft, JobSpec, JobState, JobView, Register
 from meshgpu.model.messages import Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources
-from meshgpu.model.trust import Member, Notary, Role, Signed, UserKey
+from meshgpu.model.trust import STEWARD_ROLES, Member, Notary, Role, Signed, UserKey
 
-STEWARD_ROLES: Final = (Role.RIG, Role.BURST)
 ONE_WHOLE_GPU: Final = GpuRequest(count=1)
 
 
@@ -100,7 +99,7 @@ class Submissions:
             steward = found.spec.stewards[0]
             if now.boot_s >= found.give_up_at:
                 del self._open[job]
-                name = self._log.members[steward].name
+                name = self._log.name_of(steward)
                 waited = f"{self._timing.patience_s:.0f} s"
                 reason = f"cannot submit: {name} did not confirm within {waited} that it holds the job"
                 effects.append(Answered(found.query, code="no-answer", reason=reason, hint="meshgpu machines"))
@@ -122,6 +121,12 @@ class Submissions:
 
     def _resolve(self, now: Now, user: UserKey, draft: Draft) -> JobSpec:
         assert self._log.mesh is not None
+        if self._log.members[user.node].role is Role.VIEWER:
+            raise TrustError(
+                "not-allowed",
+                "cannot run: this machine is a viewer, from which nothing is submitted",
+                "ask an admin to run: meshgpu role MACHINE submitter",
+            )
         if draft.sweep is not None:
             check_space(draft.sweep, draft.command)
         machine = self._machine(draft.machine) if draft.machine else None

@@ -135,7 +135,7 @@ class MeshLog:
         self._first_expiry_wall_s = min(map(_expiry_wall_s, self.members.values()), default=math.inf)
         admins = frozenset(chains.admins())
         every = {key: UserKey(b.user, key, b.public_key, b.node, b.uid, key in admins) for key, b in links.items()}
-        self.users = {key: user for key, user in every.items() if user.node in self.members}
+        self.users = {key: user for key, user in every.items() if user.node in inside and user.node in office}
         self.former_users = {key: user for key, user in every.items() if user.node in self.former}
         self.stopped = frozenset(key for key, user in self.former_users.items() if revoked.get(user.node, False))
         self._heads = chains.heads()
@@ -191,6 +191,11 @@ class MeshLog:
         user = self.users.get(key)
         return user.user if user else None
 
+    def name_of(self, node: NodeId) -> str:
+        """What people call a machine of now or before."""
+        member = self.members.get(node) or self.former.get(node)
+        return member.name if member else f"the machine {node[:8]}"
+
     def admins(self) -> tuple[UserKey, ...]:
         """The accounts that may change who is in the mesh."""
         return tuple(user for _, user in sorted(self.users.items()) if user.is_admin)
@@ -200,8 +205,7 @@ class MeshLog:
         user = self.users.get(key) or self.former_users.get(key)
         if user is None:
             return f"the key {key[:12]}"
-        machine = self.members.get(user.node) or self.former.get(user.node)
-        return f"{user.user} on {machine.name}" if machine else user.user
+        return f"{user.user} on {self.name_of(user.node)}"
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -210,8 +214,8 @@ class MeshLog:
 
         notary: what holds the author's key, where this node does not. Raises TrustError `not-an-admin` or `frozen`.
         """
-        chains, mesh = self._chains, self.mesh
-        if chains is None or mesh is None or not (chains.is_admin(author) or NodeId(author) in self.members):
+        chains, mesh, bodies = self._chains, self.mesh, tuple(bodies)
+        if chains is None or mesh is None or not self._may_write(chains, author, bodies):
             raise TrustError(
                 "not-an-admin",
                 f"cannot change who is in the mesh {self.mesh_name}: this account is not one of its admins",
@@ -232,6 +236,11 @@ class MeshLog:
             written.append(entry)
             seq, previous = seq + 1, self._notary.digest(entry)
         return tuple(written)
+
+    def _may_write(self, chains: Chains, author: KeyId, bodies: tuple[Body, ...]) -> bool:
+        member = self.members.get(NodeId(author))
+        leaves = bodies == (RemoveNode(NodeId(author)),)
+        return chains.is_admin(author) or (member is not None and (leaves or member.role is Role.BURST))
 
     def revocation(self, node: NodeId, *, stops_jobs: bool) -> Revoke:
         """What takes `node` out, naming where the chains of its admins end: with what is known of them here."""

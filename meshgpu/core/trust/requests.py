@@ -9,9 +9,10 @@ from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
 from meshgpu.model.ids import JobId, KeyId, NodeId, job_id
 from meshgpu.model.job import Action, JobRequest, JobSpec, PlacingVote
 from meshgpu.model.sweep import Trial
-from meshgpu.model.trust import Notary, Role, Signed, T, UserKey
+from meshgpu.model.trust import STEWARD_ROLES, Notary, Signed, T, UserKey
 
 MAX_STEWARDS: Final = 3
+STOPPED: Final = "the machine that submitted it was revoked, and its jobs end"
 
 
 class RequestRules:
@@ -27,8 +28,11 @@ class RequestRules:
         return runnable(self.verify_spec(signed), trial)
 
     def verify_spec(self, signed: Signed) -> JobSpec:
-        """A job or a sweep that a user of this mesh really asked for. Says nothing about its age."""
-        user, spec = self._read_as_user(signed, JobSpec)
+        """A job or a sweep that a user of this mesh really asked for, even if his machine was revoked since.
+
+        Says nothing about its age, nor whether it may (still) be held or started.
+        """
+        user, spec = self._read_as_known_user(signed, JobSpec)
         if spec.mesh != self._log.mesh:
             raise TrustError("not-allowed", "cannot accept a job: it was signed for another mesh")
         if spec.job != job_id(signed.key, spec.nonce):
@@ -40,21 +44,35 @@ class RequestRules:
         stewards = set(spec.stewards)
         if len(stewards) != len(spec.stewards) or len(stewards) not in (1, MAX_STEWARDS):
             raise TrustError("not-allowed", "cannot accept a job: it names no proper set of machines to hold it")
-        if any(self._is_cloud(steward) for steward in stewards):
-            raise TrustError("not-allowed", "cannot accept a job: a rented machine is to hold it")
-        if not stewards <= self._log.members.keys():
+        if not stewards <= self._log.members.keys() | self._log.former.keys():
             raise TrustError("not-allowed", "cannot accept a job: it is to be held by a machine outside the mesh")
+        return spec
+
+    def verify_new_spec(self, signed: Signed) -> JobSpec:
+        """The same, of somebody who is a user now, and for machines that may hold it now."""
+        spec = self.verify_spec(signed)
+        self._check_user(signed)
+        for steward in spec.stewards:
+            role = self._log.members[steward].role if steward in self._log.members else "machine of before"
+            if role not in STEWARD_ROLES:
+                raise TrustError("not-allowed", f"cannot accept a job: a machine is to hold it, which is a {role}")
         return spec
 
     def verify_fresh_spec(self, signed: Signed, now: Now) -> JobSpec:
         """The same, not older than 120 s: asked when a steward first stores it."""
-        spec = self.verify_spec(signed)
+        spec = self.verify_new_spec(signed)
         self._check_fresh("a job", spec.issued_wall_s, now)
         return spec
+
+    def check_may_start(self, signed: Signed) -> None:
+        """Raises TrustError where a revocation ended the jobs of whoever signed this one."""
+        if signed.key in self._log.stopped:
+            raise TrustError("not-allowed", f"cannot start a job: {STOPPED}")
 
     def verify_request(self, signed: Signed, now: Now, peer: NodeId) -> JobRequest:
         """A user's request that is meant for this node, now, and came from the machine that signed it."""
         request = self.read_request(signed)
+        self._check_user(signed)
         if self._log.users[signed.key].node != peer:
             raise TrustError("not-allowed", f"cannot {request.action} a job: another machine passed the request on")
         if request.node != self._node:
@@ -75,7 +93,8 @@ class RequestRules:
         return request
 
     def read_request(self, signed: Signed) -> JobRequest:
-        user, request = self._read_as_user(signed, JobRequest)
+        """What a user asked for, even if his machine was revoked since."""
+        user, request = self._read_as_known_user(signed, JobRequest)
         if request.mesh != self._log.mesh or request.user != user.user:
             raise TrustError("not-allowed", f"cannot obey a request of {request.user}: it was signed by {user.user}")
         return request
@@ -96,13 +115,13 @@ class RequestRules:
                 "not-allowed", f"cannot start a job: {len(voters)} of {needed} machines that hold it agree"
             )
 
-    def _is_cloud(self, node: NodeId) -> bool:
-        member = self._log.members.get(node)
-        return member is not None and member.role is Role.CLOUD
+    def _check_user(self, signed: Signed) -> None:
+        if signed.key not in self._log.users:
+            raise TrustError("not-allowed", "cannot obey a request: the machine that signed it is no member any more")
 
-    def _read_as_user(self, signed: Signed, kind: type[T]) -> tuple[UserKey, T]:
-        user = self._log.users.get(signed.key)
-        if user is None or self._is_cloud(user.node):
+    def _read_as_known_user(self, signed: Signed, kind: type[T]) -> tuple[UserKey, T]:
+        user = self._log.users.get(signed.key) or self._log.former_users.get(signed.key)
+        if user is None:
             raise TrustError("not-allowed", "cannot obey a request: its key belongs to no user of this mesh")
         return user, self._notary.read(signed, user.public_key, kind)
 

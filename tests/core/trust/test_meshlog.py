@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import KeyId, NodeId, UserName, digest, key_id, node_id
+from meshgpu.model.ids import Digest, KeyId, NodeId, UserName, digest, key_id, node_id
 from meshgpu.model.trust import (
     AddNode,
     Body,
@@ -264,7 +264,10 @@ def test_burst_node_may_do_nothing_else(office: Office, make: Callable[[Office],
 
 def test_whoever_has_not_the_role_lets_nobody_in(office: Office) -> None:
     log, _ = burst(office)
-    log.add(written(office, log, instance(office, "mine"), seat=2))
+    with pytest.raises(TrustError):
+        written(office, log, instance(office), seat=2)
+    own = KeyId(office.setups[2].node)
+    log.add([office.notaries[2].sign(own, LogEntry(office.mesh, own, 0, Digest(""), (), instance(office, "mine")))])
     assert log.member_named("mine") is None
     cloud = instance(office)
     log.add(written(office, log, cloud))
