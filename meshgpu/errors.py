@@ -45,6 +45,7 @@ HTTP_STATUS: Final[dict[str, int]] = {
     "not-in-mesh": 409,
     "unknown-job": 404,
     "unknown-machine": 404,
+    "unknown-user": 404,
     "unknown-file": 404,
     "ambiguous": 409,
     "already-in-mesh": 409,

@@ -13,11 +13,13 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from meshgpu.agent.admins import Admins
 from meshgpu.agent.bodies import draft_of, read_body, settings_of, text_of, texts_of
 from meshgpu.agent.callers import descends_from
 from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.status import Status
+from meshgpu.agent.trust_control import TrustControl
 from meshgpu.agent.views import (
     Document,
     JobDocuments,
@@ -56,6 +58,7 @@ class Control:
     status: Status
     jobs: Jobs
     pairing: Pairing
+    admins: Admins
     chunks: ChunkStore
     dial_pairing: Dial
     guards: Callable[[], frozenset[int]]
@@ -91,6 +94,7 @@ class Control:
                 web.post("/v1/jobs/{job}/stop", self._stop),
                 web.get("/v1/jobs/{job}/files", self._files),
                 web.get("/v1/jobs/{job}/files/{path:.+}", self._file),
+                *TrustControl(self.admins, self._uid, self._check_own, self.stop_agent).routes(),
             ]
         )
         return app

@@ -31,6 +31,7 @@ from meshgpu.adapters.nvml_gpus import NvmlGpus
 from meshgpu.adapters.process_executor import ProcessExecutor
 from meshgpu.adapters.sqlite_store import SqliteStore
 from meshgpu.adapters.uv_environments import UvEnvironments
+from meshgpu.agent.admins import Admins
 from meshgpu.agent.burst import Burst
 from meshgpu.agent.control import Control, serve
 from meshgpu.agent.enrolment import Enroller
@@ -134,6 +135,7 @@ class Agent:
     async def start(self) -> None:
         """Connect everything; when this returns, the control socket answers."""
         self._home.prepare()
+        self._home.start_anew()
         store = SqliteStore(self._home.database)
         self._closing.callback(store.close)
         records: list[Record] = [
@@ -289,6 +291,7 @@ class Agent:
     # -- people -------------------------------------------------------------------------------------------------------
 
     async def _open_door(self, jobs: Jobs, chunks: ports.ChunkStore) -> None:
+        writing = asyncio.Lock()
         listener = GrpcPairing(self._hosts(), self._config.pairing_port)
         self._closing.push_async_callback(listener.close)
         pairing = Pairing(
@@ -303,11 +306,21 @@ class Agent:
             self._pairing_opened,
             self._tasks,
             RecoveryKey,
+            writing,
+        )
+        admins = Admins(
+            self._node,
+            writing,
+            self._runtime.settle,
+            RecoveryKey,
+            lambda signer: WireNotary(signer.sign, self._keys.verify),
+            self._home.left.touch,
         )
         control = Control(
             self._status,
             jobs,
             pairing,
+            admins,
             chunks,
             dial_pairing,
             self._executor.guards,

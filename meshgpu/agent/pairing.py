@@ -53,10 +53,10 @@ class Pairing:
     announce_port: Callable[[int], None]
     tasks: asyncio.TaskGroup
     recovery: Callable[[str], ports.Signer]
+    writing: asyncio.Lock
     _invites: joining.Invites = field(default_factory=joining.Invites)
     _open: dict[bytes, tuple[Greeting, Introduction]] = field(default_factory=dict)
     _port: int = 0
-    _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     # -- founding -----------------------------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class Pairing:
             nonce: joining.transcript(introduction, greeting, certificate, newcomer)
             for nonce, (greeting, introduction) in self._open.items()
         }
-        async with self._writing:
+        async with self.writing:
             joining.check_name(self.node.log, newcomer.name)
             nonce, invite = self._invites.redeem(self.clock.now(), application.proof, transcripts)
             del self._open[nonce]
@@ -185,7 +185,7 @@ class Pairing:
 
         Raises TrustError `not-in-mesh` or `not-an-admin`; then nothing was changed.
         """
-        async with self._writing:
+        async with self.writing:
             author, grants = self._granting(uid)
             if grants:
                 await self.settle(ev.LogWritten(self.node.log.write(author, grants)))

@@ -9,6 +9,8 @@ from urllib.parse import quote, urlencode
 from meshgpu.client.home import find_home, socket_path
 from meshgpu.client.http import Answer, error_in, request
 from meshgpu.client.views import (
+    AdminsView,
+    AdminView,
     AgentView,
     BurstSettingsView,
     BurstView,
@@ -21,8 +23,11 @@ from meshgpu.client.views import (
     JobsView,
     JobView,
     JoinedView,
+    LeftView,
     MachinesView,
     PlansView,
+    RevokedView,
+    RoleView,
     SightingView,
     SubmitEvent,
     SweepView,
@@ -70,6 +75,31 @@ class AgentClient:
 
     def join(self, invite: str, name: str, seeds: list[str]) -> JoinedView:
         return cast(JoinedView, self._post("/v1/join", {"invite": invite, "name": name, "seeds": seeds}))
+
+    def revoke(self, name: str, *, stops_jobs: bool) -> RevokedView:
+        """Take a machine out for ever."""
+        return cast(RevokedView, self._post("/v1/revoke", {"name": name, "stops_jobs": stops_jobs}))
+
+    def set_role(self, name: str, role: str) -> RoleView:
+        return cast(RoleView, self._post("/v1/role", {"name": name, "role": role}))
+
+    def admins(self) -> AdminsView:
+        return cast(AdminsView, self._get("/v1/admins"))
+
+    def add_admin(self, user: str) -> AdminView:
+        """user: `bob`, or `bob@rig7`."""
+        return cast(AdminView, self._post("/v1/admins/add", {"user": user}))
+
+    def remove_admin(self, user: str) -> AdminView:
+        return cast(AdminView, self._post("/v1/admins/remove", {"user": user}))
+
+    def recover(self, recovery_key: str) -> AdminView:
+        """Become an admin by the recovery key."""
+        return cast(AdminView, self._post("/v1/recover", {"recovery_key": recovery_key}))
+
+    def leave(self, *, anyway: bool) -> LeftView:
+        """Take this machine out of its mesh; the agent ends by itself."""
+        return cast(LeftView, self._post("/v1/leave", {"anyway": anyway}))
 
     def discover(self, seconds: float) -> list[SightingView]:
         """Machines that announce themselves nearby, after listening for `seconds`."""

@@ -56,6 +56,34 @@ class JoinedView(TypedDict):
     gpus: list[str]
 
 
+class RevokedView(TypedDict):
+    name: str
+    node: str
+    owner: str
+
+
+class RoleView(TypedDict):
+    name: str
+    node: str
+    role: str
+
+
+class AdminView(TypedDict):
+    """An account that may change the mesh; key: its id."""
+
+    user: str
+    machine: str
+    key: str
+
+
+class AdminsView(TypedDict):
+    admins: list[AdminView]
+
+
+class LeftView(TypedDict):
+    mesh: str
+
+
 class SightingView(TypedDict):
     """A machine that announces itself nearby. ours: it is a member of our mesh; gpus: `2x RTX 4090 24GB`."""
 

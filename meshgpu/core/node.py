@@ -403,8 +403,11 @@ class Node:
             rejects.append(Reject(source or self.node, f"an entry of the mesh log was refused: {self.log.refused[-1]}"))
         if not added:
             return rejects
-        effects = [*rejects, *self._log_records(added), *self._trust_effects(), *self._gossip.log_grew(added, source)]
-        effects += self._let_go(now, [node for node in before if node not in self.log.members])
+        gone = [node for node in before if node not in self.log.members]
+        parting = [Send(node, msg.LogDelta(added)) for node in gone if node in self._links.open and node != source]
+        effects = [*rejects, *self._log_records(added), *parting, *self._trust_effects()]
+        effects += self._let_go(now, gone)
+        effects += self._gossip.log_grew(added, source)
         return [*effects, *self.attempts.keys_stopped(now), *self.stewardship.keys_stopped(now)]
 
     def _expire(self, now: Now) -> list[Effect]:

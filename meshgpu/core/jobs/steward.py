@@ -142,6 +142,11 @@ class Stewardship:
         found = self._jobs.get(job) or self._final.get(job)
         return JobView(found.spec, found.register, found.trial, found.sweep) if found else None
 
+    @property
+    def unfinished(self) -> int:
+        """How many jobs are held here and have not ended."""
+        return len(self._jobs)
+
     def views_of(self, user: UserName) -> tuple[SignedView, ...]:
         """The user's jobs, newest first, as many as fit a frame; trials are told with their sweep."""
         return listed([j for j in (*self._final.values(), *self._jobs.values()) if j.spec.user == user], self._trials)

@@ -224,9 +224,12 @@ def test_admin_of_a_revoked_machine_of_whom_nobody_had_heard_is_out_too() -> Non
 
 def test_node_leaves_by_its_own_word_and_nobody_else_by_it() -> None:
     ada, bob, eve = founded("ada", "bob", "eve")
-    eve.write(RemoveNode(bob.node), key=KeyId(eve.node))
-    meet((ada, bob, eve))
+    false = LogEntry(eve.mesh, KeyId(eve.node), 0, Digest(""), (), RemoveNode(bob.node))
+    bob.log.add((eve.notary.sign(KeyId(eve.node), false),))
     assert bob.names == {"ada", "bob", "eve"}
+    with pytest.raises(TrustError):
+        eve.write(RemoveNode(bob.node), key=KeyId(eve.node))
+    ada, bob, eve = founded("ada", "bob", "eve")
     eve.write(RemoveNode(eve.node), key=KeyId(eve.node))
     meet((ada, bob, eve))
     assert bob.names == {"ada", "bob"}
