@@ -69,14 +69,15 @@ def test_open_log_stream_of_a_revoked_machine_ends_within_two_seconds(
     loop = "while :; do date +%s.%N; sleep 0.1; done"  # all hosts of this office share one clock
     job = json.loads(eve.meshgpu("run", "-d", "--json", "-m", "rig", "--", loop, directory=tmp_path).stdout)["id"]
     with eve.start("logs", "-f", job) as follower:
-        assert float(follower.stdout.readline())
+        for _ in range(5):
+            assert float(follower.stdout.readline())
         began = time.time()
         assert bob.meshgpu("revoke", "eve", "--yes").stdout == "eve is out of the mesh.\n"
         wait_until(lambda: "eve" not in names(rig) and "eve" not in names(ada), "eve is still there", REVOKED_WITHIN_S)
         time.sleep(3 * REVOKED_WITHIN_S)
         follower.kill()
         seen = [float(line) for line in follower.communicate()[0].split()]
-    assert max(seen) < began + REVOKED_WITHIN_S
+    assert all(printed < began + REVOKED_WITHIN_S for printed in seen)
     assert prints(rig, job), "its job elsewhere goes on"
     rig.meshgpu("pause")
     wait_until(lambda: not prints(rig, job), "the owner has the last word")
