@@ -295,12 +295,36 @@ def test_only_the_recovery_key_of_the_genesis_recovers() -> None:
 def test_recovery_key_cannot_be_removed() -> None:
     ada, bob, eve = founded("ada", "bob", "eve")
     recovery = RING.make("recovery")
-    entries = ada.log.write(key_id(recovery), (eve.promoted(),), ToyNotary(RING, (recovery,)))
+    notary = ToyNotary(RING, (recovery,))
+    entries = ada.log.write(key_id(recovery), (eve.promoted(),), notary)
     ada.log.add(entries)
-    ada.write(RemoveAdmin(key_id(recovery), Head(key_id(recovery), 0, ada.notary.digest(entries[0]))))
+    dan = Seat("dan")
+    ada.write(RemoveAdmin(key_id(recovery), Head(key_id(recovery), 0, ada.notary.digest(entries[0]))), *dan.added())
+    ada.log.add(ada.log.write(key_id(recovery), (dan.promoted(),), notary))
     meet((ada, bob, eve))
-    assert eve.admins == {"ada", "bob", "eve"}
-    eve.log.write(key_id(recovery), (bob.promoted(),), ToyNotary(RING, (recovery,)))
+    assert eve.admins == {"ada", "bob", "eve", "dan"}
+
+
+def test_who_was_made_an_admin_by_an_entry_that_does_not_count_is_none() -> None:
+    ada, bob, eve = founded("ada", "bob", "eve")
+    ada.write(ada.dismissal(bob))
+    bob.write(eve.promoted())  # both do not know yet
+    eve.hears(bob)
+    eve.admit(Seat("z"))
+    meet((ada, bob, eve))
+    assert ada.admins == {"ada"}
+    assert ada.names == {"ada", "bob", "eve"}
+
+
+def test_entry_waits_for_what_it_follows_from() -> None:
+    ada, bob, eve = founded("ada", "bob", "eve")
+    (earlier,) = ada.write(SetRole(eve.node, Role.VIEWER))
+    bob.hears(ada)
+    (later,) = bob.write(SetRole(eve.node, Role.SUBMITTER))
+    eve.log.add((later,))
+    assert eve.log.members[eve.node].role is Role.RIG
+    eve.log.add((earlier,))
+    assert eve.log.members[eve.node].role is Role.SUBMITTER
 
 
 @given(st.randoms(use_true_random=False))
