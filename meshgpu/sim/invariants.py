@@ -48,9 +48,10 @@ class Confirmed:
 class Ledger:
     """What the world knows and no node does.
 
-    submitted: jobs that a user signed. said: entries that their owner signed. stops_asked: jobs whose user wants them
-    to end. living: where each job may have a process. accepted: {(job, epoch): node and hold}.
-    preempted: attempts that had to make way for the owner of their machine.
+    submitted: jobs that a user signed. said: entries that their owner signed. stops_asked: jobs whose user, or whoever
+    revoked his machine, wants them to end. living: where each job may have a process.
+    accepted: {(job, epoch): node and hold}. preempted: attempts that had to make way for the owner of their machine.
+    stopped: machines that were revoked with all their jobs.
     """
 
     machines: dict[NodeId, Machine]
@@ -62,6 +63,7 @@ class Ledger:
     accepted: dict[tuple[JobId, int], tuple[NodeId, HoldId]] = field(default_factory=dict)
     results: dict[tuple[JobId, int], Result] = field(default_factory=dict)
     preempted: set[tuple[JobId, int]] = field(default_factory=set)
+    stopped: set[NodeId] = field(default_factory=set)
     started: int = 0
 
 

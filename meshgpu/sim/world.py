@@ -10,7 +10,7 @@ from meshgpu.model.gossip import GossipEntry, Sighting
 from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.inventory import GpuReading
 from meshgpu.model.job import AttemptPlan, JobSpec, Result
-from meshgpu.model.trust import RemoveNode
+from meshgpu.model.trust import LogEntry, RemoveNode, Revoke
 from meshgpu.sim.fakes import ExecutorTiming
 from meshgpu.sim.faults import Faults
 from meshgpu.sim.intruder import Intruder
@@ -131,8 +131,17 @@ class World:
             self.ledger.submitted[value.job] = value
             for trial in trials_of(value):
                 self.ledger.submitted[trial.job] = trial
+            self._ask_to_stop()
+        elif isinstance(value, LogEntry) and isinstance(value.body, Revoke) and value.body.stops_jobs:
+            self.ledger.stopped.add(value.body.node)
+            self._ask_to_stop()
         elif isinstance(value, GossipEntry):
             self.ledger.said.setdefault(value.owner, set()).add(value.value)
+
+    def _ask_to_stop(self) -> None:
+        """Whoever revoked a machine may want its jobs to end, and those that it still finds somebody for."""
+        ledger = self.ledger
+        ledger.stops_asked |= {job for job, spec in ledger.submitted.items() if spec.submitter in ledger.stopped}
 
     # -- the seller of instances --------------------------------------------------------------------------------------
 

@@ -461,7 +461,11 @@ class Stewardship:
         stopped = [job for job in self._jobs.values() if job.signed.key in self._log.stopped]
         effects: list[Effect] = []
         for job in sorted(stopped, key=lambda job: job.spec.sweep is None):  # sweeps first: they begin no more trials
-            if job.state not in (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING) or job.spec.sweep is not None:
+            if job.state is JobState.DRAFT:
+                del self._jobs[job.spec.job]  # nobody was told that it is here
+            elif (
+                job.state not in (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING) or job.spec.sweep is not None
+            ):
                 effects += self._finish(now, job, JobState.CANCELLED, None, None, STOPPED)
             elif job.state is not JobState.CANCELLING:
                 job.due = None
