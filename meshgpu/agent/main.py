@@ -331,6 +331,7 @@ _KINDS = {
     "log": "MeshLogRecord",
     "peer": "PeerRecord",
     "job": "JobRecord",
+    "obeyed": "ObeyedRecord",
     "attempt": "AttemptRecord",
     "pause": "PauseRecord",
     "launch": "LaunchRecord",
