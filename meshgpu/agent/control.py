@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from meshgpu.agent.bodies import draft_of, read_body, settings_of, text_of, texts_of
+from meshgpu.agent.bodies import draft_of, read_body, secrets_of, settings_of, text_of, texts_of
 from meshgpu.agent.callers import descends_from
 from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.pairing import Pairing
@@ -271,7 +271,8 @@ class Control:
 
     async def _submit(self, request: web.Request) -> web.StreamResponse:
         key = self._key(request)
-        draft = await self._draft(await read_body(request))
+        body = await read_body(request)
+        draft, secrets = await self._draft(body), secrets_of(body)
         lines: asyncio.Queue[Document] = asyncio.Queue()
 
         def shipped(done_bytes: int, total_bytes: int) -> None:
@@ -279,7 +280,7 @@ class Control:
 
         async def submit() -> None:
             try:
-                view = await self.jobs.submit(key, draft, shipped)
+                view = await self.jobs.submit(key, draft, secrets, shipped)
                 document = self._document(Found(view, display_name(view.spec.name, view.spec.job)))
                 lines.put_nowait({"type": "job", "job": document})
             except MeshgpuError as error:

@@ -1,11 +1,13 @@
 """What local users do with jobs: submit, find, stop, follow, fetch. The control API is a thin skin over this."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from meshgpu.agent.runtime import Runtime
+from meshgpu.agent.secrets import Vault
 from meshgpu.agent.streams import Streams, decode_files, decode_records
 from meshgpu.agent.views import display_names
 from meshgpu.core import events as ev
@@ -61,15 +63,27 @@ Tell = Callable[[Register | Printed | OutOfTouch], Awaitable[None]]
 class Jobs:
     """For all local users; each call names the key that speaks for one."""
 
-    def __init__(self, runtime: Runtime, streams: Streams, transport: Transport) -> None:
+    def __init__(self, runtime: Runtime, streams: Streams, transport: Transport, vault: Vault) -> None:
         self._runtime = runtime
         self._node = runtime.node
         self._streams = streams
         self._transport = transport
+        self._vault = vault
 
-    async def submit(self, key: KeyId, draft: Draft, progress: Callable[[int, int], None]) -> JobView:
-        """Returns once the job is durable where it is held. Raises MeshgpuError."""
-        answer = await self._runtime.ask(lambda query: ev.RunAsked(query, key, draft), progress)
+    async def submit(
+        self, key: KeyId, draft: Draft, secrets: Mapping[str, str], progress: Callable[[int, int], None]
+    ) -> JobView:
+        """Returns once the job is durable where it is held. secrets: {name of draft.secrets: value}.
+
+        Raises MeshgpuError.
+        """
+        with contextlib.ExitStack() as keeping:
+
+            def asked(query: str) -> ev.RunAsked:
+                keeping.enter_context(self._vault.keeping(query, secrets))
+                return ev.RunAsked(query, key, draft)
+
+            answer = await self._runtime.ask(asked, progress)
         return answer.views[0]
 
     async def all(self, key: KeyId) -> tuple[list[Found], list[NodeId]]:

@@ -307,7 +307,7 @@ class AttemptPlan:
 
     gpus: the shares that were held, in PCI order. fenced: whether the job must be shut in (another user's job).
     machine: the machine's name, for MESHGPU_MACHINE. image: of the container it runs in; empty for a process.
-    key: the user's key that signed the spec, which secrets are bound to; empty only where there are none.
+    key: the user's key that signed the spec, which secrets are bound to; None only where there are none.
     """
 
     spec: JobSpec
@@ -316,4 +316,4 @@ class AttemptPlan:
     fenced: bool
     machine: str
     image: str = ""
-    key: KeyId = KeyId("")
+    key: KeyId | None = None

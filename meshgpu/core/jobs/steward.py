@@ -425,11 +425,17 @@ class Stewardship:
     # -- the cloud ----------------------------------------------------------------------------------------------------
 
     def demand(self) -> Demand:
-        """Jobs that may leave the office and for which no machine had room, the oldest first."""
+        """Jobs that may leave the office and for which no machine had room, the oldest first.
+
+        None with secrets: an instance that is rented for it could not read them.
+        """
         waiting = [
             Need(job.spec.job, job.spec.resources, job.waits_since)
             for job in self._jobs.values()
-            if job.waits_since is not None and job.state is JobState.QUEUED and job.spec.cloud is not CloudUse.NEVER
+            if job.waits_since is not None
+            and job.state is JobState.QUEUED
+            and job.spec.cloud is not CloudUse.NEVER
+            and job.spec.secrets is None
         ]
         waiting.sort(key=lambda need: (need.since_wall_s, need.job))
         return Demand(tuple(waiting[:NEEDS_LIMIT]))

@@ -25,6 +25,8 @@ from meshgpu.model.job import (
     Phase,
     Register,
     Result,
+    SecretBox,
+    SecretWrap,
     StopMode,
 )
 from meshgpu.model.messages import (
@@ -702,3 +704,11 @@ def test_plain_failure_is_not_tried_again(bench: Bench, signed: Sign) -> None:
     bench.activate()
     bench.report(Result(AttemptState.EXITED, 1))
     assert bench.register.state is JobState.FAILED
+
+
+def test_job_with_secrets_is_no_need_because_a_new_instance_could_not_read_them(bench: Bench, signed: Sign) -> None:
+    box = SecretBox(("TOKEN",), b"ciphertext", (SecretWrap(bench.me, b"e" * 32, b"w" * 48),))
+    rent(bench, signed, cloud=CloudUse.OK, secrets=box)
+    bench.candidates = [replace(bench.candidate(2), refusal="does not answer", rule=Rule.DOWN)]
+    bench.queue()
+    assert bench.stewardship.demand().needs == ()
