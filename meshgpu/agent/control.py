@@ -307,7 +307,9 @@ class Control:
         return draft_of(body, tree, manifest)
 
     async def _list(self, request: web.Request) -> web.Response:
-        found, silent = await self.jobs.all(self._key(request))
+        """The caller's jobs; finished ones with all=1, those that others share with users=1."""
+        own, shared, silent = await self.jobs.visible(self._key(request))
+        found = [*own, *(shared if request.query.get("users") == "1" else ())]
         if request.query.get("all") != "1":
             found = [job for job in found if not job.view.register.state.is_final]
         documents = JobDocuments(self.status.node, self.status.clock.now())
@@ -339,7 +341,7 @@ class Control:
         mode = text_of(await read_body(request), "mode")
         if mode not in list(StopMode):
             raise MeshgpuError("bad-request", f"cannot stop with mode {mode!r}: expected stop or kill")
-        found = await self.jobs.find(key, request.match_info["job"])
+        found = await self.jobs.find_own(key, request.match_info["job"])
         view = await self.jobs.stop(key, found.view, StopMode(mode))
         return web.json_response({"job": self._document(Found(view, found.display))})
 

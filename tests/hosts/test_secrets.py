@@ -124,3 +124,40 @@ def _descendants(pid: str) -> set[str]:
         except OSError:
             continue
     return found
+
+
+# -- what others see -------------------------------------------------------------------------------------------------
+
+
+def submitted(host: Any, project: Path, *options: str) -> str:
+    """A job on eve's machine that has ended, by its id."""
+    command = ("sh", "-c", "echo printed; echo left > left")
+    done = host.meshgpu("run", "-d", "--json", "-g", "0", "-m", "eve", *options, "--", *command, directory=project)
+    job = str(json.loads(done.stdout)["id"])
+    host.meshgpu("wait", job)
+    return job
+
+
+def test_owner_cannot_read_another_users_job_and_nobody_else_can(lab: Any, project: Path) -> None:
+    ada, bob, eve = lab
+    job = submitted(ada, project)
+    for command in (("logs", job), ("info", job), ("ls", f"runs/{job}"), ("why", job), ("stop", job)):
+        refused = eve.meshgpu(*command, code=125)
+        assert f"cannot find a job {job} among yours" in refused.stderr
+    missing = "z" * 26
+    said = eve.meshgpu("logs", job, code=125).stderr.replace(job, missing)
+    assert said == eve.meshgpu("logs", missing, code=125).stderr
+    assert job not in eve.meshgpu("ps", "-a", "--all-users", "--json").stdout
+    assert bob.meshgpu("logs", job).stdout == "printed\n"  # the same user, on another machine
+
+
+def test_shared_job_is_seen_by_all_and_stopped_by_its_user_only(lab: Any, project: Path) -> None:
+    ada, _, eve = lab
+    job = submitted(ada, project, "--share")
+    assert eve.meshgpu("logs", job).stdout == "printed\n"
+    assert eve.json("info", job)["job"]["user"] == ada.json("info", job)["job"]["user"]
+    assert "left" in eve.meshgpu("ls", f"runs/{job}").stdout
+    assert job in eve.meshgpu("ps", "-a", "--all-users", "--json").stdout
+    assert job not in eve.meshgpu("ps", "-a", "--json").stdout
+    refused = eve.meshgpu("stop", job, code=125)
+    assert "lets others see it only" in refused.stderr

@@ -143,8 +143,13 @@ class Stewardship:
         return JobView(found.spec, found.register, found.trial, found.sweep) if found else None
 
     def views_of(self, user: UserName) -> tuple[SignedView, ...]:
-        """The user's jobs, newest first, as many as fit a frame; trials are told with their sweep."""
-        return listed([j for j in (*self._final.values(), *self._jobs.values()) if j.spec.user == user], self._trials)
+        """The user's jobs, then those that others share, newest first, as many as fit a frame.
+
+        Trials are told with their sweep.
+        """
+        jobs = (*self._final.values(), *self._jobs.values())
+        shared = [job for job in jobs if job.spec.user != user and job.spec.shared]
+        return listed([job for job in jobs if job.spec.user == user], shared, self._trials)
 
     def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
         """The job's tree, if `peer` runs the job now."""
@@ -389,12 +394,15 @@ class Stewardship:
         if request.action is Action.LIST:
             return self.views_of(request.user), []
         job = self._jobs.get(request.job or JobId("")) or self._final.get(request.job or JobId(""))
-        if job is None or job.spec.user != request.user:  # the same words, so that nobody learns what exists
+        is_own = job is not None and job.spec.user == request.user
+        if job is None or not (is_own or job.spec.shared):  # the same words, so that nobody learns what exists
             raise TrustError("unknown-job", "cannot find that job among yours here", "meshgpu ps -a")
         effects: list[Effect] = []
         match request.action:
             case Action.WATCH:
                 job.watchers[peer] = now.boot_s + self._timing.watch_s
+            case Action.STOP | Action.KILL if not is_own:
+                raise TrustError("not-allowed", f"cannot {request.action} {job.spec.name}: {only_shared(job.spec)}")
             case Action.STOP | Action.KILL:
                 effects = self._stop(now, job, StopMode(request.action.value), signed)
             case Action.LOGS | Action.FILES:
@@ -510,6 +518,11 @@ class Stewardship:
     def _name(self, node: NodeId | None) -> str:
         member = self._log.members.get(node) if node else None
         return member.name if member else "the machine"
+
+
+def only_shared(spec: JobSpec) -> str:
+    """Why a job of another user can be seen and not ended."""
+    return f"it belongs to {spec.user}, who lets others see it only"
 
 
 def _clipped(report: AttemptReport) -> AttemptReport:
