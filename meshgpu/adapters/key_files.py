@@ -12,7 +12,7 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, x25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -37,6 +37,7 @@ LEAF_RENEWAL_S: Final = 86_400.0
 
 _NODE_FILE: Final = "node.pem"
 _CA_FILE: Final = "device-ca.pem"
+_SEALING_FILE: Final = "sealing.pem"
 
 
 class KeyFiles:
@@ -63,6 +64,14 @@ class KeyFiles:
     def user_key(self, uid: int) -> bytes:
         """Public key of the OS account `uid`, 32 raw bytes; made on the first call."""
         return self._key(f"user-{uid}.pem").public_key().public_bytes_raw()
+
+    def sealing_key(self) -> bytes:
+        """Public X25519 key that secrets are sealed to, 32 raw bytes; made on the first call."""
+        return self._sealing().public_key().public_bytes_raw()
+
+    def exchange(self, public_key: bytes) -> bytes:
+        """32 bytes that only this machine's sealing key and the other key's owner know; ValueError for no key."""
+        return self._sealing().exchange(x25519.X25519PublicKey.from_public_bytes(public_key))
 
     def sign(self, key: KeyId, message: bytes) -> bytes:
         """64 bytes of Ed25519; raises TrustError `no-such-key` for a key that is not this machine's."""
@@ -100,6 +109,18 @@ class KeyFiles:
                 data = self._read_or_make(name, lambda: _private_pem(ed25519.Ed25519PrivateKey.generate()))
                 self._keys[name] = _parse_key(self._directory / name, data)
             return self._keys[name]
+
+    def _sealing(self) -> x25519.X25519PrivateKey:
+        with self._lock:
+            data = self._read_or_make(_SEALING_FILE, lambda: _private_pem(x25519.X25519PrivateKey.generate()))
+            path = self._directory / _SEALING_FILE
+            try:
+                private = load_pem_private_key(data, password=None)
+            except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+                raise _corrupt(path, "it is not an unencrypted PEM key") from error
+            if not isinstance(private, x25519.X25519PrivateKey):
+                raise _corrupt(path, "its key is not an X25519 key")
+            return private
 
     def _find(self, key: KeyId, *, read_all: bool = False) -> ed25519.Ed25519PrivateKey | None:
         with self._lock:
@@ -205,5 +226,7 @@ def _id_of(private: ed25519.Ed25519PrivateKey) -> KeyId:
     return key_id(private.public_key().public_bytes_raw())
 
 
-def _private_pem(private: ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
+def _private_pem(
+    private: ed25519.Ed25519PrivateKey | x25519.X25519PrivateKey | ec.EllipticCurvePrivateKey,
+) -> bytes:
     return private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -14,7 +14,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from meshgpu.agent.admins import Admins
-from meshgpu.agent.bodies import draft_of, read_body, settings_of, text_of, texts_of
+from meshgpu.agent.bodies import draft_of, read_body, secrets_of, settings_of, text_of, texts_of
 from meshgpu.agent.callers import descends_from
 from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.pairing import Pairing
@@ -275,7 +275,8 @@ class Control:
 
     async def _submit(self, request: web.Request) -> web.StreamResponse:
         key = self._key(request)
-        draft = await self._draft(await read_body(request))
+        body = await read_body(request)
+        draft, secrets = await self._draft(body), secrets_of(body)
         lines: asyncio.Queue[Document] = asyncio.Queue()
 
         def shipped(done_bytes: int, total_bytes: int) -> None:
@@ -283,7 +284,7 @@ class Control:
 
         async def submit() -> None:
             try:
-                view = await self.jobs.submit(key, draft, shipped)
+                view = await self.jobs.submit(key, draft, secrets, shipped)
                 document = self._document(Found(view, display_name(view.spec.name, view.spec.job)))
                 lines.put_nowait({"type": "job", "job": document})
             except MeshgpuError as error:
@@ -310,7 +311,9 @@ class Control:
         return draft_of(body, tree, manifest)
 
     async def _list(self, request: web.Request) -> web.Response:
-        found, silent = await self.jobs.all(self._key(request))
+        """The caller's jobs; finished ones with all=1, those that others share with users=1."""
+        own, shared, silent = await self.jobs.visible(self._key(request))
+        found = [*own, *(shared if request.query.get("users") == "1" else ())]
         if request.query.get("all") != "1":
             found = [job for job in found if not job.view.register.state.is_final]
         documents = JobDocuments(self.status.node, self.status.clock.now())
@@ -342,7 +345,7 @@ class Control:
         mode = text_of(await read_body(request), "mode")
         if mode not in list(StopMode):
             raise MeshgpuError("bad-request", f"cannot stop with mode {mode!r}: expected stop or kill")
-        found = await self.jobs.find(key, request.match_info["job"])
+        found = await self.jobs.find_own(key, request.match_info["job"])
         view = await self.jobs.stop(key, found.view, StopMode(mode))
         return web.json_response({"job": self._document(Found(view, found.display))})
 

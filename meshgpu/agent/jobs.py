@@ -1,15 +1,18 @@
 """What local users do with jobs: submit, find, stop, follow, fetch. The control API is a thin skin over this."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from meshgpu.agent.runtime import Runtime
+from meshgpu.agent.secrets import Vault
 from meshgpu.agent.streams import Streams, decode_files, decode_records
 from meshgpu.agent.views import display_names
 from meshgpu.core import events as ev
-from meshgpu.errors import MeshgpuError
+from meshgpu.core.jobs.steward import only_shared
+from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.bulk import BulkRequest, FilesWanted, FileWanted, LogsWanted
 from meshgpu.model.ids import JobId, KeyId, NodeId, display_name
 from meshgpu.model.job import Action, Draft, JobState, JobView, Register, StopMode
@@ -61,28 +64,51 @@ Tell = Callable[[Register | Printed | OutOfTouch], Awaitable[None]]
 class Jobs:
     """For all local users; each call names the key that speaks for one."""
 
-    def __init__(self, runtime: Runtime, streams: Streams, transport: Transport) -> None:
+    def __init__(self, runtime: Runtime, streams: Streams, transport: Transport, vault: Vault) -> None:
         self._runtime = runtime
         self._node = runtime.node
         self._streams = streams
         self._transport = transport
+        self._vault = vault
 
-    async def submit(self, key: KeyId, draft: Draft, progress: Callable[[int, int], None]) -> JobView:
-        """Returns once the job is durable where it is held. Raises MeshgpuError."""
-        answer = await self._runtime.ask(lambda query: ev.RunAsked(query, key, draft), progress)
+    async def submit(
+        self, key: KeyId, draft: Draft, secrets: Mapping[str, str], progress: Callable[[int, int], None]
+    ) -> JobView:
+        """Returns once the job is durable where it is held. secrets: {name of draft.secrets: value}.
+
+        Raises MeshgpuError.
+        """
+        with contextlib.ExitStack() as keeping:
+
+            def asked(query: str) -> ev.RunAsked:
+                keeping.enter_context(self._vault.keeping(query, secrets))
+                return ev.RunAsked(query, key, draft)
+
+            answer = await self._runtime.ask(asked, progress)
         return answer.views[0]
 
     async def all(self, key: KeyId) -> tuple[list[Found], list[NodeId]]:
         """All jobs of a user that can be found now, newest first, and the members that did not answer."""
+        own, _, silent = await self.visible(key)
+        return own, silent
+
+    async def visible(self, key: KeyId) -> tuple[list[Found], list[Found], list[NodeId]]:
+        """The user's own jobs, those that others share, newest first, and the members that did not answer."""
         answer = await self._runtime.ask(lambda query: ev.JobsAsked(query, key))
         views = sorted(answer.views, key=lambda view: -view.register.submitted_wall_s)
-        names = display_names(views)
-        return [Found(view, names[view.spec.job]) for view in views], list(answer.silent)
+        user = self._node.log.user_of(key)
+        own = [view for view in views if view.spec.user == user]
+        names = display_names(views) | display_names(own)  # what others share makes no name of one's own longer
+        found = [Found(view, names[view.spec.job]) for view in views]
+        mine = [job for job in found if job.view.spec.user == user]
+        return mine, [job for job in found if job.view.spec.user != user], list(answer.silent)
 
     async def sweep(self, key: KeyId, text: str) -> tuple[Found, list[Found], list[NodeId]]:
         """A sweep, its trials by number, and the members that did not answer. Raises as `find`, and `not-a-sweep`."""
-        jobs, silent = await self.all(key)
-        found = self._pick(text, [job for job in jobs if job.view.trial is None], silent)
+        own, shared, silent = await self.visible(key)
+        jobs = [*own, *shared]
+        wholes = ([job for job in own if job.view.trial is None], [job for job in shared if job.view.trial is None])
+        found = self._pick_visible(text, *wholes, silent)
         if found.view.spec.sweep is None:
             raise MeshgpuError(
                 "not-a-sweep", f"cannot show trials of {found.display}: it is no sweep", "meshgpu sweep ls"
@@ -91,9 +117,30 @@ class Jobs:
         return found, sorted(trials, key=_number), silent
 
     async def find(self, key: KeyId, text: str) -> Found:
-        """By id, display name or any unique part of either. Raises `unknown-job` or `ambiguous`."""
-        jobs, silent = await self.all(key)
-        return self._pick(text, jobs, silent)
+        """By id, display name or any unique part of either; one's own, else one that somebody shares.
+
+        Raises `unknown-job` or `ambiguous`.
+        """
+        return self._pick_visible(text, *await self.visible(key))
+
+    async def find_own(self, key: KeyId, text: str) -> Found:
+        """The same, for what only its user may do. Raises `not-allowed` for a job that is only shared."""
+        found = await self.find(key, text)
+        if found.view.spec.user != self._node.log.user_of(key):
+            raise TrustError("not-allowed", f"cannot stop {found.display}: {only_shared(found.view.spec)}")
+        return found
+
+    def _pick_visible(self, text: str, own: list[Found], shared: list[Found], silent: list[NodeId]) -> Found:
+        try:
+            return self._pick(text, own, silent)
+        except MeshgpuError as error:
+            if error.code != "unknown-job" or not shared:
+                raise
+            unknown = error
+        try:
+            return self._pick(text, shared, silent)
+        except MeshgpuError as error:
+            raise (unknown if error.code == "unknown-job" else error) from None
 
     def _pick(self, text: str, jobs: list[Found], silent: list[NodeId]) -> Found:
         exact = [job for job in jobs if text in (job.view.spec.job, job.display)]

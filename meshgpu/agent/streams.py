@@ -64,7 +64,8 @@ class Streams:
         """The newest attempt of a job here, if the request's user may see it."""
         request = self._node.rules.verify_request(signed, self._clock.now(), peer)
         attempt = self._node.attempts.latest(request.job) if request.job else None
-        if request.action is not action or attempt is None or attempt.spec.user != request.user:
+        may_see = attempt is not None and (attempt.spec.user == request.user or attempt.spec.shared)
+        if request.action is not action or attempt is None or not may_see:
             raise TrustError("unknown-job", "cannot find that job among yours on this machine", "meshgpu ps -a")
         return attempt
 

@@ -141,9 +141,10 @@ class AgentClient:
         for event in self._events("POST", "/v1/jobs", _encode(job), SHIPPING_TIMEOUT_S):
             yield cast(SubmitEvent, event)
 
-    def jobs(self, *, finished: bool = False) -> JobsView:
-        """The user's jobs that are not final, or with `finished` all of them."""
-        return cast(JobsView, self._get("/v1/jobs", all=str(int(finished))))
+    def jobs(self, *, finished: bool = False, of_all_users: bool = False) -> JobsView:
+        """The user's jobs that are not final, or with `finished` all; with `of_all_users` what others share, too."""
+        users = {"users": "1"} if of_all_users else {}
+        return cast(JobsView, self._get("/v1/jobs", all=str(int(finished)), **users))
 
     def job(self, job: str) -> JobView:
         """`job`: an id, a display name or any unique part of one."""

@@ -22,6 +22,7 @@ from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.core.trust.roles import may_say
+from meshgpu.core.trust.sealing import NO_WRAP, Seal, no_seal
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
@@ -42,6 +43,7 @@ class NodeConfig:
     """What a node is told at start. capacity_s: readings alone are gossiped this often at most; allocations at once.
 
     instance: when this machine ends itself, because it is rented; None for all others, which never do.
+    sealing_key: X25519 public key, 32 bytes, for secrets. seal: see trust.sealing.
     """
 
     agent_version: str
@@ -57,6 +59,8 @@ class NodeConfig:
     submission: SubmissionTiming = field(default_factory=SubmissionTiming)
     asking: AskTiming = field(default_factory=AskTiming)
     instance: InstanceTerms | None = None
+    sealing_key: bytes = b""
+    seal: Seal = no_seal
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ class Node:
         self.attempts = Attempts(node, self.log, self.rules, notary, rng, self.owner, config.attempts)
         self.attempts.fence = config.fence
         self.stewardship = Stewardship(node, self.log, self.rules, notary, rng, self._candidates, config.steward)
-        self.submissions = Submissions(node, self.log, notary, rng, self._candidates, config.submission)
+        self.submissions = Submissions(node, self.log, notary, rng, self._candidates, config.submission, config.seal)
         self.asking = Asking(node, self.log, self.rules, notary, rng, self._askable, config.asking)
         self.burst = Planner(
             node,
@@ -164,6 +168,8 @@ class Node:
                 return Rule.CLOSED, closed
             if record.needs_image and not guest.image:
                 return Rule.CLOSED, NEEDS_IMAGE
+        if guest.secrets is not None and not guest.secrets.opens_for(member.node):
+            return Rule.SEALED, NO_WRAP
         if member.node != self.node and member.node not in self._links.open:
             return Rule.DOWN, "does not answer"
         if record is not None and record.pause is not None:
@@ -500,6 +506,7 @@ class Node:
                 config.policy.lending,
                 config.policy.needs_image,
                 self.owner.pause,
+                config.sealing_key,
             ),
         )
 

@@ -109,7 +109,7 @@ class Asking:
         if question is None or not is_open:
             return watched
         question.waiting.discard(node)
-        question.views.extend(view for view in views if view.spec.user == question.user)
+        question.views.extend(view for view in views if view.spec.user == question.user or view.spec.shared)
         if answer.code and question.action is not Action.LIST:
             question.failure = (answer.code, answer.reason)
         return [*watched, *(self._close(answer.query, question) if not question.waiting else [])]

@@ -17,6 +17,7 @@ from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import runnable
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import STOPPED, RequestRules
+from meshgpu.core.trust.sealing import NO_WRAP
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Allocation
@@ -186,6 +187,8 @@ class Attempts:
             return wrong_side
         if self._owner.policy.needs_image and not spec.image:
             return NEEDS_IMAGE
+        if spec.secrets is not None and not spec.secrets.opens_for(self._node):
+            return NO_WRAP
         return self._permission(spec).refusal or self._owner.refusal()
 
     def released(self, steward: NodeId, release: Release) -> list[Effect]:
@@ -382,7 +385,8 @@ class Attempts:
     def _plan(self, attempt: Attempt) -> AttemptPlan:
         fenced = self._permission(attempt.spec).needs_fence
         image = self._owner.policy.image(attempt.spec.image)
-        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, fenced, self._me().name, image)
+        name, key = self._me().name, attempt.signed.key
+        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, fenced, name, image, key)
 
     def _of_steward(self, steward: NodeId, job: JobId, epoch: int) -> Attempt | None:
         """A live attempt, if it is `steward`'s to command."""

@@ -148,8 +148,13 @@ class Stewardship:
         return len(self._jobs)
 
     def views_of(self, user: UserName) -> tuple[SignedView, ...]:
-        """The user's jobs, newest first, as many as fit a frame; trials are told with their sweep."""
-        return listed([j for j in (*self._final.values(), *self._jobs.values()) if j.spec.user == user], self._trials)
+        """The user's jobs, then those that others share, newest first, as many as fit a frame.
+
+        Trials are told with their sweep.
+        """
+        jobs = (*self._final.values(), *self._jobs.values())
+        shared = [job for job in jobs if job.spec.user != user and job.spec.shared]
+        return listed([job for job in jobs if job.spec.user == user], shared, self._trials)
 
     def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
         """The job's tree, if `peer` runs the job now."""
@@ -394,12 +399,15 @@ class Stewardship:
         if request.action is Action.LIST:
             return self.views_of(request.user), []
         job = self._jobs.get(request.job or JobId("")) or self._final.get(request.job or JobId(""))
-        if job is None or job.spec.user != request.user:  # the same words, so that nobody learns what exists
+        is_own = job is not None and job.spec.user == request.user
+        if job is None or not (is_own or job.spec.shared):  # the same words, so that nobody learns what exists
             raise TrustError("unknown-job", "cannot find that job among yours here", "meshgpu ps -a")
         effects: list[Effect] = []
         match request.action:
             case Action.WATCH:
                 job.watchers[peer] = now.boot_s + self._timing.watch_s
+            case Action.STOP | Action.KILL if not is_own:
+                raise TrustError("not-allowed", f"cannot {request.action} {job.spec.name}: {only_shared(job.spec)}")
             case Action.STOP | Action.KILL:
                 effects = self._stop(now, job, StopMode(request.action.value), signed)
             case Action.LOGS | Action.FILES:
@@ -430,11 +438,17 @@ class Stewardship:
     # -- the cloud ----------------------------------------------------------------------------------------------------
 
     def demand(self) -> Demand:
-        """Jobs that may leave the office and for which no machine had room, the oldest first."""
+        """Jobs that may leave the office and for which no machine had room, the oldest first.
+
+        None with secrets: an instance that is rented for it could not read them.
+        """
         waiting = [
             Need(job.spec.job, job.spec.resources, job.waits_since)
             for job in self._jobs.values()
-            if job.waits_since is not None and job.state is JobState.QUEUED and job.spec.cloud is not CloudUse.NEVER
+            if job.waits_since is not None
+            and job.state is JobState.QUEUED
+            and job.spec.cloud is not CloudUse.NEVER
+            and job.spec.secrets is None
         ]
         waiting.sort(key=lambda need: (need.since_wall_s, need.job))
         return Demand(tuple(waiting[:NEEDS_LIMIT]))
@@ -525,6 +539,11 @@ class Stewardship:
     def _name(self, node: NodeId | None) -> str:
         member = self._log.members.get(node) if node else None
         return member.name if member else "the machine"
+
+
+def only_shared(spec: JobSpec) -> str:
+    """Why a job of another user can be seen and not ended."""
+    return f"it belongs to {spec.user}, who lets others see it only"
 
 
 def _clipped(report: AttemptReport) -> AttemptReport:

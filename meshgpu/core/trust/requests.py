@@ -4,6 +4,7 @@ from typing import Final
 
 from meshgpu.core.sweep import runnable
 from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.core.trust.sealing import SECRETS_LIMIT
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
 from meshgpu.model.ids import JobId, KeyId, NodeId, job_id
@@ -41,6 +42,8 @@ class RequestRules:
             raise TrustError("bad-request", "cannot accept a job: it has no proper command")
         if spec.user != user.user or spec.submitter != user.node:
             raise TrustError("not-allowed", f"cannot accept a job of {spec.user}: it was signed by {user.user}")
+        if spec.secrets is not None and not 1 <= len(spec.secrets.names) <= SECRETS_LIMIT:
+            raise TrustError("bad-request", "cannot accept a job: it has no proper number of secrets")
         stewards = set(spec.stewards)
         if len(stewards) != len(spec.stewards) or len(stewards) not in (1, MAX_STEWARDS):
             raise TrustError("not-allowed", "cannot accept a job: it names no proper set of machines to hold it")

@@ -11,10 +11,11 @@ from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import JobId, KeyId, NodeId, UserName
+from meshgpu.model.ids import JobId, KeyId, NodeId, UserName, key_id
 from meshgpu.model.job import Action, JobRequest, JobSpec, JobState, JobView, Register
 from meshgpu.model.messages import Answer, Ask, JobUpdate, SignedView
-from meshgpu.model.trust import Signed
+from meshgpu.model.trust import LinkUser, Signed
+from meshgpu.sim.fakes import ToyNotary
 from meshgpu.sim.office import Office
 
 Clock = Callable[[float], Now]
@@ -194,3 +195,19 @@ def test_register_of_another_job_is_not_believed(bench: Bench) -> None:
     (answer,) = bench.asking.step(bench.at(TIMING.list_s))
     assert isinstance(answer, Answered)
     assert answer.views == ()
+
+
+def test_list_has_what_others_share_and_nothing_else_of_theirs(bench: Bench, signed: Sign) -> None:
+    """Ada's jobs, as another user of the mesh is told of them."""
+    shared, shared_envelope = signed(2, shared=True)
+    public = bench.office.ring.make("eve@rig1")
+    eve = LinkUser(UserName("eve"), public, bench.office.setups[1].node, 1666)
+    bench.log.add(bench.log.write(bench.office.setups[0].accounts[UserName("ada")], [eve]))
+    notary = ToyNotary(bench.office.ring, (public,))
+    bench.asking._notary = notary
+    bench.linked = [bench.steward]
+    bench.asking.list_jobs(bench.at(0), "q", key_id(public))
+    told = SignedView(shared_envelope, Register(shared.job, JobState.QUEUED))
+    (answer,) = bench.asking.answered(bench.steward, Answer("q", (bench.told, told)))
+    assert isinstance(answer, Answered)
+    assert [view.spec.job for view in answer.views] == [shared.job]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
+from meshgpu.core.jobs import listing
 from meshgpu.core.jobs import steward as steward_module
 from meshgpu.core.jobs.placement import Candidate, Rule
 from meshgpu.core.jobs.steward import UNSTARTED_TRIES, Stewardship, StewardTiming
@@ -25,6 +26,8 @@ from meshgpu.model.job import (
     Phase,
     Register,
     Result,
+    SecretBox,
+    SecretWrap,
     StopMode,
 )
 from meshgpu.model.messages import (
@@ -702,3 +705,68 @@ def test_plain_failure_is_not_tried_again(bench: Bench, signed: Sign) -> None:
     bench.activate()
     bench.report(Result(AttemptState.EXITED, 1))
     assert bench.register.state is JobState.FAILED
+
+
+def test_job_with_secrets_is_no_need_because_a_new_instance_could_not_read_them(bench: Bench, signed: Sign) -> None:
+    box = SecretBox(("TOKEN",), b"ciphertext", (SecretWrap(bench.me, b"e" * 32, b"w" * 48),))
+    rent(bench, signed, cloud=CloudUse.OK, secrets=box)
+    bench.candidates = [replace(bench.candidate(2), refusal="does not answer", rule=Rule.DOWN)]
+    bench.queue()
+    assert bench.stewardship.demand().needs == ()
+
+
+# -- what others may see -----------------------------------------------------------------------------------------------
+
+EVE = UserName("eve")
+
+
+def as_eve(bench: Bench, action: Action, job: JobId | None) -> Answer:
+    """What the steward answers another user of the mesh, who sits at the third machine."""
+    seat, log = bench.office.setups[2], bench.rules._log
+    if EVE not in {user.user for user in log.users.values()}:
+        public = bench.office.ring.make("eve@rig2")
+        admin = bench.office.setups[0].accounts[UserName("ada")]
+        log.add(log.write(admin, [LinkUser(EVE, public, seat.node, 1666)]))
+    key = key_id(bench.office.ring.make("eve@rig2"))
+    request = JobRequest(bench.office.mesh, EVE, action, bench.me, bench.at(0.5).wall_s, f"eve {action}", job)
+    effects = bench.stewardship.asked(bench.at(0.5), seat.node, Ask("q", bench.office.ring.sign(key, request)))
+    ((_, answer),) = sent(effects, Answer)
+    assert isinstance(answer, Answer)
+    assert kept(effects) == []
+    return answer
+
+
+def test_job_that_is_not_shared_does_not_exist_for_others(bench: Bench) -> None:
+    bench.activate()
+    assert as_eve(bench, Action.LIST, None).views == ()
+    for action in (Action.WATCH, Action.STOP, Action.KILL):
+        hidden, missing = as_eve(bench, action, bench.spec.job), as_eve(bench, action, JobId("z" * 26))
+        assert (hidden.code, hidden.reason) == (missing.code, missing.reason) == ("unknown-job", hidden.reason)
+        assert hidden.views == ()
+
+
+def test_shared_job_is_listed_and_followed_by_others_and_not_stopped(bench: Bench, signed: Sign) -> None:
+    bench.spec, bench.signed = signed(shared=True)
+    bench.activate()
+    (view,) = as_eve(bench, Action.LIST, None).views
+    assert view.spec == bench.signed
+    assert len(as_eve(bench, Action.WATCH, bench.spec.job).views) == 1
+    assert bench.office.setups[2].node in [peer for peer, _ in sent(bench.report(), JobUpdate)]
+    for action in (Action.STOP, Action.KILL):
+        refused = as_eve(bench, action, bench.spec.job)
+        assert refused.code == "not-allowed"
+        assert "it belongs to ada" in refused.reason
+    assert bench.register.state is JobState.ACTIVE
+    assert bench.register.stop is None
+
+
+def test_own_jobs_are_listed_before_what_others_share(
+    bench: Bench, signed: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.queue()
+    (own,) = bench.stewardship.views_of(UserName("ada"))
+    job = bench.stewardship._jobs[bench.spec.job]
+    monkeypatch.setattr(listing, "VIEWS_LIMIT_BYTES", 2 * listing.REGISTER_BYTES)
+    others = [replace(job, spec=replace(job.spec, user=EVE, shared=True), register=replace(job.register))] * 3
+    assert listing.listed([job], others, {})[0] == own
+    assert len(listing.listed([job], others, {})) < 4
