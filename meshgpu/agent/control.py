@@ -44,6 +44,9 @@ KEEPALIVE_S: Final = 15.0
 PAUSE_LIMIT_S: Final = 366 * 86_400
 """A longer pause is one without an end."""
 
+CLOCK_HEADER: Final = "Meshgpu-Clock"
+"""Names the header that tells whose clock differs from this machine's: {"machine", "ahead_s"} in JSON."""
+
 UNKNOWN_STATUS: Final = 422
 """For errors whose code is not in the table of HTTP statuses."""
 
@@ -108,10 +111,23 @@ class Control:
             pid, _ = _peer(request)
             if descends_from(pid, self.guards()):
                 raise TrustError("not-allowed", "cannot obey a job: the control socket is for people")
-            return await handler(request)
+            response = await handler(request)
+            if not response.prepared:
+                response.headers.update(self._clock_header())
+            return response
         except MeshgpuError as error:
             status = HTTP_STATUS.get(error.code, UNKNOWN_STATUS)
             return web.json_response({"error": error_document(error)}, status=status)
+
+    def _clock_header(self) -> dict[str, str]:
+        """Tells that clocks differ, where they did in the last exchange with other machines."""
+        gap = self._clock_document()
+        return {CLOCK_HEADER: json.dumps(gap)} if gap else {}
+
+    def _clock_document(self) -> Document | None:
+        gap = self.jobs.clock_gap
+        member = self.status.node.log.members.get(gap.member) if gap else None
+        return {"machine": member.name, "ahead_s": gap.ahead_s} if gap and member else None
 
     def _uid(self, request: web.Request) -> int:
         """The OS account that calls; root may act for the account that runs the agent."""
@@ -286,7 +302,7 @@ class Control:
             try:
                 view = await self.jobs.submit(key, draft, secrets, shipped)
                 document = self._document(Found(view, display_name(view.spec.name, view.spec.job)))
-                lines.put_nowait({"type": "job", "job": document})
+                lines.put_nowait({"type": "job", "job": document, "clock": self._clock_document()})
             except MeshgpuError as error:
                 lines.put_nowait({"type": "error", "error": error_document(error)})
 
@@ -373,7 +389,7 @@ class Control:
         found = await self.jobs.find(key, request.match_info["job"])
         position = int(_number(request, "position", 0))
         logs = request.query.get("logs", "1") == "1"
-        response = await _stream(request)
+        response = await _stream(request, self._clock_header())
         writing = asyncio.Lock()
         current = {"type": "job", "job": self._document(found)}
         await _write(response, current)
@@ -451,8 +467,8 @@ def _peer(request: web.Request) -> tuple[int, int]:
     return pid, uid
 
 
-async def _stream(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+async def _stream(request: web.Request, headers: Mapping[str, str] | None = None) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", **(headers or {})})
     await response.prepare(request)
     return response
 

@@ -11,9 +11,12 @@ from meshgpu.agent.secrets import Vault
 from meshgpu.agent.streams import Streams, decode_files, decode_records
 from meshgpu.agent.views import display_names
 from meshgpu.core import events as ev
+from meshgpu.core.effects import Answered
 from meshgpu.core.jobs.steward import only_shared
-from meshgpu.errors import MeshgpuError, TrustError
+from meshgpu.core.trust.freshness import CHALLENGE_BYTES
+from meshgpu.errors import MeshgpuError, StaleRequest, TrustError
 from meshgpu.model.bulk import BulkRequest, FilesWanted, FileWanted, LogsWanted
+from meshgpu.model.clock import ClockGap
 from meshgpu.model.ids import JobId, KeyId, NodeId, display_name
 from meshgpu.model.job import Action, Draft, JobState, JobView, Register, StopMode
 from meshgpu.model.logs import LogRecord
@@ -70,6 +73,8 @@ class Jobs:
         self._streams = streams
         self._transport = transport
         self._vault = vault
+        self.clock_gap: ClockGap | None = None
+        """Whose clock differed too much from this machine's in the last exchange; None if nobody's did."""
 
     async def submit(
         self, key: KeyId, draft: Draft, secrets: Mapping[str, str], progress: Callable[[int, int], None]
@@ -84,7 +89,7 @@ class Jobs:
                 keeping.enter_context(self._vault.keeping(query, secrets))
                 return ev.RunAsked(query, key, draft)
 
-            answer = await self._runtime.ask(asked, progress)
+            answer = await self._ask(asked, progress)
         return answer.views[0]
 
     async def all(self, key: KeyId) -> tuple[list[Found], list[NodeId]]:
@@ -94,7 +99,7 @@ class Jobs:
 
     async def visible(self, key: KeyId) -> tuple[list[Found], list[Found], list[NodeId]]:
         """The user's own jobs, those that others share, newest first, and the members that did not answer."""
-        answer = await self._runtime.ask(lambda query: ev.JobsAsked(query, key))
+        answer = await self._ask(lambda query: ev.JobsAsked(query, key))
         views = sorted(answer.views, key=lambda view: -view.register.submitted_wall_s)
         user = self._node.log.user_of(key)
         own = [view for view in views if view.spec.user == user]
@@ -158,8 +163,15 @@ class Jobs:
 
     async def stop(self, key: KeyId, job: JobView, mode: StopMode) -> JobView:
         steward, action = job.spec.stewards[0], Action(mode.value)
-        answer = await self._runtime.ask(lambda query: ev.ActionAsked(query, key, action, job.spec.job, steward))
+        answer = await self._ask(lambda query: ev.ActionAsked(query, key, action, job.spec.job, steward))
         return answer.views[0]
+
+    async def _ask(
+        self, event: Callable[[str], ev.Event], progress: Callable[[int, int], None] | None = None
+    ) -> Answered:
+        answer = await self._runtime.ask(event, progress)
+        self.clock_gap = answer.clock
+        return answer
 
     # -- following ----------------------------------------------------------------------------------------------------
 
@@ -216,8 +228,8 @@ class Jobs:
             return
         epoch = register.epoch << POSITION_BITS
         offset = min(position - epoch, 2**POSITION_BITS) if position >= epoch else 0
-        request = LogsWanted(self._signed(key, Action.LOGS, register.job, node), offset, follow)
-        async for message in self._open(node, request):
+        stream = self._read(key, Action.LOGS, register.job, node, lambda signed: LogsWanted(signed, offset, follow))
+        async for message in stream:
             for record in decode_records(message):
                 yield Printed(record, epoch + record.position)
 
@@ -228,9 +240,8 @@ class Jobs:
         node = job.register.node
         if node is None:
             return []
-        request = FilesWanted(self._signed(key, Action.FILES, job.spec.job, node))
         listing = bytearray()
-        async for message in self._open(node, request):
+        async for message in self._read(key, Action.FILES, job.spec.job, node, FilesWanted):
             listing += message
             if len(listing) > LISTING_LIMIT_BYTES:
                 raise MeshgpuError("too-large", f"cannot list what the job left: more than {LISTING_LIMIT_BYTES} bytes")
@@ -242,11 +253,26 @@ class Jobs:
         if node is None:
             hint = f"meshgpu wait {display_name(job.spec.name, job.spec.job)}"
             raise MeshgpuError("unknown-file", f"cannot fetch {path}: the job has not run yet", hint)
-        stream = self._open(node, FileWanted(self._signed(key, Action.FILES, job.spec.job, node), path))
+        stream = self._read(key, Action.FILES, job.spec.job, node, lambda signed: FileWanted(signed, path))
         return int(await anext(stream)), stream
 
-    def _signed(self, key: KeyId, action: Action, job: JobId, node: NodeId) -> Signed:
-        return self._node.asking.sign_request(self._runtime.outside.clock.now(), key, action, job, node)
+    async def _read(
+        self, key: KeyId, action: Action, job: JobId, node: NodeId, wanted: Callable[[Signed], BulkRequest]
+    ) -> AsyncIterator[bytes]:
+        """Messages of a bulk stream; a request that is stale there is signed again, once."""
+        now, challenge = self._runtime.outside.clock.now(), b""
+        while True:
+            signed = self._node.asking.sign_request(now, key, action, job, node, challenge)
+            try:
+                async for message in self._open(node, wanted(signed)):
+                    yield message
+            except StaleRequest as error:
+                if challenge or len(error.challenge) != CHALLENGE_BYTES:
+                    raise
+                challenge = error.challenge
+                self.clock_gap = ClockGap(node, error.wall_s - now.wall_s)
+            else:
+                return
 
     def _open(self, node: NodeId, request: BulkRequest) -> AsyncIterator[bytes]:
         if node == self._node.node:

@@ -1,9 +1,9 @@
 """The control API's client: one method for each call of the agent."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, Self, cast
+from typing import Any, ClassVar, Final, Self, cast
 from urllib.parse import quote, urlencode
 
 from meshgpu.client.home import find_home, socket_path
@@ -48,6 +48,9 @@ SHIPPING_TIMEOUT_S: Final = 120.0
 
 class AgentClient:
     """Speaks to the agent whose home is `home`. Every call may raise AgentUnreachable or the agent's MeshgpuError."""
+
+    on_clock: ClassVar[Callable[[str, float], None]] = staticmethod(lambda _machine, _ahead_s: None)
+    """Told, perhaps often, that the clock of another machine differs from this one's, and by how much it is ahead."""
 
     def __init__(self, home: Path, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Nothing is opened before the first call; raises MeshgpuError `socket-path` for a home that is too long."""
@@ -189,7 +192,13 @@ class AgentClient:
         return cast(ChecksView, self._get("/v1/doctor"))
 
     def _ask(self, method: str, target: str, body: bytes | None = None, timeout_s: float = 0.0) -> Answer:
-        return request(self._socket, method, target, body, timeout_s=timeout_s or self._timeout_s)
+        answer = request(self._socket, method, target, body, timeout_s=timeout_s or self._timeout_s)
+        if answer.clock:
+            self._tell_clock(_parse(answer.clock.encode()))
+        return answer
+
+    def _tell_clock(self, gap: dict[str, Any]) -> None:
+        type(self).on_clock(str(gap.get("machine")), float(gap.get("ahead_s", 0.0)))
 
     def _get(self, path: str, **query: str) -> dict[str, Any]:
         with self._ask("GET", f"{path}?{urlencode(query)}" if query else path) as answer:
@@ -211,6 +220,8 @@ class AgentClient:
                 event = _parse(line)
                 if event.get("type") == "error":
                     raise error_in(line, "the agent gave up without saying why")
+                if isinstance(gap := event.pop("clock", None), dict):
+                    self._tell_clock(gap)
                 yield event
 
 

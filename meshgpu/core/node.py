@@ -19,6 +19,7 @@ from meshgpu.core.membership.gossip import Gossip, GossipTiming
 from meshgpu.core.membership.links import Links, LinkTiming
 from meshgpu.core.owner import NEEDS_IMAGE, PAUSED, Owner, OwnerPolicy, at_home, permission
 from meshgpu.core.statemachine import earliest
+from meshgpu.core.trust.freshness import Challenges
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.core.trust.roles import may_say
@@ -31,7 +32,16 @@ from meshgpu.model.gossip import Capacity, Demand, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import JobSpec
-from meshgpu.model.records import AttemptRecord, JobRecord, MeshLogRecord, MeshRecord, PauseRecord, PeerRecord, Record
+from meshgpu.model.records import (
+    AttemptRecord,
+    JobRecord,
+    MeshLogRecord,
+    MeshRecord,
+    ObeyedRecord,
+    PauseRecord,
+    PeerRecord,
+    Record,
+)
 from meshgpu.model.trust import LENDING_ROLES, AddNode, Member, Notary, RemoveNode, Role, Signed
 
 LOOPS_LIMIT = 100_000
@@ -88,7 +98,7 @@ class Node:
         self._epoch = 1 + max((r.epoch for r in self._records if isinstance(r, MeshRecord)), default=0)
         self.log = MeshLog(notary)
         self._log_rank = 0
-        self.rules = RequestRules(notary, self.log, node)
+        self.rules = RequestRules(notary, self.log, node, Challenges(rng))
         self._gossip = Gossip(node, self._epoch, self.log, notary, rng, config.gossip)
         self._links = Links(node, self.log, rng, config.seeds, config.links)
         self.owner = Owner(config.policy)
@@ -201,6 +211,7 @@ class Node:
                 self.owner.restore(now, record)
         effects += self.attempts.restore(now, (r for r in self._records if isinstance(r, AttemptRecord)))
         effects += self.stewardship.restore(now, (r for r in self._records if isinstance(r, JobRecord)))
+        self.stewardship.obeyed.restore(r for r in self._records if isinstance(r, ObeyedRecord))
         self.burst.restore(now, self._records)
         self._records = ()
         self._say_record(now)

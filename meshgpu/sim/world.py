@@ -35,12 +35,14 @@ class WorldConfig:
     """size: machines. is_plain: the same office for every seed. transcript: which story is kept, if any.
 
     has_intruder: whether the last machine of the office lies. instances: rented machines beside it.
+    has_wrong_clocks: whether the machines' wall clocks are wrong by hours.
     """
 
     size: int = 7
     is_plain: bool = False
     has_intruder: bool = False
     instances: int = 0
+    has_wrong_clocks: bool = False
     executor: ExecutorTiming = field(default_factory=ExecutorTiming)
     transcript: Transcript | None = None
 
@@ -61,6 +63,7 @@ class World:
             is_plain=self.config.is_plain,
             has_intruder=self.config.has_intruder,
             instances=self.config.instances,
+            has_wrong_clocks=self.config.has_wrong_clocks,
         )
         self.machines: dict[NodeId, Machine] = {}
         for setup, notary in zip(self.office.setups, self.office.notaries, strict=True):

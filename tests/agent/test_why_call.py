@@ -29,6 +29,7 @@ class Rooms:
 
     node: Node
     view: JobView
+    clock_gap: None = None
 
     @property
     def clock(self) -> "Rooms":

@@ -9,13 +9,14 @@ from meshgpu.core.effects import Answered, Effect, QueryProgressed, Send
 from meshgpu.core.jobs.placement import Candidate, Guest, explain, nearest_name, never_fits, rank
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import check_space
+from meshgpu.core.trust.freshness import CHALLENGE_BYTES
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.sealing import SEALING_KEY_BYTES, Seal, binding, check_draft, no_seal
 from meshgpu.errors import MeshgpuError, TrustError
-from meshgpu.model.clock import Now
+from meshgpu.model.clock import ClockGap, Now
 from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, job_id
 from meshgpu.model.job import CloudUse, Draft, JobSpec, JobState, JobView, Register
-from meshgpu.model.messages import Submit, SubmitAnswer
+from meshgpu.model.messages import Challenge, Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources
 from meshgpu.model.trust import STEWARD_ROLES, Member, Notary, Role, Signed, UserKey
 
@@ -37,6 +38,7 @@ class _Submission:
     signed: Signed
     resend_at: float
     give_up_at: float
+    clock: ClockGap | None = None
 
 
 class Submissions:
@@ -81,15 +83,32 @@ class Submissions:
         found = self._open.get(answer.job)
         if found is None or steward not in found.spec.stewards:
             return []
+        if (challenge := answer.challenge) is not None and challenge.refused != found.spec.challenge:
+            return []  # it refuses what was sent before the steward was answered
+        if challenge is not None and not found.spec.challenge and len(challenge.nonce) == CHALLENGE_BYTES:
+            return self._sign_again(now, steward, found, challenge)
         if answer.code:
             del self._open[answer.job]
-            return [Answered(found.query, code=answer.code, reason=answer.reason)]
+            return [Answered(found.query, code=answer.code, reason=answer.reason, clock=found.clock)]
         if not answer.held:
             found.give_up_at = now.boot_s + self._timing.patience_s
             return [QueryProgressed(found.query, answer.done_bytes, answer.total_bytes)] if answer.total_bytes else []
         del self._open[answer.job]
         register = Register(answer.job, JobState.QUEUED, submitted_wall_s=now.wall_s)
-        return [Answered(found.query, (JobView(found.spec, register),))]
+        return [Answered(found.query, (JobView(found.spec, register),), clock=found.clock)]
+
+    def _sign_again(self, now: Now, steward: NodeId, found: _Submission, challenge: Challenge) -> list[Effect]:
+        """The steward's clock and ours differ: what it asked for makes the same job fresh. Once for each job."""
+        found.clock = ClockGap(steward, challenge.wall_s - now.wall_s)
+        spec = replace(found.spec, challenge=challenge.nonce)
+        try:
+            signed = self._notary.sign(found.signed.key, spec)
+        except MeshgpuError as error:
+            del self._open[spec.job]
+            return [Answered(found.query, code=error.code, reason=error.message, hint=error.hint)]
+        found.spec, found.signed = spec, signed
+        found.resend_at = now.boot_s + self._timing.resend_s
+        return [Send(steward, Submit(spec.job, signed))]
 
     def steward_linked(self, now: Now, steward: NodeId) -> None:
         for found in self._open.values():

@@ -3,9 +3,10 @@
 from typing import Final
 
 from meshgpu.core.sweep import runnable
+from meshgpu.core.trust.freshness import Challenges
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.sealing import SECRETS_LIMIT
-from meshgpu.errors import TrustError
+from meshgpu.errors import StaleRequest, TrustError
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
 from meshgpu.model.ids import JobId, KeyId, NodeId, job_id
 from meshgpu.model.job import Action, JobRequest, JobSpec, PlacingVote
@@ -17,12 +18,16 @@ STOPPED: Final = "the machine that submitted it was revoked, and its jobs end"
 
 
 class RequestRules:
-    """Turns signed bytes into values that may be obeyed, or raises TrustError. Keeps no state but the log it reads."""
+    """Turns signed bytes into values that may be obeyed, or raises TrustError.
 
-    def __init__(self, notary: Notary, log: MeshLog, node: NodeId) -> None:
+    challenges: what this node gives out where clocks differ; without them such requests are stale for good.
+    """
+
+    def __init__(self, notary: Notary, log: MeshLog, node: NodeId, challenges: Challenges | None = None) -> None:
         self._notary = notary
         self._log = log
         self._node = node
+        self._challenges = challenges
 
     def verify_job(self, signed: Signed, trial: Trial | None) -> JobSpec:
         """A job that may run: a user of this mesh asked for it, or for the sweep that it is a trial of."""
@@ -52,7 +57,7 @@ class RequestRules:
         return spec
 
     def verify_new_spec(self, signed: Signed) -> JobSpec:
-        """The same, of somebody who is a user now, and for machines that may hold it now."""
+        """The same, of somebody who is a user now, and for machines that may hold it now; however old."""
         spec = self.verify_spec(signed)
         self._check_user(signed)
         for steward in spec.stewards:
@@ -61,11 +66,9 @@ class RequestRules:
                 raise TrustError("not-allowed", f"cannot accept a job: a machine is to hold it, which is a {role}")
         return spec
 
-    def verify_fresh_spec(self, signed: Signed, now: Now) -> JobSpec:
-        """The same, not older than 120 s: asked when a steward first stores it."""
-        spec = self.verify_new_spec(signed)
-        self._check_fresh("a job", spec.issued_wall_s, now)
-        return spec
+    def check_fresh_spec(self, spec: JobSpec, now: Now, peer: NodeId) -> None:
+        """Asked last, when a steward first stores it. Raises StaleRequest, with a challenge for `peer`."""
+        self._check_fresh("a job", spec.issued_wall_s, spec.challenge, now, peer)
 
     def check_may_start(self, signed: Signed) -> None:
         """Raises TrustError where a revocation ended the jobs of whoever signed this one."""
@@ -73,14 +76,27 @@ class RequestRules:
             raise TrustError("not-allowed", f"cannot start a job: {STOPPED}")
 
     def verify_request(self, signed: Signed, now: Now, peer: NodeId) -> JobRequest:
-        """A user's request that is meant for this node, now, and came from the machine that signed it."""
+        """A user's request that is meant for this node, now, and came from the machine that signed it.
+
+        Raises StaleRequest, with a challenge for `peer`, if all but its time is right.
+        """
+        request = self.verify_addressed(signed, peer)
+        self.check_fresh_request(request, now, peer)
+        return request
+
+    def check_fresh_request(self, request: JobRequest, now: Now, peer: NodeId) -> None:
+        """Asked last. Raises StaleRequest, with a challenge for `peer`."""
+        what = f"a request to {request.action} a job"
+        self._check_fresh(what, request.issued_wall_s, request.challenge, now, peer)
+
+    def verify_addressed(self, signed: Signed, peer: NodeId) -> JobRequest:
+        """The same, however old."""
         request = self.read_request(signed)
         self._check_user(signed)
         if self._log.users[signed.key].node != peer:
             raise TrustError("not-allowed", f"cannot {request.action} a job: another machine passed the request on")
         if request.node != self._node:
             raise TrustError("not-allowed", f"cannot {request.action} a job: the request was meant for another machine")
-        self._check_fresh(f"a request to {request.action} a job", request.issued_wall_s, now)
         return request
 
     def verify_cancel(self, signed: Signed, spec: JobSpec, sweep: JobId) -> JobRequest:
@@ -128,15 +144,20 @@ class RequestRules:
             raise TrustError("not-allowed", "cannot obey a request: its key belongs to no user of this mesh")
         return user, self._notary.read(signed, user.public_key, kind)
 
-    def _check_fresh(self, what: str, issued_wall_s: float, now: Now) -> None:
+    def _check_fresh(self, what: str, issued_wall_s: float, challenge: bytes, now: Now, peer: NodeId) -> None:
+        """By an open challenge of `peer` where there is one in it, else by the clock."""
         age_s = now.wall_s - issued_wall_s
-        if abs(age_s) > WALL_CLOCK_SLACK_S:
-            raise TrustError(
-                "stale",
-                f"cannot accept {what}: it was signed {abs(age_s):.0f} s {'ago' if age_s > 0 else 'in the future'},"
-                f" expected at most {WALL_CLOCK_SLACK_S:.0f} s",
-                "set the clocks of both machines: timedatectl set-ntp true",
-            )
+        if challenge:
+            if self._challenges is not None and self._challenges.redeem(now, peer, challenge):
+                return
+            found = "what this machine asked to be signed with it is not open (any more)"
+        elif abs(age_s) <= WALL_CLOCK_SLACK_S:
+            return
+        else:
+            when = "ago" if age_s > 0 else "in the future"
+            found = f"it was signed {abs(age_s):.0f} s {when}, expected at most {WALL_CLOCK_SLACK_S:.0f} s"
+        nonce = self._challenges.issue(now, peer) if self._challenges is not None else b""
+        raise StaleRequest(f"cannot accept {what}: {found}", nonce, now.wall_s, challenge)
 
 
 def _as_voted_by(vote: PlacingVote, steward: NodeId) -> PlacingVote:

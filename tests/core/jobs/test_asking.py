@@ -10,10 +10,10 @@ from meshgpu.core.effects import Answered, Effect, Send, TellWatchers
 from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
-from meshgpu.model.clock import Now
+from meshgpu.model.clock import ClockGap, Now
 from meshgpu.model.ids import JobId, KeyId, NodeId, UserName, key_id
 from meshgpu.model.job import Action, JobRequest, JobSpec, JobState, JobView, Register
-from meshgpu.model.messages import Answer, Ask, JobUpdate, SignedView
+from meshgpu.model.messages import Answer, Ask, Challenge, JobUpdate, SignedView
 from meshgpu.model.trust import LinkUser, Signed
 from meshgpu.sim.fakes import ToyNotary
 from meshgpu.sim.office import Office
@@ -211,3 +211,58 @@ def test_list_has_what_others_share_and_nothing_else_of_theirs(bench: Bench, sig
     (answer,) = bench.asking.answered(bench.steward, Answer("q", (bench.told, told)))
     assert isinstance(answer, Answered)
     assert [view.spec.job for view in answer.views] == [shared.job]
+
+
+# -- wrong clocks ------------------------------------------------------------------------------------------------------
+
+
+def stale(bench: Bench, query: str = "q", nonce: bytes = b"n" * 32, refused: bytes = b"") -> Answer:
+    return Answer(query, (), "stale", "cannot accept a request", Challenge(nonce, bench.at(0).wall_s - 7200, refused))
+
+
+def test_stale_request_is_signed_again_for_the_node_that_refused_it(bench: Bench) -> None:
+    first = {r.node: r for r in map(bench.request, bench.asking.list_jobs(bench.at(0), "q", bench.key))}
+    (effect,) = bench.asking.answered(bench.linked[0], stale(bench))
+    assert bench.request(effect) == replace(first[bench.linked[0]], challenge=b"n" * 32)
+    for node in bench.linked[1:]:
+        bench.asking.answered(node, Answer("q", ()))
+    assert bench.asking.step(bench.at(TIMING.list_s)) == []  # it waits for one more exchange
+    (answer,) = bench.asking.answered(bench.linked[0], Answer("q", (bench.told,)))
+    assert isinstance(answer, Answered)
+    assert answer.views == (bench.view,)
+    assert answer.clock == ClockGap(bench.linked[0], -7200.0)
+
+
+def test_request_is_signed_again_once_and_the_refusal_is_told(bench: Bench) -> None:
+    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, bench.steward)
+    assert len(bench.asking.answered(bench.steward, stale(bench))) == 1
+    (answer,) = bench.asking.answered(bench.steward, stale(bench, nonce=b"m" * 32, refused=b"n" * 32))
+    assert isinstance(answer, Answered)
+    assert answer.code == "stale"
+
+
+def test_node_that_refuses_a_list_is_named(bench: Bench) -> None:
+    bench.asking.list_jobs(bench.at(0), "q", bench.key)
+    for node in bench.linked[1:]:
+        bench.asking.answered(node, Answer("q", ()))
+    (answer,) = bench.asking.answered(bench.linked[0], Answer("q", (), "stale", "cannot accept a request"))
+    assert isinstance(answer, Answered)
+    assert bench.linked[0] in answer.silent
+
+
+def test_challenge_of_a_node_that_was_not_asked_is_not_signed(bench: Bench) -> None:
+    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, bench.steward)
+    for node in (bench.linked[1], NodeId("x" * 52)):
+        assert bench.asking.answered(node, stale(bench)) == []
+        assert bench.asking.answered(node, stale(bench, f"watch-{bench.view.spec.job}")) == []
+
+
+def test_watch_goes_on_where_clocks_differ(bench: Bench) -> None:
+    job = bench.view.spec.job
+    bench.asking.watch(bench.at(0), bench.key, job, bench.steward)
+    for now_s in (0.0, TIMING.watch_s):  # every renewal is challenged anew
+        (effect,) = bench.asking.step(bench.at(now_s))
+        asked = bench.request(effect)
+        (again,) = bench.asking.answered(bench.steward, stale(bench, f"watch-{job}"))
+        assert bench.request(again) == replace(asked, challenge=b"n" * 32)
+        assert bench.asking.answered(bench.steward, stale(bench, f"watch-{job}", refused=b"n" * 32)) == []

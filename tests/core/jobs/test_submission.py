@@ -12,12 +12,12 @@ from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.core.trust.sealing import binding_of
-from meshgpu.model.clock import Now
+from meshgpu.model.clock import ClockGap, Now
 from meshgpu.model.gossip import Capacity, NodeRecord
 from meshgpu.model.ids import KeyId, NodeId, UserName, digest
 from meshgpu.model.inventory import Inventory
 from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest, JobSpec, SecretBox, SecretWrap
-from meshgpu.model.messages import Submit, SubmitAnswer
+from meshgpu.model.messages import Challenge, Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources, parse_gpus
 from meshgpu.model.trust import Role, SetPolicy, SetRole
 from meshgpu.sim.office import Office
@@ -362,3 +362,44 @@ def test_job_with_secrets_that_fits_no_machine_does_not_wait_for_a_rented_one(be
     asked = Resources(parse_gpus("7"))
     assert isinstance(ask_with(bench, resources=asked)[0], Send)
     assert refusal(ask_with(bench, "TOKEN", resources=asked)).code == "impossible"
+
+
+# -- wrong clocks ------------------------------------------------------------------------------------------------------
+
+NONCE = b"n" * 32
+
+
+def stale(spec: JobSpec, challenge: Challenge | None) -> SubmitAnswer:
+    return SubmitAnswer(spec.job, held=False, code="stale", reason="cannot accept a job", challenge=challenge)
+
+
+def test_job_that_is_stale_is_signed_again_with_what_the_steward_asked_for(bench: Bench) -> None:
+    spec = bench.spec(bench.ask("1"))
+    steward, wall_s = spec.stewards[0], bench.at(0).wall_s + 7200
+    again = bench.spec(bench.submissions.answered(bench.at(1), steward, stale(spec, Challenge(NONCE, wall_s))))
+    assert again == replace(spec, challenge=NONCE)
+    (sent,) = [e for e in bench.submissions.step(bench.at(1 + TIMING.resend_s)) if isinstance(e, Send)]
+    assert bench.spec([sent]) == again
+    (answer,) = bench.submissions.answered(bench.at(4), steward, SubmitAnswer(spec.job, held=True))
+    assert isinstance(answer, Answered)
+    assert answer.views[0].spec == again
+    assert answer.clock == ClockGap(steward, 7199.0)
+
+
+def test_job_is_signed_again_once_and_late_refusals_count_for_nothing(bench: Bench) -> None:
+    spec = bench.spec(bench.ask("1"))
+    steward = spec.stewards[0]
+    assert bench.submissions.answered(bench.at(1), NodeId("x" * 52), stale(spec, Challenge(NONCE, 0.0))) == []
+    bench.submissions.answered(bench.at(1), steward, stale(spec, Challenge(NONCE, 0.0)))
+    late = stale(spec, Challenge(b"m" * 32, 0.0))  # the answer to a spec that was sent twice before
+    assert bench.submissions.answered(bench.at(1.1), steward, late) == []
+    for_good = stale(spec, Challenge(b"o" * 32, 0.0, NONCE))
+    assert refusal(bench.submissions.answered(bench.at(2), steward, for_good)).code == "stale"
+    assert bench.submissions.step(bench.at(60)) == []
+
+
+@pytest.mark.parametrize("nonce", [b"", b"short", b"l" * 33])
+def test_what_is_no_challenge_is_not_signed(bench: Bench, nonce: bytes) -> None:
+    spec = bench.spec(bench.ask("1"))
+    effects = bench.submissions.answered(bench.at(1), spec.stewards[0], stale(spec, Challenge(nonce, 0.0)))
+    assert refusal(effects).code == "stale"
