@@ -161,3 +161,38 @@ def test_shared_job_is_seen_by_all_and_stopped_by_its_user_only(lab: Any, projec
     assert job not in eve.meshgpu("ps", "-a", "--json").stdout
     refused = eve.meshgpu("stop", job, code=125)
     assert "lets others see it only" in refused.stderr
+
+
+# -- wrong clocks ----------------------------------------------------------------------------------------------------
+
+WRONG = """
+import time, types
+from meshgpu.adapters import boot_clock
+boot_clock.time = types.SimpleNamespace(
+    time=lambda: time.time() - 3 * 3600, clock_gettime=time.clock_gettime, CLOCK_BOOTTIME=time.CLOCK_BOOTTIME
+)
+"""
+"""Read by Python at its start: the agent lives three hours ago, gRPC's deadlines do not."""
+
+
+def test_machine_whose_clock_is_hours_behind_does_all_that_others_do(
+    office: Any, lab: Any, project: Path, tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WRONG)
+    late = office.host("late", PYTHONPATH=str(tmp_path))
+    office.join(lab[0], late)
+    wait_until(lambda: office.sees_all(late, 4), "late does not see the others")
+    options = ("-g", "0", "--no-env", "-m", "bob", "--")
+    done = late.meshgpu("run", *options, "sh", "-c", "echo printed; echo left > left", directory=project)
+    assert done.stdout.endswith("printed\n")
+    assert done.stderr.count("the clock of this machine is 3 h 0 m behind that of bob") == 1
+    job = next(job for job in late.json("ps", "-a")["jobs"])
+    assert late.meshgpu("logs", job["id"]).stdout == "printed\n"
+    assert "left" in late.meshgpu("ls", f"runs/{job['id']}").stdout
+    late.meshgpu("cp", f"runs/{job['id']}/left", str(tmp_path / "fetched"))
+    assert (tmp_path / "fetched").read_text() == "left\n"
+    name = json.loads(late.meshgpu("run", "-d", "--json", *options, "sleep", "600", directory=project).stdout)["id"]
+    late.meshgpu("kill", name)
+    late.meshgpu("wait", name, code=None)
+    assert next(job for job in lab[0].json("ps", "-a")["jobs"] if job["id"] == name)["state"] == "cancelled"
+    assert "clock" not in lab[0].meshgpu("run", *options, "true", directory=project).stderr

@@ -36,7 +36,10 @@ class AskTiming:
 
 @dataclass(slots=True)
 class _Question:
-    """asked: {node: what it was asked}. refused: nodes that answered a list with a refusal."""
+    """asked: {node: what it was asked}. refused: nodes that answered a list with a refusal.
+
+    gaps: {node whose clock differs too much: by how many seconds it is ahead}.
+    """
 
     action: Action
     key: KeyId
@@ -48,7 +51,7 @@ class _Question:
     views: list[JobView] = field(default_factory=list)
     failure: tuple[str, str] | None = None
     refused: set[NodeId] = field(default_factory=set)
-    clock: ClockGap | None = None
+    gaps: dict[NodeId, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -156,11 +159,18 @@ class Asking:
         if watch is not None:
             watch.asked = request
         elif question is not None:
-            if question.clock is None:  # one more exchange, with all that need it at the same time
+            if not question.gaps:  # one more exchange, with all that need it at the same time
                 question.give_up_at += question.wait_s
-            question.clock = ClockGap(node, challenge.wall_s - asked.issued_wall_s)
+            question.gaps[node] = challenge.wall_s - asked.issued_wall_s
             question.asked[node] = request
         return [Send(node, Ask(query, signed))]
+
+    def _clock(self, question: _Question) -> ClockGap | None:
+        """Whose clock differs; of many that were asked most must, or it is theirs that is wrong, not this machine's."""
+        others = len(question.asked.keys() - {self._node})
+        if 2 * len(question.gaps) <= others:
+            return None
+        return next((ClockGap(node, ahead_s) for node, ahead_s in sorted(question.gaps.items())), None)
 
     def _verified(self, node: NodeId, views: tuple[SignedView, ...]) -> list[JobView]:
         """The jobs that their users really signed, and gave to `node` to hold."""
@@ -222,16 +232,16 @@ class Asking:
         if question.action is Action.LIST:
             reached = set(self._linked()) - question.waiting - question.refused
             away = tuple(node for node in sorted(self._log.members) if node not in reached)
-            return [Answered(query, tuple(question.views), away, clock=question.clock)]
+            return [Answered(query, tuple(question.views), away, clock=self._clock(question))]
         if question.failure:
             code, reason = question.failure
-            return [Answered(query, silent=silent, code=code, reason=reason, clock=question.clock)]
+            return [Answered(query, silent=silent, code=code, reason=reason, clock=self._clock(question))]
         if silent:
             steward = self._log.members.get(silent[0])
             name = steward.name if steward else "the machine"
             reason = f"cannot {question.action} the job: {name}, which holds it, did not answer"
             return [Answered(query, silent=silent, code="no-answer", reason=reason, hint="meshgpu machines")]
-        return [Answered(query, tuple(question.views), clock=question.clock)]
+        return [Answered(query, tuple(question.views), clock=self._clock(question))]
 
 
 def _trial(sweep: JobSpec, trial: Trial, register: Register) -> JobView:
