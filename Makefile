@@ -25,7 +25,7 @@ demo-burst: $(READY)  ## a sweep that overflows into a local cloud, and an owner
 	@$(BIN)/python -m examples.demo_burst
 
 test: check     ## everything: `check`, then all tests
-	$(BIN)/pytest -n 2 --dist loadgroup -m "slow or hosts"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow or hosts"
 
 check: $(READY) ## the fast loop: format, lint, types, architecture, generated code, fast tests
 	$(BIN)/ruff format --check .

@@ -23,7 +23,7 @@ from tests.ec2.machine import Machine
 from tests.hosts.conftest import needs_namespaces
 from tests.hosts.office import Office, until
 
-pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("ec2")]
+pytestmark = [pytest.mark.hosts]
 
 EVERYBODY = "0.0.0.0/0"
 VENV = str(Path(sys.executable).parent)

@@ -18,7 +18,7 @@ from tests.ec2.internet import API_HOST
 from tests.hosts.office import MESHGPU, until
 from tests.hosts.renting import AGAIN_S, RENTED_S, Project, Story
 
-pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("burst")]
+pytestmark = [pytest.mark.hosts]
 
 DIAL: Final = """
 import socket, sys

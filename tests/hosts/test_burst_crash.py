@@ -14,7 +14,7 @@ from tests.ec2.front import Fault, Moment, Stage
 from tests.hosts.office import until
 from tests.hosts.renting import AGAIN_S, RENTED_S, Project, Story, Strike
 
-pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.xdist_group("burst-crash")]
+pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
 HTTPS: Final = ":01BB"
 ESTABLISHED: Final = "01"

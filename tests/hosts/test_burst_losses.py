@@ -11,7 +11,7 @@ from tests.ec2.cloud import PROGRAMS
 from tests.hosts.office import until
 from tests.hosts.renting import AGAIN_S, RENTED_S, Project, Story, Strike
 
-pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.xdist_group("burst-losses")]
+pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
 SPOT_NOTICE_S: Final = 60.0
 NO_CONTACT_S: Final = 15.0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("office")]
+pytestmark = [pytest.mark.hosts]
 
 COUNT = "import time\nfor i in range({lines}):\n    print('line', i, flush=True)\n    time.sleep({pause})\n"
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.fake_nvml.build import build
 
-pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("owner")]
+pytestmark = [pytest.mark.hosts]
 
 TRAIN = "import time\nprint('begins', flush=True)\ntime.sleep(600)\n"
 STUBBORN = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + TRAIN

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("secrets")]
+pytestmark = [pytest.mark.hosts]
 
 CANARY = "c4n4ry-7f3e9a52d1 $HOME 'x'"
 PRINT = (

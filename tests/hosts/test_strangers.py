@@ -12,7 +12,7 @@ from cryptography import x509
 
 from meshgpu.wire.certificates import der
 
-pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("strangers")]
+pytestmark = [pytest.mark.hosts]
 
 KNOCK = """
 import asyncio, sys

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("sweep")]
+pytestmark = [pytest.mark.hosts]
 
 TRAIN = """
 import sys, time, meshgpu
