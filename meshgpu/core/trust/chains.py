@@ -29,6 +29,7 @@ from meshgpu.model.trust import (
     RemoveNode,
     Revoke,
     Role,
+    SetRole,
     Signed,
 )
 
@@ -68,6 +69,7 @@ class Chains:
         self.recovery = key_id(body.recovery_key)
         self._keys = {self.founder: body.admin_key, self.recovery: body.recovery_key}
         self._admins = {self.founder, self.recovery}
+        self._renters: set[KeyId] = set()
         self._held: dict[KeyId, dict[int, list[Written]]] = {}
         self._by_name: dict[Digest, Written] = {}
         self._named: set[Digest] = set()
@@ -118,6 +120,8 @@ class Chains:
             raise TrustError("not-allowed", f"an entry of {signed.key[:12]} founds another mesh")
         if not self._may_ever_write(entry):
             raise TrustError("not-allowed", f"an entry of {signed.key[:12]} says what no node may say")
+        if entry.author not in self._admins | self._renters and not _is_parting(entry):
+            return False  # that it may rent may be on its way, too
         found = chain.get(entry.seq, [])
         if any(written.name == name for written in found):
             return False
@@ -149,6 +153,10 @@ class Chains:
                 self._admins.add(key_id(public_key))
             case AddNode(public_key=public_key, role=role) if role is not Role.CLOUD:
                 self._keys.setdefault(key_id(public_key), public_key)
+                if role is Role.BURST:
+                    self._renters.add(key_id(public_key))
+            case SetRole(node=node, role=Role.BURST):
+                self._renters.add(KeyId(node))
             case _:
                 pass
 
@@ -401,6 +409,11 @@ def _heads_of(removal: Removal) -> tuple[Head, ...]:
     if isinstance(removal, Revoke):
         return removal.ends
     return (removal.end,) if removal.end is not None and removal.end.author == removal.key else ()
+
+
+def _is_parting(entry: LogEntry) -> bool:
+    """Whether a node says that it leaves, with which its chain begins and ends."""
+    return entry.seq == 0 and entry.body == RemoveNode(NodeId(entry.author))
 
 
 def _ends(written: Written) -> tuple[Head, ...]:

@@ -235,6 +235,16 @@ def test_node_leaves_by_its_own_word_and_nobody_else_by_it() -> None:
     assert bob.names == {"ada", "bob"}
 
 
+def test_machine_that_never_rented_fills_nobodys_memory() -> None:
+    ada, _, eve = founded("ada", "bob", "eve")
+    own = KeyId(eve.node)
+    many = [
+        eve.notary.sign(own, LogEntry(eve.mesh, own, seq, Digest(""), (), RemoveNode(NodeId(f"cloud{seq}"))))
+        for seq in range(50)
+    ]
+    assert ada.log.add(many) == ()
+
+
 @pytest.mark.parametrize("body", [Revoke(NodeId("x"), (), stops_jobs=False), SetRole(NodeId("x"), Role.BURST)])
 def test_nodes_may_not_say_what_admins_may(body: Body) -> None:
     ada, _, eve = founded("ada", "bob", "eve")
