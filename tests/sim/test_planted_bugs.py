@@ -270,10 +270,10 @@ def test_steward_that_takes_stale_specs_is_caught(monkeypatch: pytest.MonkeyPatc
 def test_steward_that_lets_anybody_stop_a_job_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Stewardship._obey
 
-    def obliging(self: Stewardship, now: Now, peer: object, request: JobRequest, signed: Signed) -> object:
+    def obliging(self: Stewardship, now: Now, peer: object, request: JobRequest, signed: Signed, **how: bool) -> object:
         job = self._jobs.get(request.job or JobId(""))
         named = replace(request, user=job.spec.user) if job else request
-        return original(self, now, peer, named, signed)  # type: ignore[arg-type]  # the arguments of _obey
+        return original(self, now, peer, named, signed, **how)  # type: ignore[arg-type]  # the arguments of _obey
 
     monkeypatch.setattr(Stewardship, "_obey", obliging)
     find_by_lies("its user did not ask for it")
