@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 import typer
 
-from meshgpu.cli.launch import confirmed, is_attended, stop_agent
+from meshgpu.cli.launch import is_attended, stop_agent
 from meshgpu.cli.render import note, plain, print_table
 from meshgpu.cli.watch import Json
 from meshgpu.cli.words import EXIT_FAILED_CHECK
@@ -130,5 +130,5 @@ def _ask(question: str) -> None:
     """Go on only if a person says yes: nobody at the terminal is no yes."""
     if not is_attended():
         raise MeshgpuError("bad-request", "cannot ask whether you mean it: no terminal is here", "--yes")
-    if not confirmed(question, yes=False):
+    if not typer.confirm(question, default=False, err=True):
         raise typer.Exit(EXIT_FAILED_CHECK)
