@@ -7,13 +7,15 @@ has fixed both of its own nonces before it can know either side's digits, so a g
 
 import hashlib
 import hmac
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import TrustError
-from meshgpu.model.ids import Digest, MeshId, NodeId, UserName, digest
+from meshgpu.model.ids import Digest, MeshId, NodeId, UserName, digest, node_id
 from meshgpu.model.pairing import Newcomer
-from meshgpu.model.trust import Role
+from meshgpu.model.trust import Notary, Role, Signed
 
 NONCE_BYTES: Final = 32
 """Too many to guess: a commitment must not give its nonce away."""
@@ -75,6 +77,40 @@ def digits(about: bytes) -> str:
     """Six digits of a transcript as people read them, `123 456`."""
     number = int.from_bytes(hashlib.sha256(about).digest(), "big") % 1_000_000
     return f"{number // 1000:03} {number % 1000:03}"
+
+
+def check_welcome(notary: Notary, knock: Knock, terms: Terms, entries: Iterable[Signed]) -> MeshLog:
+    """The joiner's check that it got what the digits stood for. Returns the mesh's log; raises TrustError."""
+    log = MeshLog(notary)
+    log.enter(terms.mesh, entries)
+    admitter, me = log.members.get(terms.node), log.members.get(node_id(knock.newcomer.public_key))
+    if admitter is None or (admitter.public_key, admitter.device_ca) != (terms.public_key, terms.device_ca):
+        raise TrustError("wrong-mesh", "cannot join: the machine whose digits were compared is no member of the mesh")
+    if me is None:
+        raise TrustError("wrong-mesh", "cannot join: the admin's machine did not add this one to the mesh")
+    account = log.account(me.node, knock.newcomer.uid)
+    given = (me.device_ca, me.name, me.role, me.owner, account and (account.user, account.public_key))
+    newcomer = knock.newcomer
+    said = (newcomer.device_ca, newcomer.name, terms.role, terms.user, (terms.user, newcomer.user_key))
+    if given != said or log.mesh_name != terms.mesh_name:
+        raise TrustError("wrong-mesh", "cannot join: this machine was let in as something else than was compared")
+    return log
+
+
+def choose_user(log: MeshLog, admin: UserName, proposed: UserName, said: UserName | None) -> UserName:
+    """Whose the new machine will be: whom the admin `said`, else whom it `proposed` itself.
+
+    Raises TrustError `name-taken` where it proposes a user of the mesh other than `admin`: nobody becomes a known
+    colleague by typing her name.
+    """
+    if said is not None:
+        return said
+    if proposed != admin and any(account.user == proposed for account in log.users.values()):
+        taken = (
+            f"cannot join as {proposed}: the mesh {log.mesh_name} has a user of that name, and the admin did not say"
+        )
+        raise TrustError("name-taken", taken, f"the admin, if it is the same person: meshgpu admit --user {proposed}")
+    return proposed
 
 
 def _knock_parts(knock: Knock) -> list[bytes]:
