@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PYTHON ?= python3
 
-.PHONY: help demo demo-burst test check sim-long benchmarks proto lock clean
+.PHONY: help demo demo-burst test check sim-long fuzz benchmarks proto lock clean
 .DEFAULT_GOAL := help
 
 help:           ## list what can be made
@@ -37,6 +37,9 @@ check: $(READY) ## the fast loop: format, lint, types, architecture, generated c
 sim-long: $(READY) ## simulate many more seeds than CI does
 	$(BIN)/python -m tests.sim.soak
 	$(BIN)/python -m tests.sim.soak --renting
+
+fuzz: $(READY)  ## 100,000 forged, mutated, replayed frames against real nodes; CI tries a share
+	$(BIN)/python -m tests.fuzz
 
 benchmarks: $(READY) ## the numbers in docs/benchmarks.md, peers beside them
 	$(BIN)/python benchmarks/run.py

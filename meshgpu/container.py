@@ -1,5 +1,7 @@
 """Runs one container for a guard: starts it, prints what it prints, ends with its exit code; removes it in the end.
 
+What it finds at its stdin becomes the container's.
+
 Run as a file: `python -I -S -X utf8 container.py SOCKET run NAME NOTE`, then `… SOCKET remove NAME`. SIGTERM is passed
 on. The file NOTE gets what an exit code cannot say. Attached before it starts, so that no line is missed.
 """
@@ -57,10 +59,14 @@ class Engine:
     def open(self, method: str, target: str, limit_s: float | None) -> tuple[int, BinaryIO]:
         """(status, what follows the header). limit_s: for each read. Raises OSError."""
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(limit_s)
-            client.connect(self._path)
-            client.sendall(f"{method} {target} HTTP/1.0\r\nHost: engine\r\nContent-Length: 0\r\n\r\n".encode())
-            stream = client.makefile("rb")
+            return self.ask(client, method, target, limit_s)
+
+    def ask(self, client: socket.socket, method: str, target: str, limit_s: float | None) -> tuple[int, BinaryIO]:
+        """The same over a socket of the caller's, who may write to it afterwards."""
+        client.settimeout(limit_s)
+        client.connect(self._path)
+        client.sendall(f"{method} {target} HTTP/1.0\r\nHost: engine\r\nContent-Length: 0\r\n\r\n".encode())
+        stream = client.makefile("rb")
         words = stream.readline().split()
         while stream.readline() not in (b"\r\n", b""):
             pass
@@ -95,14 +101,20 @@ class Run:
     def live(self) -> int:
         signal.signal(signal.SIGTERM, lambda *_: self._stop())
         try:
-            status, output = self._engine.open("POST", f"{self._target}/attach?stream=1&stdout=1&stderr=1", None)
-            with output:
+            given = _read_all(0)
+            target = f"{self._target}/attach?stream=1&stdout=1&stderr=1{'&stdin=1' if given else ''}"
+            with contextlib.ExitStack() as open_ones:
+                client = open_ones.enter_context(socket.socket(socket.AF_UNIX))
+                status, output = self._engine.ask(client, "POST", target, None)
+                open_ones.enter_context(output)
                 if status >= _REDIRECTS:
                     return self._fail(f"cannot attach to the container: {_message(output.read())}")
                 status, body = self._engine.call("POST", f"{self._target}/start")
                 if status >= _REDIRECTS:
                     return self._fail(f"cannot start the container: {_message(body)}")
                 self._has_started()
+                if given:
+                    _give(client, given)
                 _copy(output)
             return self._outcome()
         except OSError as error:
@@ -159,6 +171,21 @@ def _copy(output: BinaryIO) -> None:
             left -= len(piece)
             while piece:
                 piece = piece[os.write(2 if stream == 2 else 1, piece) :]
+
+
+def _give(client: socket.socket, data: bytes) -> None:
+    """Write to a container's stdin and close it. One that ended before it read has ended by itself."""
+    with contextlib.suppress(OSError):
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+
+
+def _read_all(descriptor: int) -> bytes:
+    """What a descriptor holds: nothing where it is /dev/null."""
+    parts = []
+    while part := os.read(descriptor, PIECE_BYTES):
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _message(body: bytes) -> str:

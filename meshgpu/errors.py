@@ -2,6 +2,7 @@
 
 MeshgpuError            code, message, hint: somebody can act on it
 ├── TrustError          a signature, a right or a proof does not hold
+│   └── StaleRequest    it was signed at another time by the receiver's clock; may be signed again
 ├── AgentUnreachable    the control socket does not answer (the CLI suggests `meshgpu up`)
 └── BrokenInvariant     our own bug; carries the last events of the object it happened to
 """
@@ -26,6 +27,20 @@ class TrustError(MeshgpuError):
     """What arrived is not signed, not fresh or not allowed; nothing was changed."""
 
 
+class StaleRequest(TrustError):
+    """A signed request that is too old, or not yet made, by the clock of who got it.
+
+    challenge: 32 random bytes; with them in it the request is fresh, once. Empty where none is offered.
+    wall_s: the receiver's Unix time. refused: the challenge that was in the request; empty for none.
+    """
+
+    def __init__(self, message: str, challenge: bytes, wall_s: float, refused: bytes = b"") -> None:
+        super().__init__("stale", message, "set the clocks of both machines: timedatectl set-ntp true")
+        self.challenge = challenge
+        self.wall_s = wall_s
+        self.refused = refused
+
+
 class AgentUnreachable(MeshgpuError):
     """No agent answers on the control socket."""
 
@@ -45,6 +60,7 @@ HTTP_STATUS: Final[dict[str, int]] = {
     "not-in-mesh": 409,
     "unknown-job": 404,
     "unknown-machine": 404,
+    "unknown-user": 404,
     "unknown-file": 404,
     "ambiguous": 409,
     "already-in-mesh": 409,

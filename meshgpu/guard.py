@@ -56,6 +56,7 @@ class Request(TypedDict):
     directory: the attempt's own, for guard.json, log and exit.json. work: where the job starts.
     own_shm: gets an empty /dev/shm where there is a namespace for it. enclosed: argv begins with bubblewrap, which does
     not pass signals on. after: argv of what takes away what the job's tree cannot take along; empty for nothing.
+    given: what the command finds at its stdin, in memory alone; empty for nothing. It may be secret: never log it.
     """
 
     directory: str
@@ -66,6 +67,7 @@ class Request(TypedDict):
     own_shm: bool
     enclosed: bool
     after: list[str]
+    given: str
 
 
 class GuardRecord(TypedDict):
@@ -178,6 +180,7 @@ def serve() -> None:
         # A stop that arrives before the guard's handlers are set must wait, not kill it.
         signal.pthread_sigmask(signal.SIG_BLOCK, _ORDERS)
         child = _fork(_detach, request, isolation)
+        del request, body  # its secrets are for its own guard, not for those that are forked later
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ORDERS)
         os.waitpid(child, 0)
 
@@ -417,6 +420,7 @@ class Guard:
         enter_isolation(self._isolation)
         init = Init(self._request, self._isolation, out[1], err[1], report[1], control[0])
         self._init = _fork(init.reap, out[0], err[0], report[0], control[1], channel)
+        self._request["given"], self._request["env"] = "", {}  # for the job alone, and it has them
         for descriptor in (out[1], err[1], report[1], control[0]):
             os.close(descriptor)
         sources = {out[0]: 1, err[0]: 2}
@@ -512,6 +516,16 @@ class Guard:
             os.write(channel, FRAME.pack(len(body)) + body)
 
 
+def _in_memory(text: str) -> int:
+    """A descriptor from which `text` can be read, once, and that no path leads to."""
+    descriptor = os.memfd_create("given", os.MFD_CLOEXEC)
+    data = text.encode()
+    while data:
+        data = data[os.write(descriptor, data) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
 # -- init and job ----------------------------------------------------------------------------------------------------
 
 
@@ -585,8 +599,8 @@ class Init:
 
     def _become_job(self) -> int:
         os.setsid()
-        null = os.open(os.devnull, os.O_RDONLY)
-        for target, source in enumerate((null, self._out, self._err)):
+        given = _in_memory(self._request["given"]) if self._request["given"] else os.open(os.devnull, os.O_RDONLY)
+        for target, source in enumerate((given, self._out, self._err)):
             os.dup2(source, target)
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_DFL)

@@ -48,6 +48,17 @@ class Keys(Protocol):
         ...
 
 
+class Signer(Protocol):
+    """One key that signs. public_key: 32 raw bytes."""
+
+    @property
+    def public_key(self) -> bytes: ...
+
+    def sign(self, key: KeyId, message: bytes) -> bytes:
+        """64 bytes of Ed25519; raises TrustError `no-such-key` for another key."""
+        ...
+
+
 # -- links -----------------------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,7 @@ def make_request(attempt: Path, *argv: str, grace_s: float = LIMIT_S) -> Request
         own_shm=False,
         enclosed=False,
         after=[],
+        given="",
     )
 
 

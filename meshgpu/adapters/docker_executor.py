@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from meshgpu import container
 from meshgpu.adapters import fences, guards, inside, results
-from meshgpu.adapters.guarded import STOP_GRACE_S, Attempt, GuardedExecutor
+from meshgpu.adapters.guarded import STOP_GRACE_S, Attempt, GuardedExecutor, Unseal, nothing_sealed
 from meshgpu.container import Note
 from meshgpu.errors import MeshgpuError
 from meshgpu.guard import ExitRecord, Request
@@ -43,6 +43,8 @@ CLEAR_PAUSE_S: Final = 5.0
 """Between two tries to remove a container that still runs while its engine does not answer."""
 CDI_KIND: Final = "nvidia.com/gpu"
 """Both what a CDI specification calls its devices, and how one is named: `nvidia.com/gpu=GPU-…`."""
+TAKE_SECRETS: Final = ("sh", "-c", 'eval "$(cat)"; exec "$@" </dev/null', "meshgpu")
+"""Reads variables at its stdin, then becomes the command: a job with secrets needs an image that has `sh` and `cat`."""
 _NAME_TAKEN: Final = 409
 
 
@@ -54,9 +56,15 @@ class DockerExecutor(GuardedExecutor):
     """
 
     def __init__(
-        self, jobs_dir: Path, node: NodeId, *, engine: Path | None = None, grace_s: float = STOP_GRACE_S
+        self,
+        jobs_dir: Path,
+        node: NodeId,
+        *,
+        engine: Path | None = None,
+        grace_s: float = STOP_GRACE_S,
+        unseal: Unseal = nothing_sealed,
     ) -> None:
-        super().__init__(jobs_dir)
+        super().__init__(jobs_dir, unseal)
         self._node = node
         self._engine = engine
         self._grace_s = grace_s
@@ -119,6 +127,10 @@ class DockerExecutor(GuardedExecutor):
     def _name(self, plan: AttemptPlan) -> str:
         return f"meshgpu-{self._node[:NODE_CHARACTERS]}-{plan.spec.job}-{plan.epoch}"
 
+    def _entrust(self, attempt: Attempt, request: Request, secrets: Mapping[str, str]) -> Request:  # noqa: ARG002
+        """At the stdin of what runs the container, which hands it on; `docker inspect` shows none of it."""
+        return {**request, "given": fences.exports(secrets)}
+
     async def _clear(self, attempt: Attempt, exited: ExitRecord | None) -> None:
         """Remove the container. While its engine does not answer and it still runs, the attempt has not ended."""
         if exited is None:
@@ -151,6 +163,7 @@ def _request(attempt: Attempt, engine: Path, name: str, grace_s: float) -> Reque
         own_shm=False,
         enclosed=False,
         after=[*run, "remove", name],
+        given="",
     )
 
 
@@ -302,6 +315,9 @@ def _settings(attempt: Attempt, facts: Mapping[str, Any]) -> dict[str, Any]:
 
     plan = attempt.plan
     argv = ["sh", "-c", plan.spec.command[0]] if plan.spec.shell else [*plan.spec.command]
+    takes_secrets = plan.spec.secrets is not None
+    if takes_secrets:
+        argv = [*TAKE_SECRETS, *argv]
     owner = attempt.work.stat()
     # Without root of its own, the engine's uid 0 is this very account.
     user = "0:0" if "name=rootless" in (facts.get("SecurityOptions") or ()) else f"{owner.st_uid}:{owner.st_gid}"
@@ -318,6 +334,7 @@ def _settings(attempt: Attempt, facts: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "user": user,
         "init": True,
+        "stdin_open": takes_secrets,
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
         "network_mode": "bridge",

@@ -60,8 +60,11 @@ DOORS: Final = (
 )  # fmt: skip
 """Sockets through which a job could have something run outside: Landlock does not stop connect()."""
 
-_START: Final = ("/bin/sh", "-c", '. "$1"; shift; exec "$@"', "meshgpu")
-"""Takes on the job's environment inside the fence, then becomes the job: 127 and 126 as shells have it."""
+_START: Final = ("/bin/sh", "-c", 'eval "$(cat)"; . "$1"; shift; exec "$@" </dev/null', "meshgpu")
+"""Takes on the job's environment inside the fence, then becomes the job: 127 and 126 as shells have it.
+
+What must not be on the disk comes at stdin, and must not override what does: it comes first.
+"""
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -171,13 +174,17 @@ def fence_prefix(fence: Fence, enclosure: Enclosure) -> list[str]:
     return [*make(fence, enclosure), *_START, str(enclosure.environment)]
 
 
+def exports(env: Mapping[str, str]) -> str:
+    """Lines by which a shell takes on the variables of `env` that have proper names."""
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items() if _VARIABLE.fullmatch(name))
+
+
 def hand_over(fence: Fence, enclosure: Enclosure, env: Mapping[str, str]) -> None:
     """Write the environment and give the job's directories to the account that runs it. Blocks.
 
     Raises PermissionError where that account cannot read what it needs; nothing of `env` but proper names is passed.
     """
-    lines = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items() if _VARIABLE.fullmatch(name))
-    enclosure.environment.write_bytes(os.fsencode(lines))
+    enclosure.environment.write_bytes(os.fsencode(exports(env)))
     enclosure.environment.chmod(0o600)
     if not _drops_root(fence):
         return

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -32,7 +32,17 @@ GUARD_TRIES: Final = 2
 JOBS_FAULTS: Final = ("environment", "image")
 """Codes of what cannot be made ready anywhere: the job itself has failed."""
 
+Unseal = Callable[[AttemptPlan], Mapping[str, str]]
+"""{name: value} of a job's secrets. Raises MeshgpuError, in which none of them stands. Blocks."""
+
 _log = logging.getLogger(__name__)
+
+
+def nothing_sealed(plan: AttemptPlan) -> Mapping[str, str]:
+    """For who has no key: a job with secrets cannot run there."""
+    if plan.spec.secrets is None:
+        return {}
+    raise MeshgpuError("sealed", "cannot open the job's secrets: this machine has no key for any")
 
 
 @dataclass(slots=True, eq=False)
@@ -68,8 +78,9 @@ class GuardedExecutor(ABC):
     A kind of executor says how an attempt is made ready, and what of it a guard cannot take along.
     """
 
-    def __init__(self, jobs_dir: Path) -> None:
+    def __init__(self, jobs_dir: Path, unseal: Unseal = nothing_sealed) -> None:
         self._jobs_dir = jobs_dir.absolute()
+        self._unseal = unseal
         self._server = guards.ForkServer(self._hear, self._server_gone)
         self._attempts: dict[Path, Attempt] = {}
         self._guards: dict[Path, GuardRecord] = {}
@@ -79,6 +90,10 @@ class GuardedExecutor(ABC):
     @abstractmethod
     async def _stage(self, attempt: Attempt) -> Request:
         """Make the attempt ready; told through `_progress`. Raises MeshgpuError or OSError; cancelled by a stop."""
+
+    @abstractmethod
+    def _entrust(self, attempt: Attempt, request: Request, secrets: Mapping[str, str]) -> Request:
+        """`request` with the variables in it that must be on no disk and no command line. Only where there are any."""
 
     @abstractmethod
     async def _clear(self, attempt: Attempt, exited: ExitRecord | None) -> None:
@@ -200,6 +215,7 @@ class GuardedExecutor(ABC):
         """Stage, start the guard, see the attempt to its end."""
         try:
             request = await self._stage(attempt)
+            secrets = await asyncio.to_thread(self._unseal, attempt.plan)
         except asyncio.CancelledError:
             if attempt.stop is None or self._is_closing:
                 raise
@@ -214,7 +230,7 @@ class GuardedExecutor(ABC):
         attempt.is_staging = False
         for _ in range(GUARD_TRIES):
             attempt.answered.clear()
-            await self._server.send(request)
+            await self._server.send(self._entrust(attempt, request, secrets) if secrets else request)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(attempt.answered.wait(), CLAIM_LIMIT_S)
             if attempt.directory in self._guards:

@@ -1,6 +1,7 @@
 """Keys port over PEM files: this machine's node key, its users' keys, its device CA, and the leaves made from them."""
 
 import contextlib
+import hashlib
 import os
 import stat
 import threading
@@ -11,7 +12,7 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, x25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -23,7 +24,7 @@ from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import KeyId, NodeId, key_id, node_id
 from meshgpu.wire.certificates import der, make_device_ca, make_leaf, node_of_ca, pem, server_name
 
-__all__ = ["KeyFiles", "node_of_ca"]
+__all__ = ["KeyFiles", "RecoveryKey", "node_of_ca"]
 
 LEAF_BACKDATED: Final = timedelta(hours=24)
 """A peer whose clock is a day behind ours must still accept a fresh leaf; TLS knows no slack."""
@@ -36,6 +37,7 @@ LEAF_RENEWAL_S: Final = 86_400.0
 
 _NODE_FILE: Final = "node.pem"
 _CA_FILE: Final = "device-ca.pem"
+_SEALING_FILE: Final = "sealing.pem"
 
 
 class KeyFiles:
@@ -62,6 +64,14 @@ class KeyFiles:
     def user_key(self, uid: int) -> bytes:
         """Public key of the OS account `uid`, 32 raw bytes; made on the first call."""
         return self._key(f"user-{uid}.pem").public_key().public_bytes_raw()
+
+    def sealing_key(self) -> bytes:
+        """Public X25519 key that secrets are sealed to, 32 raw bytes; made on the first call."""
+        return self._sealing().public_key().public_bytes_raw()
+
+    def exchange(self, public_key: bytes) -> bytes:
+        """32 bytes that only this machine's sealing key and the other key's owner know; ValueError for no key."""
+        return self._sealing().exchange(x25519.X25519PublicKey.from_public_bytes(public_key))
 
     def sign(self, key: KeyId, message: bytes) -> bytes:
         """64 bytes of Ed25519; raises TrustError `no-such-key` for a key that is not this machine's."""
@@ -100,6 +110,18 @@ class KeyFiles:
                 self._keys[name] = _parse_key(self._directory / name, data)
             return self._keys[name]
 
+    def _sealing(self) -> x25519.X25519PrivateKey:
+        with self._lock:
+            data = self._read_or_make(_SEALING_FILE, lambda: _private_pem(x25519.X25519PrivateKey.generate()))
+            path = self._directory / _SEALING_FILE
+            try:
+                private = load_pem_private_key(data, password=None)
+            except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+                raise _corrupt(path, "it is not an unencrypted PEM key") from error
+            if not isinstance(private, x25519.X25519PrivateKey):
+                raise _corrupt(path, "its key is not an X25519 key")
+            return private
+
     def _find(self, key: KeyId, *, read_all: bool = False) -> ed25519.Ed25519PrivateKey | None:
         with self._lock:
             if read_all:
@@ -134,6 +156,21 @@ class KeyFiles:
         except OSError as error:
             reason = error.strerror or str(error)
             raise MeshgpuError("bad-key", f"cannot keep {path}: {reason}", f"ls -ld {self._directory}") from error
+
+
+class RecoveryKey:
+    """The key that follows from the words which `init` printed once. Kept in memory, for as long as this lives."""
+
+    def __init__(self, words: str) -> None:
+        seed = hashlib.sha256(b"meshgpu recovery 1" + "".join(words.lower().split()).encode()).digest()
+        self._private = ed25519.Ed25519PrivateKey.from_private_bytes(seed)
+        self.public_key = self._private.public_key().public_bytes_raw()
+
+    def sign(self, key: KeyId, message: bytes) -> bytes:
+        """64 bytes of Ed25519; raises TrustError `no-such-key` for any key but this."""
+        if key != key_id(self.public_key):
+            raise TrustError("no-such-key", f"cannot sign with the key {key}: this is the recovery key")
+        return self._private.sign(message)
 
 
 def _create(path: Path, data: bytes) -> None:
@@ -189,5 +226,7 @@ def _id_of(private: ed25519.Ed25519PrivateKey) -> KeyId:
     return key_id(private.public_key().public_bytes_raw())
 
 
-def _private_pem(private: ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
+def _private_pem(
+    private: ed25519.Ed25519PrivateKey | x25519.X25519PrivateKey | ec.EllipticCurvePrivateKey,
+) -> bytes:
     return private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -3,12 +3,12 @@
 import asyncio
 import os
 import pwd
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 from meshgpu.adapters import fences, guards, inside, job_trees, results
-from meshgpu.adapters.guarded import STOP_GRACE_S, Attempt, GuardedExecutor
+from meshgpu.adapters.guarded import STOP_GRACE_S, Attempt, GuardedExecutor, Unseal, nothing_sealed
 from meshgpu.errors import MeshgpuError
 from meshgpu.guard import ExitRecord, Request
 from meshgpu.model.job import Phase
@@ -31,8 +31,9 @@ class ProcessExecutor(GuardedExecutor):
         *,
         fence: fences.Fence | None = None,
         grace_s: float = STOP_GRACE_S,
+        unseal: Unseal = nothing_sealed,
     ) -> None:
-        super().__init__(jobs_dir)
+        super().__init__(jobs_dir, unseal)
         self._environments = environments
         self._fence = fence
         self._grace_s = grace_s
@@ -59,6 +60,11 @@ class ProcessExecutor(GuardedExecutor):
         )
         self._progress(attempt, Phase.STAGING, _environment_words(environment))
         return await asyncio.to_thread(_prepare, attempt, environment, self._fence, self._grace_s)
+
+    def _entrust(self, attempt: Attempt, request: Request, secrets: Mapping[str, str]) -> Request:
+        if attempt.plan.fenced:  # its environment is a file, and what makes the fence must not have the job's variables
+            return {**request, "given": fences.exports(secrets)}
+        return {**request, "env": {**secrets, **request["env"]}}
 
     async def _clear(self, attempt: Attempt, exited: ExitRecord | None) -> None:
         await asyncio.to_thread(_clear, attempt, exited)
@@ -103,6 +109,7 @@ def _prepare(attempt: Attempt, environment: Environment, fence: fences.Fence | N
         own_shm=plan.fenced,
         enclosed=plan.fenced and fence is not None and fence.name == "bubblewrap",
         after=[],
+        given="",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from meshgpu.adapters.metrics import compile_pattern
+from meshgpu.agent.secrets import checked
 from meshgpu.core.sweep import grid_size
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.cloud import BurstSettings, Caps
@@ -97,7 +98,17 @@ def draft_of(body: Mapping[str, Any], tree: Digest, manifest: Manifest) -> Draft
         whole_of(body, "retries"),
         _space(body),
         _objective(body),
+        tuple(sorted(secrets_of(body))),
+        body.get("shared") is True,
     )
+
+
+def secrets_of(body: Mapping[str, Any]) -> Mapping[str, str]:
+    """{name: value} of a job's secrets. An error about them shows none of the values."""
+    asked = body.get("secrets", {})
+    if not isinstance(asked, dict) or not all(isinstance(value, str) for value in asked.values()):
+        raise MeshgpuError("bad-request", "cannot submit: secrets is no object of texts")
+    return checked(asked)
 
 
 def _cloud(body: Mapping[str, Any]) -> CloudUse | None:

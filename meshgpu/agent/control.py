@@ -13,11 +13,13 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from meshgpu.agent.bodies import draft_of, read_body, settings_of, text_of, texts_of
+from meshgpu.agent.admins import Admins
+from meshgpu.agent.bodies import draft_of, read_body, secrets_of, settings_of, text_of, texts_of
 from meshgpu.agent.callers import descends_from
 from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.status import Status
+from meshgpu.agent.trust_control import TrustControl
 from meshgpu.agent.views import (
     Document,
     JobDocuments,
@@ -42,6 +44,9 @@ KEEPALIVE_S: Final = 15.0
 PAUSE_LIMIT_S: Final = 366 * 86_400
 """A longer pause is one without an end."""
 
+CLOCK_HEADER: Final = "Meshgpu-Clock"
+"""Names the header that tells whose clock differs from this machine's: {"machine", "ahead_s"} in JSON."""
+
 UNKNOWN_STATUS: Final = 422
 """For errors whose code is not in the table of HTTP statuses."""
 
@@ -56,6 +61,7 @@ class Control:
     status: Status
     jobs: Jobs
     pairing: Pairing
+    admins: Admins
     chunks: ChunkStore
     dial_pairing: Dial
     guards: Callable[[], frozenset[int]]
@@ -91,6 +97,7 @@ class Control:
                 web.post("/v1/jobs/{job}/stop", self._stop),
                 web.get("/v1/jobs/{job}/files", self._files),
                 web.get("/v1/jobs/{job}/files/{path:.+}", self._file),
+                *TrustControl(self.admins, self._uid, self._check_own, self.stop_agent).routes(),
             ]
         )
         return app
@@ -104,10 +111,23 @@ class Control:
             pid, _ = _peer(request)
             if descends_from(pid, self.guards()):
                 raise TrustError("not-allowed", "cannot obey a job: the control socket is for people")
-            return await handler(request)
+            response = await handler(request)
+            if not response.prepared:
+                response.headers.update(self._clock_header())
+            return response
         except MeshgpuError as error:
             status = HTTP_STATUS.get(error.code, UNKNOWN_STATUS)
             return web.json_response({"error": error_document(error)}, status=status)
+
+    def _clock_header(self) -> dict[str, str]:
+        """Tells that clocks differ, where they did in the last exchange with other machines."""
+        gap = self._clock_document()
+        return {CLOCK_HEADER: json.dumps(gap)} if gap else {}
+
+    def _clock_document(self) -> Document | None:
+        gap = self.jobs.clock_gap
+        member = self.status.node.log.members.get(gap.member) if gap else None
+        return {"machine": member.name, "ahead_s": gap.ahead_s} if gap and member else None
 
     def _uid(self, request: web.Request) -> int:
         """The OS account that calls; root may act for the account that runs the agent."""
@@ -271,7 +291,8 @@ class Control:
 
     async def _submit(self, request: web.Request) -> web.StreamResponse:
         key = self._key(request)
-        draft = await self._draft(await read_body(request))
+        body = await read_body(request)
+        draft, secrets = await self._draft(body), secrets_of(body)
         lines: asyncio.Queue[Document] = asyncio.Queue()
 
         def shipped(done_bytes: int, total_bytes: int) -> None:
@@ -279,9 +300,9 @@ class Control:
 
         async def submit() -> None:
             try:
-                view = await self.jobs.submit(key, draft, shipped)
+                view = await self.jobs.submit(key, draft, secrets, shipped)
                 document = self._document(Found(view, display_name(view.spec.name, view.spec.job)))
-                lines.put_nowait({"type": "job", "job": document})
+                lines.put_nowait({"type": "job", "job": document, "clock": self._clock_document()})
             except MeshgpuError as error:
                 lines.put_nowait({"type": "error", "error": error_document(error)})
 
@@ -306,11 +327,13 @@ class Control:
         return draft_of(body, tree, manifest)
 
     async def _list(self, request: web.Request) -> web.Response:
-        found, silent = await self.jobs.all(self._key(request))
+        """The caller's jobs; finished ones with all=1, those that others share with users=1."""
+        own, shared, silent = await self.jobs.visible(self._key(request))
+        found = [*own, *(shared if request.query.get("users") == "1" else ())]
         if request.query.get("all") != "1":
             found = [job for job in found if not job.view.register.state.is_final]
         documents = JobDocuments(self.status.node, self.status.clock.now())
-        names = [self.status.node.log.members[node].name for node in silent]
+        names = [self.status.node.log.name_of(node) for node in silent]
         jobs = [documents.document(job.view, job.display) for job in found]
         return web.json_response({"jobs": jobs, "silent": sorted(names)})
 
@@ -327,7 +350,7 @@ class Control:
         """A sweep with its trials, by number."""
         sweep, trials, silent = await self.jobs.sweep(self._key(request), request.match_info["job"])
         documents = JobDocuments(self.status.node, self.status.clock.now())
-        names = sorted(self.status.node.log.members[node].name for node in silent)
+        names = sorted(self.status.node.log.name_of(node) for node in silent)
         rows = [documents.document(job.view, job.display) for job in trials]
         return web.json_response(
             {"sweep": documents.document(sweep.view, sweep.display), "trials": rows, "silent": names}
@@ -338,7 +361,7 @@ class Control:
         mode = text_of(await read_body(request), "mode")
         if mode not in list(StopMode):
             raise MeshgpuError("bad-request", f"cannot stop with mode {mode!r}: expected stop or kill")
-        found = await self.jobs.find(key, request.match_info["job"])
+        found = await self.jobs.find_own(key, request.match_info["job"])
         view = await self.jobs.stop(key, found.view, StopMode(mode))
         return web.json_response({"job": self._document(Found(view, found.display))})
 
@@ -366,7 +389,7 @@ class Control:
         found = await self.jobs.find(key, request.match_info["job"])
         position = int(_number(request, "position", 0))
         logs = request.query.get("logs", "1") == "1"
-        response = await _stream(request)
+        response = await _stream(request, self._clock_header())
         writing = asyncio.Lock()
         current = {"type": "job", "job": self._document(found)}
         await _write(response, current)
@@ -404,7 +427,7 @@ class Control:
                 text = record.data.decode("utf-8", "surrogateescape")
                 return {"type": "log", "stream": record.stream.value, "data": text, "position": position}
             case OutOfTouch(machine=machine, seconds=seconds):
-                name = self.status.node.log.members[machine].name
+                name = self.status.node.log.name_of(machine)
                 return {"type": "out-of-touch", "machine": name, "seconds": seconds}
 
     def _document(self, found: Found) -> Document:
@@ -444,8 +467,8 @@ def _peer(request: web.Request) -> tuple[int, int]:
     return pid, uid
 
 
-async def _stream(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+async def _stream(request: web.Request, headers: Mapping[str, str] | None = None) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", **(headers or {})})
     await response.prepare(request)
     return response
 

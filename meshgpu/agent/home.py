@@ -43,6 +43,20 @@ class Home:
     def attempt(self, job: JobId, epoch: int) -> Path:
         return self.jobs / job / str(epoch)
 
+    @property
+    def left(self) -> Path:
+        """There once this machine has left its mesh: the next agent starts with nothing of it."""
+        return self.directory / "left-mesh"
+
+    def start_anew(self) -> None:
+        """Forget mesh and keys, if this machine has left. What jobs wrote stays."""
+        if self.left.exists():
+            for path in (self.database, *self.directory.glob(f"{self.database.name}-*")):
+                path.unlink(missing_ok=True)
+            for key in self.keys.glob("*.pem"):
+                key.unlink()
+            self.left.unlink()
+
     def prepare(self) -> None:
         """Make the directory, for this account alone."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,16 +1,22 @@
 """What local users do with jobs: submit, find, stop, follow, fetch. The control API is a thin skin over this."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from meshgpu.agent.runtime import Runtime
+from meshgpu.agent.secrets import Vault
 from meshgpu.agent.streams import Streams, decode_files, decode_records
 from meshgpu.agent.views import display_names
 from meshgpu.core import events as ev
-from meshgpu.errors import MeshgpuError
+from meshgpu.core.effects import Answered
+from meshgpu.core.jobs.steward import only_shared
+from meshgpu.core.trust.freshness import CHALLENGE_BYTES
+from meshgpu.errors import MeshgpuError, StaleRequest, TrustError
 from meshgpu.model.bulk import BulkRequest, FilesWanted, FileWanted, LogsWanted
+from meshgpu.model.clock import ClockGap
 from meshgpu.model.ids import JobId, KeyId, NodeId, display_name
 from meshgpu.model.job import Action, Draft, JobState, JobView, Register, StopMode
 from meshgpu.model.logs import LogRecord
@@ -61,28 +67,53 @@ Tell = Callable[[Register | Printed | OutOfTouch], Awaitable[None]]
 class Jobs:
     """For all local users; each call names the key that speaks for one."""
 
-    def __init__(self, runtime: Runtime, streams: Streams, transport: Transport) -> None:
+    def __init__(self, runtime: Runtime, streams: Streams, transport: Transport, vault: Vault) -> None:
         self._runtime = runtime
         self._node = runtime.node
         self._streams = streams
         self._transport = transport
+        self._vault = vault
+        self.clock_gap: ClockGap | None = None
+        """Whose clock differed too much from this machine's in the last exchange; None if nobody's did."""
 
-    async def submit(self, key: KeyId, draft: Draft, progress: Callable[[int, int], None]) -> JobView:
-        """Returns once the job is durable where it is held. Raises MeshgpuError."""
-        answer = await self._runtime.ask(lambda query: ev.RunAsked(query, key, draft), progress)
+    async def submit(
+        self, key: KeyId, draft: Draft, secrets: Mapping[str, str], progress: Callable[[int, int], None]
+    ) -> JobView:
+        """Returns once the job is durable where it is held. secrets: {name of draft.secrets: value}.
+
+        Raises MeshgpuError.
+        """
+        with contextlib.ExitStack() as keeping:
+
+            def asked(query: str) -> ev.RunAsked:
+                keeping.enter_context(self._vault.keeping(query, secrets))
+                return ev.RunAsked(query, key, draft)
+
+            answer = await self._ask(asked, progress)
         return answer.views[0]
 
     async def all(self, key: KeyId) -> tuple[list[Found], list[NodeId]]:
         """All jobs of a user that can be found now, newest first, and the members that did not answer."""
-        answer = await self._runtime.ask(lambda query: ev.JobsAsked(query, key))
+        own, _, silent = await self.visible(key)
+        return own, silent
+
+    async def visible(self, key: KeyId) -> tuple[list[Found], list[Found], list[NodeId]]:
+        """The user's own jobs, those that others share, newest first, and the members that did not answer."""
+        answer = await self._ask(lambda query: ev.JobsAsked(query, key))
         views = sorted(answer.views, key=lambda view: -view.register.submitted_wall_s)
-        names = display_names(views)
-        return [Found(view, names[view.spec.job]) for view in views], list(answer.silent)
+        user = self._node.log.user_of(key)
+        own = [view for view in views if view.spec.user == user]
+        names = display_names(views) | display_names(own)  # what others share makes no name of one's own longer
+        found = [Found(view, names[view.spec.job]) for view in views]
+        mine = [job for job in found if job.view.spec.user == user]
+        return mine, [job for job in found if job.view.spec.user != user], list(answer.silent)
 
     async def sweep(self, key: KeyId, text: str) -> tuple[Found, list[Found], list[NodeId]]:
         """A sweep, its trials by number, and the members that did not answer. Raises as `find`, and `not-a-sweep`."""
-        jobs, silent = await self.all(key)
-        found = self._pick(text, [job for job in jobs if job.view.trial is None], silent)
+        own, shared, silent = await self.visible(key)
+        jobs = [*own, *shared]
+        wholes = ([job for job in own if job.view.trial is None], [job for job in shared if job.view.trial is None])
+        found = self._pick_visible(text, *wholes, silent)
         if found.view.spec.sweep is None:
             raise MeshgpuError(
                 "not-a-sweep", f"cannot show trials of {found.display}: it is no sweep", "meshgpu sweep ls"
@@ -91,9 +122,30 @@ class Jobs:
         return found, sorted(trials, key=_number), silent
 
     async def find(self, key: KeyId, text: str) -> Found:
-        """By id, display name or any unique part of either. Raises `unknown-job` or `ambiguous`."""
-        jobs, silent = await self.all(key)
-        return self._pick(text, jobs, silent)
+        """By id, display name or any unique part of either; one's own, else one that somebody shares.
+
+        Raises `unknown-job` or `ambiguous`.
+        """
+        return self._pick_visible(text, *await self.visible(key))
+
+    async def find_own(self, key: KeyId, text: str) -> Found:
+        """The same, for what only its user may do. Raises `not-allowed` for a job that is only shared."""
+        found = await self.find(key, text)
+        if found.view.spec.user != self._node.log.user_of(key):
+            raise TrustError("not-allowed", f"cannot stop {found.display}: {only_shared(found.view.spec)}")
+        return found
+
+    def _pick_visible(self, text: str, own: list[Found], shared: list[Found], silent: list[NodeId]) -> Found:
+        try:
+            return self._pick(text, own, silent)
+        except MeshgpuError as error:
+            if error.code != "unknown-job" or not shared:
+                raise
+            unknown = error
+        try:
+            return self._pick(text, shared, silent)
+        except MeshgpuError as error:
+            raise (unknown if error.code == "unknown-job" else error) from None
 
     def _pick(self, text: str, jobs: list[Found], silent: list[NodeId]) -> Found:
         exact = [job for job in jobs if text in (job.view.spec.job, job.display)]
@@ -104,15 +156,22 @@ class Jobs:
         if matches:
             shown = ", ".join(job.display for job in matches[:8]) + (", …" if len(matches) > 8 else "")
             raise MeshgpuError("ambiguous", f"cannot tell which job {text} is: it fits {shown}", "meshgpu ps -a")
-        names = ", ".join(sorted(self._node.log.members[node].name for node in silent))
+        names = ", ".join(sorted(self._node.log.name_of(node) for node in silent))
         missing = f" ({names} did not answer)" if names else ""
         hint = "meshgpu machines" if names else "meshgpu ps -a"
         raise MeshgpuError("unknown-job", f"cannot find a job {text} among yours{missing}", hint)
 
     async def stop(self, key: KeyId, job: JobView, mode: StopMode) -> JobView:
         steward, action = job.spec.stewards[0], Action(mode.value)
-        answer = await self._runtime.ask(lambda query: ev.ActionAsked(query, key, action, job.spec.job, steward))
+        answer = await self._ask(lambda query: ev.ActionAsked(query, key, action, job.spec.job, steward))
         return answer.views[0]
+
+    async def _ask(
+        self, event: Callable[[str], ev.Event], progress: Callable[[int, int], None] | None = None
+    ) -> Answered:
+        answer = await self._runtime.ask(event, progress)
+        self.clock_gap = answer.clock
+        return answer
 
     # -- following ----------------------------------------------------------------------------------------------------
 
@@ -169,8 +228,8 @@ class Jobs:
             return
         epoch = register.epoch << POSITION_BITS
         offset = min(position - epoch, 2**POSITION_BITS) if position >= epoch else 0
-        request = LogsWanted(self._signed(key, Action.LOGS, register.job, node), offset, follow)
-        async for message in self._open(node, request):
+        stream = self._read(key, Action.LOGS, register.job, node, lambda signed: LogsWanted(signed, offset, follow))
+        async for message in stream:
             for record in decode_records(message):
                 yield Printed(record, epoch + record.position)
 
@@ -181,9 +240,8 @@ class Jobs:
         node = job.register.node
         if node is None:
             return []
-        request = FilesWanted(self._signed(key, Action.FILES, job.spec.job, node))
         listing = bytearray()
-        async for message in self._open(node, request):
+        async for message in self._read(key, Action.FILES, job.spec.job, node, FilesWanted):
             listing += message
             if len(listing) > LISTING_LIMIT_BYTES:
                 raise MeshgpuError("too-large", f"cannot list what the job left: more than {LISTING_LIMIT_BYTES} bytes")
@@ -195,11 +253,26 @@ class Jobs:
         if node is None:
             hint = f"meshgpu wait {display_name(job.spec.name, job.spec.job)}"
             raise MeshgpuError("unknown-file", f"cannot fetch {path}: the job has not run yet", hint)
-        stream = self._open(node, FileWanted(self._signed(key, Action.FILES, job.spec.job, node), path))
+        stream = self._read(key, Action.FILES, job.spec.job, node, lambda signed: FileWanted(signed, path))
         return int(await anext(stream)), stream
 
-    def _signed(self, key: KeyId, action: Action, job: JobId, node: NodeId) -> Signed:
-        return self._node.asking.sign_request(self._runtime.outside.clock.now(), key, action, job, node)
+    async def _read(
+        self, key: KeyId, action: Action, job: JobId, node: NodeId, wanted: Callable[[Signed], BulkRequest]
+    ) -> AsyncIterator[bytes]:
+        """Messages of a bulk stream; a request that is stale there is signed again, once."""
+        now, challenge = self._runtime.outside.clock.now(), b""
+        while True:
+            signed = self._node.asking.sign_request(now, key, action, job, node, challenge)
+            try:
+                async for message in self._open(node, wanted(signed)):
+                    yield message
+            except StaleRequest as error:
+                if challenge or len(error.challenge) != CHALLENGE_BYTES:
+                    raise
+                challenge = error.challenge
+                self.clock_gap = ClockGap(node, error.wall_s - now.wall_s)
+            else:
+                return
 
     def _open(self, node: NodeId, request: BulkRequest) -> AsyncIterator[bytes]:
         if node == self._node.node:

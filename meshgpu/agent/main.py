@@ -25,12 +25,13 @@ from meshgpu.adapters.grpc_link import GrpcLink
 from meshgpu.adapters.grpc_pairing import GrpcPairing, dial_pairing
 from meshgpu.adapters.interfaces import lan_addresses
 from meshgpu.adapters.job_trees import remove_tree
-from meshgpu.adapters.key_files import KeyFiles
+from meshgpu.adapters.key_files import KeyFiles, RecoveryKey
 from meshgpu.adapters.mdns import Mdns
 from meshgpu.adapters.nvml_gpus import NvmlGpus
 from meshgpu.adapters.process_executor import ProcessExecutor
 from meshgpu.adapters.sqlite_store import SqliteStore
 from meshgpu.adapters.uv_environments import UvEnvironments
+from meshgpu.agent.admins import Admins
 from meshgpu.agent.burst import Burst
 from meshgpu.agent.control import Control, serve
 from meshgpu.agent.enrolment import Enroller
@@ -40,6 +41,7 @@ from meshgpu.agent.home import Home
 from meshgpu.agent.jobs import Jobs
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.runtime import Outside, Runtime
+from meshgpu.agent.secrets import Opener, Vault
 from meshgpu.agent.status import Status
 from meshgpu.agent.streams import Streams
 from meshgpu.agent.trees import Trees
@@ -127,6 +129,7 @@ class Agent:
         self._stop = room.stop
         self._rng = random.SystemRandom()
         self._clock = BootClock()
+        self._vault = Vault()
         self._port = 0
         self._addresses: list[Address] = []
         self._discovery: ports.Discovery | None = None
@@ -134,6 +137,7 @@ class Agent:
     async def start(self) -> None:
         """Connect everything; when this returns, the control socket answers."""
         self._home.prepare()
+        self._home.start_anew()
         store = SqliteStore(self._home.database)
         self._closing.callback(store.close)
         records: list[Record] = [
@@ -143,9 +147,10 @@ class Agent:
         self._notary = WireNotary(self._keys.sign, self._keys.verify)
         chunks = ChunkFiles(self._home.chunks, keep_free_bytes=self._keep_free_bytes())
         fence = Fence("", "config.toml says so") if self._config.fence == "none" else None
+        opener = Opener(node_id(self._keys.node_key()), self._keys)
         self._executor = Executors(
-            ProcessExecutor(self._home.jobs, UvEnvironments(self._home.environments), fence=fence),
-            DockerExecutor(self._home.jobs, node_id(self._keys.node_key())),
+            ProcessExecutor(self._home.jobs, UvEnvironments(self._home.environments), fence=fence, unseal=opener.open),
+            DockerExecutor(self._home.jobs, node_id(self._keys.node_key()), unseal=opener.open),
         )
         await self._executor.start(lambda event: self._runtime.executor_event(event))
         self._closing.push_async_callback(self._executor.close)
@@ -173,7 +178,7 @@ class Agent:
         self._tasks.create_task(self._runtime.run(), name="node")
         self._tasks.create_task(self._follow_addresses(), name="addresses")
         await self._start_discovery()
-        await self._open_door(Jobs(self._runtime, streams, transport), chunks)
+        await self._open_door(Jobs(self._runtime, streams, transport, self._vault), chunks)
         logger.info("agent %s answers, home %s, port %d", self._node.node[:12], self._home.directory, self._port)
 
     def _make_transport(self) -> ports.Transport:
@@ -231,6 +236,8 @@ class Agent:
             may_steward=not has_battery(),
             seeds=self._config.seed_addresses,
             policy=self._config.owner_policy,
+            sealing_key=self._keys.sealing_key(),
+            seal=self._vault.seal,
         )
 
     # -- the machine --------------------------------------------------------------------------------------------------
@@ -289,6 +296,7 @@ class Agent:
     # -- people -------------------------------------------------------------------------------------------------------
 
     async def _open_door(self, jobs: Jobs, chunks: ports.ChunkStore) -> None:
+        writing = asyncio.Lock()
         listener = GrpcPairing(self._hosts(), self._config.pairing_port)
         self._closing.push_async_callback(listener.close)
         pairing = Pairing(
@@ -302,11 +310,22 @@ class Agent:
             lambda: self._addresses,
             self._pairing_opened,
             self._tasks,
+            RecoveryKey,
+            writing,
+        )
+        admins = Admins(
+            self._node,
+            writing,
+            self._runtime.settle,
+            RecoveryKey,
+            lambda signer: WireNotary(signer.sign, self._keys.verify),
+            self._home.left.touch,
         )
         control = Control(
             self._status,
             jobs,
             pairing,
+            admins,
             chunks,
             dial_pairing,
             self._executor.guards,
@@ -331,6 +350,7 @@ _KINDS = {
     "log": "MeshLogRecord",
     "peer": "PeerRecord",
     "job": "JobRecord",
+    "obeyed": "ObeyedRecord",
     "attempt": "AttemptRecord",
     "pause": "PauseRecord",
     "launch": "LaunchRecord",

@@ -15,7 +15,7 @@ from meshgpu.core.node import Node
 from meshgpu.core.trust import joining
 from meshgpu.core.trust.meshlog import MeshLog, found
 from meshgpu.errors import MeshgpuError, TrustError
-from meshgpu.model.ids import Address, KeyId, UserName, base32, digest, is_name, key_id, node_id
+from meshgpu.model.ids import Address, KeyId, UserName, base32, is_name, key_id, node_id
 from meshgpu.model.pairing import Application, Greeting, Introduction, InviteString, Newcomer, PairingBinding, Welcome
 from meshgpu.model.trust import AddNode, Genesis, Invite, LinkUser, Notary, Role, SetPolicy, SetRole, UserKey
 from meshgpu.wire.certificates import node_of_ca
@@ -52,10 +52,11 @@ class Pairing:
     addresses: Callable[[], Sequence[Address]]
     announce_port: Callable[[int], None]
     tasks: asyncio.TaskGroup
+    recovery: Callable[[str], ports.Signer]
+    writing: asyncio.Lock
     _invites: joining.Invites = field(default_factory=joining.Invites)
     _open: dict[bytes, tuple[Greeting, Introduction]] = field(default_factory=dict)
     _port: int = 0
-    _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     # -- founding -----------------------------------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ class Pairing:
         _check_names(mesh=mesh_name, machine=name, user=user)
         admin = self.keys.user_key(uid)
         recovery_key = base32(self.rng.randbytes(20))
-        genesis = Genesis(mesh_name, admin, digest(recovery_key.encode()), self.rng.randbytes(16))
+        genesis = Genesis(mesh_name, admin, self.recovery(recovery_key).public_key, self.rng.randbytes(16))
         mesh, first = found(self.notary, key_id(admin), genesis)
         log = MeshLog(self.notary)
         log.enter(mesh, [first])
@@ -165,7 +166,7 @@ class Pairing:
             nonce: joining.transcript(introduction, greeting, certificate, newcomer)
             for nonce, (greeting, introduction) in self._open.items()
         }
-        async with self._writing:
+        async with self.writing:
             joining.check_name(self.node.log, newcomer.name)
             nonce, invite = self._invites.redeem(self.clock.now(), application.proof, transcripts)
             del self._open[nonce]
@@ -184,7 +185,7 @@ class Pairing:
 
         Raises TrustError `not-in-mesh` or `not-an-admin`; then nothing was changed.
         """
-        async with self._writing:
+        async with self.writing:
             author, grants = self._granting(uid)
             if grants:
                 await self.settle(ev.LogWritten(self.node.log.write(author, grants)))

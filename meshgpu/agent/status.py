@@ -61,6 +61,12 @@ class Status:
                 "not-in-mesh", "cannot do this: this machine is in no mesh", "meshgpu init, or meshgpu join INVITE"
             )
         account = log.account(self.node.node, uid)
+        if self.node.node in log.former:
+            raise TrustError(
+                "not-in-mesh",
+                f"cannot do this: this machine is no member of the mesh {log.mesh_name} any more",
+                "meshgpu leave, and then join again under new keys",
+            )
         if account is None:
             raise TrustError("not-allowed", f"cannot do this: account {uid} of this machine is no user of the mesh")
         return account
@@ -145,8 +151,14 @@ class Status:
         log = self.node.log
         if log.mesh is None:
             return _check("mesh", None, "in no mesh yet", "meshgpu init, or meshgpu join INVITE")
+        if self.node.node in log.former:
+            return _check("mesh", False, f"no member of {log.mesh_name} any more", "meshgpu leave")
         if log.frozen:
-            return _check("mesh", False, f"an admin of {log.mesh_name} signed two different entries: it is frozen")
+            who = ", ".join(log.person(key) for key in log.frozen)
+            found = f"{who} signed two different entries of the log with one number: frozen there"
+            return _check("mesh", False, found, "meshgpu admin remove, by another admin, or meshgpu recover")
+        if log.refused:
+            return _check("mesh", False, f"an entry of the mesh log was refused: {log.refused[-1]}")
         return _check("mesh", True, f"{log.mesh_name} ({mesh_tag(log.mesh)}), {_count(len(log.members), 'machine')}")
 
     def _links_check(self) -> Document:

@@ -14,6 +14,7 @@ from meshgpu.agent.home import Home
 from meshgpu.agent.trees import serve_chunks
 from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.node import Node
+from meshgpu.core.trust.roles import may_say
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.bulk import BulkRequest, ChunksWanted, FilesWanted, FileWanted, LogsWanted
 from meshgpu.model.ids import Digest, JobId, NodeId
@@ -45,6 +46,10 @@ class Streams:
             yield message
 
     def answer(self, peer: NodeId, request: BulkRequest) -> AsyncIterator[bytes]:
+        member = self._node.log.members.get(peer)
+        if member is None or not may_say(member, request):
+            what = type(request).__name__
+            raise TrustError("not-allowed", f"cannot serve {what} to a {member.role if member else 'stranger'}")
         match request:
             case ChunksWanted(job=job, chunks=chunks):
                 return self._chunks_for(peer, job, chunks)
@@ -59,7 +64,8 @@ class Streams:
         """The newest attempt of a job here, if the request's user may see it."""
         request = self._node.rules.verify_request(signed, self._clock.now(), peer)
         attempt = self._node.attempts.latest(request.job) if request.job else None
-        if request.action is not action or attempt is None or attempt.spec.user != request.user:
+        may_see = attempt is not None and (attempt.spec.user == request.user or attempt.spec.shared)
+        if request.action is not action or attempt is None or not may_see:
             raise TrustError("unknown-job", "cannot find that job among yours on this machine", "meshgpu ps -a")
         return attempt
 

@@ -146,6 +146,8 @@ class JobDocuments:
             "sweep": view.sweep.job if view.sweep else None,
             "trial": _trial_document(view),
             "space": _space_document(spec.sweep),
+            "secrets": list(spec.secrets.names) if spec.secrets else [],
+            "shared": spec.shared,
         }
 
     def _name(self, node: NodeId | None) -> str | None:

@@ -34,3 +34,10 @@ Cloud = Annotated[
     str | None,
     typer.Option("--cloud", metavar="never|ok|only", help="Whether it may leave the office (what the mesh allows)."),
 ]
+Secret = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--secret", metavar="NAME[=@FILE]", help="A variable only machines that may run the job can read: as here."
+    ),
+]
+Share = Annotated[bool, typer.Option("--share", help="Every user of the mesh may see it, its log and its files.")]

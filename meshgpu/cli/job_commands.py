@@ -159,6 +159,8 @@ def _facts(job: JobView) -> dict[str, str]:
         "time": run_time(job, time.time()),
         "exit code": "" if job["exit_code"] is None else str(job["exit_code"]),
         "environment": job["detail"],
+        "secrets": ", ".join(job["secrets"]),
+        "shared": "with every user of the mesh" if job["shared"] else "",
         "code": f"{count(job['tree_files'], 'file')}, {size(job['tree_bytes'])}",
         "left": f"{left} · meshgpu ls runs/{job['display']}" if left else "",
     }

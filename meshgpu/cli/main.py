@@ -7,6 +7,7 @@ names that are wrong in themselves, code `bad-request`), 1 `doctor` found someth
 import difflib
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -14,8 +15,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from meshgpu import __version__
-from meshgpu.cli.render import show_error
+from meshgpu.cli.render import ago, note, plain, show_error
 from meshgpu.cli.words import EXIT_INTERRUPTED, EXIT_MESH_FAILED, EXIT_USAGE
+from meshgpu.client.agent import AgentClient
 from meshgpu.errors import MeshgpuError
 
 if TYPE_CHECKING:
@@ -29,6 +31,11 @@ COMMANDS: Final = {
     "join": "mesh_commands",
     "discover": "mesh_commands",
     "invite": "mesh_commands",
+    "revoke": "trust_commands",
+    "role": "trust_commands",
+    "admin": "trust_commands",
+    "recover": "trust_commands",
+    "leave": "trust_commands",
     "up": "machine_commands",
     "down": "machine_commands",
     "pause": "owner_commands",
@@ -142,6 +149,22 @@ def root(
     _ = version
 
 
+def clock_note() -> Callable[[str, float], None]:
+    """Tells people once that clocks differ: nothing fails because of it, but times are shown wrong."""
+    told: list[str] = []
+
+    def tell(machine: str, ahead_s: float) -> None:
+        if not told:
+            told.append(machine)
+            side = "behind" if ahead_s > 0 else "ahead of"
+            note(
+                f"note: the clock of this machine is {ago(abs(ahead_s))} {side} that of {plain(machine)}"
+                " (timedatectl set-ntp true)"
+            )
+
+    return tell
+
+
 def main() -> None:
     """Run the command line of this process and leave it."""
     try:
@@ -153,6 +176,7 @@ def main() -> None:
 def _run() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may not know every character
+    AgentClient.on_clock = clock_note()
     if COMPLETION_VARIABLE in os.environ:
         typer.completion.get_completion_inspect_parameters()  # makes the shells known, which add_completion would do
     app(prog_name=PROGRAM)

@@ -20,6 +20,7 @@ WHERE_CHARACTERS: Final = 60
 
 def ps(
     everything: Annotated[bool, typer.Option("--all", "-a", help="Finished jobs too.")] = False,
+    all_users: Annotated[bool, typer.Option("--all-users", help="What other users share, too.")] = False,
     watch: Watch = False,
     as_json: Json = False,
 ) -> None:
@@ -27,7 +28,7 @@ def ps(
     client = AgentClient.found()
 
     def show() -> None:
-        view = client.jobs(finished=everything)
+        view = client.jobs(finished=everything, of_all_users=all_users)
         if as_json:
             print(json.dumps(view), flush=True)
             return

@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -28,6 +28,8 @@ from meshgpu.cli.flags import (
     Pip,
     PipReq,
     Retries,
+    Secret,
+    Share,
     Yes,
 )
 from meshgpu.cli.launch import confirmed, running_agent, start_agent
@@ -61,6 +63,8 @@ def run(
     memory: Memory = "",
     cloud: Cloud = None,
     retries: Retries = 0,
+    secret: Secret = None,
+    share: Share = False,
     name: Name = None,
     detach: Detach = False,
     fetch_here: Annotated[bool, typer.Option("--fetch", help="Bring back what the job left.")] = False,
@@ -76,6 +80,7 @@ def run(
     request = job_request(command, name, env, pip, pip_req, image)
     place(request, machine, gpus, cpus, memory, cloud, no_env=no_env)
     request["retries"] = retries
+    request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
     client = agent_for(yes=yes)
     job = ship_and_submit(client, request)
     if detach:
@@ -121,6 +126,8 @@ def job_request(
         sweep=None,
         metric="",
         metric_pattern="",
+        secrets={},
+        shared=False,
     )
 
 
@@ -186,6 +193,53 @@ def parse_env(pairs: list[str]) -> dict[str, str]:
             )
         found[name] = value if is_set else os.environ[name]
     return found
+
+
+def read_secrets(asked: list[str], env: Mapping[str, str]) -> dict[str, str]:
+    """`NAME` as it is here, `NAME=@FILE` from a file, without the file's last line end.
+
+    Raises MeshgpuError `bad-request`, also for a value on the command line. No error shows a value, nor what may be
+    one: of what is refused only the name stands in it.
+    """
+    found: dict[str, str] = {}
+    for pair in asked:
+        name, is_given, source = pair.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name.startswith("MESHGPU_"):
+            raise MeshgpuError(
+                "bad-request",
+                "cannot pass a secret: expected the name of a variable",
+                "meshgpu run --secret HF_TOKEN …",
+            )
+        if is_given and not source.startswith("@"):
+            raise MeshgpuError(
+                "bad-request",
+                f"cannot take the secret {name} from the command line: every account of this machine reads it there",
+                f"export {name}=…; meshgpu run --secret {name} …   or, from a file, --secret {name}=@FILE",
+            )
+        if name in found or name in env:
+            raise MeshgpuError("bad-request", f"cannot pass the secret {name}: it is set twice", f"--secret {name}")
+        found[name] = _secret_file(name, Path(source[1:])) if is_given else _secret_variable(name)
+    return found
+
+
+def _secret_variable(name: str) -> str:
+    value = os.environ.get(name)
+    if value is None:
+        raise MeshgpuError(
+            "bad-request", f"cannot pass the secret {name}: it is not set here", f"export {name}=…, or {name}=@FILE"
+        )
+    return value
+
+
+def _secret_file(name: str, path: Path) -> str:
+    try:
+        return path.read_bytes().decode().removesuffix("\n").removesuffix("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        found = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        # Without the cause: that of a decoding error holds the file's bytes.
+        raise MeshgpuError(
+            "bad-request", f"cannot read the secret {name} in {path}: {found}", f"ls -l {path}"
+        ) from None
 
 
 def parse_memory(text: str) -> int:

@@ -1,14 +1,16 @@
 """The control API's client: one method for each call of the agent."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, Self, cast
+from typing import Any, ClassVar, Final, Self, cast
 from urllib.parse import quote, urlencode
 
 from meshgpu.client.home import find_home, socket_path
 from meshgpu.client.http import Answer, error_in, request
 from meshgpu.client.views import (
+    AdminsView,
+    AdminView,
     AgentView,
     BurstSettingsView,
     BurstView,
@@ -21,8 +23,11 @@ from meshgpu.client.views import (
     JobsView,
     JobView,
     JoinedView,
+    LeftView,
     MachinesView,
     PlansView,
+    RevokedView,
+    RoleView,
     SightingView,
     SubmitEvent,
     SweepView,
@@ -43,6 +48,9 @@ SHIPPING_TIMEOUT_S: Final = 120.0
 
 class AgentClient:
     """Speaks to the agent whose home is `home`. Every call may raise AgentUnreachable or the agent's MeshgpuError."""
+
+    on_clock: ClassVar[Callable[[str, float], None]] = staticmethod(lambda _machine, _ahead_s: None)
+    """Told, perhaps often, that the clock of another machine differs from this one's, and by how much it is ahead."""
 
     def __init__(self, home: Path, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Nothing is opened before the first call; raises MeshgpuError `socket-path` for a home that is too long."""
@@ -70,6 +78,31 @@ class AgentClient:
 
     def join(self, invite: str, name: str, seeds: list[str]) -> JoinedView:
         return cast(JoinedView, self._post("/v1/join", {"invite": invite, "name": name, "seeds": seeds}))
+
+    def revoke(self, name: str, *, stops_jobs: bool) -> RevokedView:
+        """Take a machine out for ever."""
+        return cast(RevokedView, self._post("/v1/revoke", {"name": name, "stops_jobs": stops_jobs}))
+
+    def set_role(self, name: str, role: str) -> RoleView:
+        return cast(RoleView, self._post("/v1/role", {"name": name, "role": role}))
+
+    def admins(self) -> AdminsView:
+        return cast(AdminsView, self._get("/v1/admins"))
+
+    def add_admin(self, user: str) -> AdminView:
+        """user: `bob`, or `bob@rig7`."""
+        return cast(AdminView, self._post("/v1/admins/add", {"user": user}))
+
+    def remove_admin(self, user: str) -> AdminView:
+        return cast(AdminView, self._post("/v1/admins/remove", {"user": user}))
+
+    def recover(self, recovery_key: str) -> AdminView:
+        """Become an admin by the recovery key."""
+        return cast(AdminView, self._post("/v1/recover", {"recovery_key": recovery_key}))
+
+    def leave(self, *, anyway: bool) -> LeftView:
+        """Take this machine out of its mesh; the agent ends by itself."""
+        return cast(LeftView, self._post("/v1/leave", {"anyway": anyway}))
 
     def discover(self, seconds: float) -> list[SightingView]:
         """Machines that announce themselves nearby, after listening for `seconds`."""
@@ -111,9 +144,10 @@ class AgentClient:
         for event in self._events("POST", "/v1/jobs", _encode(job), SHIPPING_TIMEOUT_S):
             yield cast(SubmitEvent, event)
 
-    def jobs(self, *, finished: bool = False) -> JobsView:
-        """The user's jobs that are not final, or with `finished` all of them."""
-        return cast(JobsView, self._get("/v1/jobs", all=str(int(finished))))
+    def jobs(self, *, finished: bool = False, of_all_users: bool = False) -> JobsView:
+        """The user's jobs that are not final, or with `finished` all; with `of_all_users` what others share, too."""
+        users = {"users": "1"} if of_all_users else {}
+        return cast(JobsView, self._get("/v1/jobs", all=str(int(finished)), **users))
 
     def job(self, job: str) -> JobView:
         """`job`: an id, a display name or any unique part of one."""
@@ -158,7 +192,13 @@ class AgentClient:
         return cast(ChecksView, self._get("/v1/doctor"))
 
     def _ask(self, method: str, target: str, body: bytes | None = None, timeout_s: float = 0.0) -> Answer:
-        return request(self._socket, method, target, body, timeout_s=timeout_s or self._timeout_s)
+        answer = request(self._socket, method, target, body, timeout_s=timeout_s or self._timeout_s)
+        if answer.clock:
+            self._tell_clock(_parse(answer.clock.encode()))
+        return answer
+
+    def _tell_clock(self, gap: dict[str, Any]) -> None:
+        type(self).on_clock(str(gap.get("machine")), float(gap.get("ahead_s", 0.0)))
 
     def _get(self, path: str, **query: str) -> dict[str, Any]:
         with self._ask("GET", f"{path}?{urlencode(query)}" if query else path) as answer:
@@ -180,6 +220,8 @@ class AgentClient:
                 event = _parse(line)
                 if event.get("type") == "error":
                     raise error_in(line, "the agent gave up without saying why")
+                if isinstance(gap := event.pop("clock", None), dict):
+                    self._tell_clock(gap)
                 yield event
 
 

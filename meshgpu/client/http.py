@@ -31,6 +31,8 @@ class Answer:
             self.status = self._read_status()
             headers = self._read_headers()
             self._chunked = headers.get("transfer-encoding", "").lower() == "chunked"
+            self.clock = headers.get("meshgpu-clock", "")
+            """Whose clock differs from this machine's, in JSON; empty while nobody's does."""
             self.length = None if self._chunked else int(headers.get("content-length", "0"))
         except ValueError as error:
             self.close()

@@ -56,6 +56,34 @@ class JoinedView(TypedDict):
     gpus: list[str]
 
 
+class RevokedView(TypedDict):
+    name: str
+    node: str
+    owner: str
+
+
+class RoleView(TypedDict):
+    name: str
+    node: str
+    role: str
+
+
+class AdminView(TypedDict):
+    """An account that may change the mesh; key: its id."""
+
+    user: str
+    machine: str
+    key: str
+
+
+class AdminsView(TypedDict):
+    admins: list[AdminView]
+
+
+class LeftView(TypedDict):
+    mesh: str
+
+
 class SightingView(TypedDict):
     """A machine that announces itself nearby. ours: it is a member of our mesh; gpus: `2x RTX 4090 24GB`."""
 
@@ -164,6 +192,7 @@ class JobView(TypedDict):
 
     sweep, trial: the id of the sweep that it is a trial of, and which; space: for a sweep itself. died: attempts that
     died after they started, of which `retries` are forgiven. cloud: `never ok only`: whether it may leave the office.
+    secrets: names of variables that only machines it may run on can read. shared: whether every user may see it.
     """
 
     id: str
@@ -197,6 +226,8 @@ class JobView(TypedDict):
     sweep: str | None
     trial: TrialView | None
     space: SpaceView | None
+    secrets: list[str]
+    shared: bool
 
 
 class SweepView(TypedDict):
@@ -264,7 +295,8 @@ class JobRequest(TypedDict):
     """What `run` asks for. gpus: the text of `-g`, None without; machine, image: empty without; 0 where not said.
 
     cloud: None where nothing is said. sweep: None for a job of its own.
-    metric: `loss:min`, empty without; metric_pattern: where it is in the log.
+    metric: `loss:min`, empty without; metric_pattern: where it is in the log. shared: every user may see the job.
+    secrets: {variable: value}, for the agent's eyes only: never to be printed.
     """
 
     name: str
@@ -285,6 +317,8 @@ class JobRequest(TypedDict):
     sweep: SweepRequest | None
     metric: str
     metric_pattern: str
+    secrets: dict[str, str]
+    shared: bool
 
 
 class ShippingEvent(TypedDict):

@@ -5,6 +5,7 @@ Within one step the driver performs every Persist, durably, before any other eff
 
 from dataclasses import dataclass
 
+from meshgpu.model.clock import ClockGap
 from meshgpu.model.cloud import BurstSettings, LaunchId, LaunchRequest, Rung
 from meshgpu.model.ids import Address, Digest, JobId, NodeId
 from meshgpu.model.job import AttemptPlan, JobView, Register, StopMode
@@ -98,7 +99,10 @@ class DiscardAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The end of a local query. With a `code` it failed: `reason`, `hint` say how. silent: who did not answer."""
+    """The end of a local query. With a `code` it failed: `reason`, `hint` say how. silent: who did not answer.
+
+    clock: whose clock differed so much that a request had to be signed again; None if nobody's did.
+    """
 
     query: str
     views: tuple[JobView, ...] = ()
@@ -106,6 +110,7 @@ class Answered:
     code: str = ""
     reason: str = ""
     hint: str | None = None
+    clock: ClockGap | None = None
 
 
 @dataclass(frozen=True, slots=True)

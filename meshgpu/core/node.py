@@ -19,9 +19,11 @@ from meshgpu.core.membership.gossip import Gossip, GossipTiming
 from meshgpu.core.membership.links import Links, LinkTiming
 from meshgpu.core.owner import NEEDS_IMAGE, PAUSED, Owner, OwnerPolicy, at_home, permission
 from meshgpu.core.statemachine import earliest
+from meshgpu.core.trust.freshness import Challenges
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.core.trust.roles import may_say
+from meshgpu.core.trust.sealing import NO_WRAP, Seal, no_seal
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
@@ -30,8 +32,17 @@ from meshgpu.model.gossip import Capacity, Demand, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import JobSpec
-from meshgpu.model.records import AttemptRecord, JobRecord, MeshLogRecord, MeshRecord, PauseRecord, PeerRecord, Record
-from meshgpu.model.trust import AddNode, Member, Notary, RemoveNode, Role, Signed
+from meshgpu.model.records import (
+    AttemptRecord,
+    JobRecord,
+    MeshLogRecord,
+    MeshRecord,
+    ObeyedRecord,
+    PauseRecord,
+    PeerRecord,
+    Record,
+)
+from meshgpu.model.trust import LENDING_ROLES, AddNode, Member, Notary, RemoveNode, Role, Signed
 
 LOOPS_LIMIT = 100_000
 """Messages a node sends to itself in one step: some for each of its jobs; more means that two rules feed each other."""
@@ -42,6 +53,7 @@ class NodeConfig:
     """What a node is told at start. capacity_s: readings alone are gossiped this often at most; allocations at once.
 
     instance: when this machine ends itself, because it is rented; None for all others, which never do.
+    sealing_key: X25519 public key, 32 bytes, for secrets. seal: see trust.sealing.
     """
 
     agent_version: str
@@ -57,6 +69,8 @@ class NodeConfig:
     submission: SubmissionTiming = field(default_factory=SubmissionTiming)
     asking: AskTiming = field(default_factory=AskTiming)
     instance: InstanceTerms | None = None
+    sealing_key: bytes = b""
+    seal: Seal = no_seal
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +98,14 @@ class Node:
         self._epoch = 1 + max((r.epoch for r in self._records if isinstance(r, MeshRecord)), default=0)
         self.log = MeshLog(notary)
         self._log_rank = 0
-        self.rules = RequestRules(notary, self.log, node)
+        self.rules = RequestRules(notary, self.log, node, Challenges(rng))
         self._gossip = Gossip(node, self._epoch, self.log, notary, rng, config.gossip)
         self._links = Links(node, self.log, rng, config.seeds, config.links)
         self.owner = Owner(config.policy)
         self.attempts = Attempts(node, self.log, self.rules, notary, rng, self.owner, config.attempts)
         self.attempts.fence = config.fence
         self.stewardship = Stewardship(node, self.log, self.rules, notary, rng, self._candidates, config.steward)
-        self.submissions = Submissions(node, self.log, notary, rng, self._candidates, config.submission)
+        self.submissions = Submissions(node, self.log, notary, rng, self._candidates, config.submission, config.seal)
         self.asking = Asking(node, self.log, self.rules, notary, rng, self._askable, config.asking)
         self.burst = Planner(
             node,
@@ -154,6 +168,8 @@ class Node:
 
     def _refusal(self, guest: Guest, member: Member, record: NodeRecord | None) -> tuple[Rule | None, str]:
         """Why an offer would be in vain, as far as it is known here: the machine itself has the last word."""
+        if member.role not in LENDING_ROLES:
+            return Rule.CLOSED, f"lends nothing: it is a {member.role}"
         if wrong_side := out_of_bounds(guest.cloud, is_rented=member.role is Role.CLOUD):
             return Rule.CLOUD, wrong_side
         if record is not None:
@@ -162,6 +178,8 @@ class Node:
                 return Rule.CLOSED, closed
             if record.needs_image and not guest.image:
                 return Rule.CLOSED, NEEDS_IMAGE
+        if guest.secrets is not None and not guest.secrets.opens_for(member.node):
+            return Rule.SEALED, NO_WRAP
         if member.node != self.node and member.node not in self._links.open:
             return Rule.DOWN, "does not answer"
         if record is not None and record.pause is not None:
@@ -193,6 +211,7 @@ class Node:
                 self.owner.restore(now, record)
         effects += self.attempts.restore(now, (r for r in self._records if isinstance(r, AttemptRecord)))
         effects += self.stewardship.restore(now, (r for r in self._records if isinstance(r, JobRecord)))
+        self.stewardship.obeyed.restore(r for r in self._records if isinstance(r, ObeyedRecord))
         self.burst.restore(now, self._records)
         self._records = ()
         self._say_record(now)
@@ -256,7 +275,7 @@ class Node:
                 if member is None:
                     return [Reject(peer, "a node outside the mesh sent a message")]
                 if not may_say(member, message):
-                    return [Reject(peer, f"a cloud node sent a {type(message).__name__}")]
+                    return [Reject(peer, f"a {member.role} sent a {type(message).__name__}")]
                 return self._heard(now, peer, message)
             case ev.LinkOpened(peer=peer):
                 return self._link_opened(now, peer)
@@ -394,11 +413,19 @@ class Node:
 
     def _log_learned(self, now: Now, entries: tuple[Signed, ...], source: NodeId | None) -> list[Effect]:
         before = tuple(self.log.members)
+        refused = self.log.refused
         added = self.log.add(entries)
+        rejects: list[Effect] = []
+        if self.log.refused != refused:
+            rejects.append(Reject(source or self.node, f"an entry of the mesh log was refused: {self.log.refused[-1]}"))
         if not added:
-            return []
-        effects = [*self._log_records(added), *self._trust_effects(), *self._gossip.log_grew(added, source)]
-        return effects + self._let_go(now, [node for node in before if node not in self.log.members])
+            return rejects
+        gone = [node for node in before if node not in self.log.members]
+        parting = [Send(node, msg.LogDelta(added)) for node in gone if node in self._links.open and node != source]
+        effects = [*rejects, *self._log_records(added), *parting, *self._trust_effects()]
+        effects += self._let_go(now, gone)
+        effects += self._gossip.log_grew(added, source)
+        return [*effects, *self.attempts.keys_stopped(now), *self.stewardship.keys_stopped(now)]
 
     def _expire(self, now: Now) -> list[Effect]:
         """Cloud nodes whose lease is over leave the mesh by the clock."""
@@ -406,11 +433,12 @@ class Node:
         return [*self._trust_effects(), *self._let_go(now, gone)] if gone else []
 
     def _let_go(self, now: Now, gone: Iterable[NodeId]) -> list[Effect]:
-        """They are members no more: instances that have ended, and nothing that they ran lives on."""
+        """They are members no more. Of instances that have ended nothing lives on; of all others nobody knows."""
         effects: list[Effect] = []
         for node in gone:
             self._gossip.forget(node)
-            effects += self.stewardship.node_gone(now, node)
+            if node in self.log.ended:
+                effects += self.stewardship.node_gone(now, node)
         return effects
 
     def _write(self, now: Now, bodies: tuple[AddNode | RemoveNode, ...]) -> list[Effect]:
@@ -489,6 +517,7 @@ class Node:
                 config.policy.lending,
                 config.policy.needs_image,
                 self.owner.pause,
+                config.sealing_key,
             ),
         )
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
+from meshgpu.model.ids import NodeId
+
 
 @dataclass(frozen=True, slots=True)
 class Now:
@@ -15,6 +17,14 @@ class Now:
     boot_s: float
     wall_s: float
     boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClockGap:
+    """That a member's wall clock and this machine's differ too much. ahead_s: by how much the member's is ahead."""
+
+    member: NodeId
+    ahead_s: float
 
 
 WALL_CLOCK_SLACK_S: Final = 120.0

@@ -32,6 +32,7 @@ class NodeRecord:
     may_steward: False on machines that are not meant to stay on (battery).
     lends: False where the owner keeps every job away. trusts: users whose jobs run here without a fence.
     needs_image: whether a job that names no container image is refused. pause: while the owner lends nothing.
+    sealing_key: X25519 public key, 32 bytes, that secrets are sealed to; empty where it can take no jobs with secrets.
     """
 
     agent_version: str
@@ -44,6 +45,7 @@ class NodeRecord:
     lending: Lending = Lending.POLITE
     needs_image: bool = False
     pause: Pause | None = None
+    sealing_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from meshgpu.model.ids import Digest, HoldId, JobId, MeshId, NodeId, UserName
+from meshgpu.model.ids import Digest, HoldId, JobId, KeyId, MeshId, NodeId, UserName
 from meshgpu.model.resources import GpuShare, Resources
 from meshgpu.model.sweep import Metric, Objective, Space, Trial
 
@@ -31,16 +31,43 @@ class CloudUse(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class SecretWrap:
+    """A box's content key for one machine. ephemeral: an X25519 public key, 32 bytes. wrapped: 48 bytes."""
+
+    node: NodeId
+    ephemeral: bytes
+    wrapped: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SecretBox:
+    """Values of environment variables that only the machines among `wraps` can read, in this very job.
+
+    names: of the variables, in order; whoever gets the spec reads them. ciphertext: all values, encrypted once.
+    """
+
+    names: tuple[str, ...]
+    ciphertext: bytes
+    wraps: tuple[SecretWrap, ...]
+
+    def opens_for(self, node: NodeId) -> bool:
+        """Whether there is a wrap for the machine; whether it holds is seen when it is opened."""
+        return any(wrap.node == node for wrap in self.wraps)
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
     """What a user submits, signed by the user's key. Its digest names it; it never changes.
 
     job: follows from the signing key and nonce (16 random bytes). tree: digest of the working directory's manifest.
     command: argv, never empty; with `shell`, one string that `sh -c` runs.
     machine: the node named by `-m`, else None. stewards: who holds the register: one rig, later three.
-    issued_wall_s: Unix time; a steward accepts a spec 120 s old at most.
+    issued_wall_s: Unix time; a steward accepts a spec 120 s old at most, or of any age with its `challenge` in it.
     image: the container image that the command runs in; empty for a process in a Python environment.
     cloud: whether it may leave the office. retries: how often it is started again after an attempt that died.
     sweep: the space of which each trial is a job; None for a job of its own. objective: what it reports; None: nothing.
+    secrets: variables that most who get the spec cannot read; None without any. shared: whether every user may see it.
+    challenge: 32 bytes that the steward asked for because the two clocks differ; empty where they do not.
     """
 
     mesh: MeshId
@@ -65,6 +92,9 @@ class JobSpec:
     retries: int = 0
     sweep: Space | None = None
     objective: Objective | None = None
+    secrets: SecretBox | None = None
+    shared: bool = False
+    challenge: bytes = b""
 
 
 class JobState(StrEnum):
@@ -227,6 +257,7 @@ class JobRequest:
     """A user's request about a job (or, with LIST, all of the user's jobs), signed by the user's key.
 
     node: whom it is meant for, so that it cannot be replayed elsewhere. issued_wall_s: Unix time, 120 s fresh.
+    nonce: what one that stops a job is known by, so that it is obeyed once. challenge: as in JobSpec, of `node`.
     """
 
     mesh: MeshId
@@ -236,6 +267,7 @@ class JobRequest:
     issued_wall_s: float
     nonce: str
     job: JobId | None = None
+    challenge: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +277,7 @@ class Draft:
     gpus: None where `-g` is absent: one whole GPU if the machine has one, else none.
     machine: a machine's name, empty without `-m`. image: of a container, empty without `--image`.
     cloud: None where `--cloud` is absent: what the mesh's policy says.
+    secrets: names of variables whose values the agent keeps under the query, out of the core's sight.
     """
 
     name: str
@@ -264,6 +297,8 @@ class Draft:
     retries: int = 0
     sweep: Space | None = None
     objective: Objective | None = None
+    secrets: tuple[str, ...] = ()
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +307,7 @@ class AttemptPlan:
 
     gpus: the shares that were held, in PCI order. fenced: whether the job must be shut in (another user's job).
     machine: the machine's name, for MESHGPU_MACHINE. image: of the container it runs in; empty for a process.
+    key: the user's key that signed the spec, which secrets are bound to; None only where there are none.
     """
 
     spec: JobSpec
@@ -280,3 +316,4 @@ class AttemptPlan:
     fenced: bool
     machine: str
     image: str = ""
+    key: KeyId | None = None

@@ -43,6 +43,19 @@ class LogDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class Challenge:
+    """Why a request is `stale`, and what makes it fresh: sign it again with `nonce` in it, within 120 s.
+
+    nonce: 32 random bytes of the receiver, good once, from this peer. wall_s: the receiver's Unix time.
+    refused: the challenge that the stale request had in it; empty where it had none.
+    """
+
+    nonce: bytes
+    wall_s: float
+    refused: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     """Submitter to steward: hold this job. Sent again until answered; idempotent by job id."""
 
@@ -52,7 +65,10 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class SubmitAnswer:
-    """Steward to submitter: the job is durable here with its tree, or is being received, or is refused (`code`)."""
+    """Steward to submitter: the job is durable here with its tree, or is being received, or is refused (`code`).
+
+    challenge: with the code `stale` only.
+    """
 
     job: JobId
     held: bool
@@ -60,6 +76,7 @@ class SubmitAnswer:
     total_bytes: int = 0
     code: str = ""
     reason: str = ""
+    challenge: Challenge | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +208,13 @@ class SignedView:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Steward to the asking agent: the jobs concerned, or why not."""
+    """Steward to the asking agent: the jobs concerned, or why not. challenge: with the code `stale` only."""
 
     query: str
     views: tuple[SignedView, ...]
     code: str = ""
     reason: str = ""
+    challenge: Challenge | None = None
 
 
 @dataclass(frozen=True, slots=True)

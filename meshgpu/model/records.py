@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from meshgpu.model.cloud import BurstSettings, LaunchId, LaunchRequest
-from meshgpu.model.ids import Address, HoldId, JobId, MeshId, NodeId
+from meshgpu.model.ids import Address, HoldId, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.job import AttemptState, Register, Result, StopMode
 from meshgpu.model.lending import Pause
 from meshgpu.model.resources import GpuShare
@@ -47,6 +47,15 @@ class JobRecord:
     register: Register
     cancel: Signed | None
     trial: Trial | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ObeyedRecord:
+    """A request to stop a job that this node has obeyed: once more it changes nothing. Kept until `until_wall_s`."""
+
+    key: KeyId
+    nonce: str
+    until_wall_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +146,7 @@ Record = (
     | MeshLogRecord
     | PeerRecord
     | JobRecord
+    | ObeyedRecord
     | AttemptRecord
     | PauseRecord
     | LaunchRecord

@@ -48,26 +48,45 @@ class Role(StrEnum):
 
     RIG = "rig"
     SUBMITTER = "submitter"
+    """A machine that people work at: it lends nothing and holds no jobs, and its users run what they like elsewhere."""
+    VIEWER = "viewer"
+    """A submitter that only looks on: it sees the machines, and its users' jobs; nothing runs or ends from there."""
     CLOUD = "cloud"
     """A rented instance: runs only jobs that allow it; dials nobody, never submits, stewards or invites."""
     BURST = "burst"
     """A rig that may also rent: its own chain adds and removes cloud nodes, and nothing else."""
 
 
-OFFICE_ROLES: Final = frozenset({Role.RIG, Role.SUBMITTER, Role.BURST})
+OFFICE_ROLES: Final = frozenset({Role.RIG, Role.SUBMITTER, Role.VIEWER, Role.BURST})
 """Of machines that people own; only admins give them."""
+
+LENDING_ROLES: Final = frozenset({Role.RIG, Role.BURST, Role.CLOUD})
+"""Of machines that run jobs."""
+
+STEWARD_ROLES: Final = frozenset({Role.RIG, Role.BURST})
+"""Of machines that may hold the registers of jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The newest entry of one author's chain that somebody knows. `seq` counts from 0."""
+
+    author: KeyId
+    seq: int
+    entry: Digest
 
 
 @dataclass(frozen=True, slots=True)
 class Genesis:
     """First entry of the founder's chain: it makes the mesh and its first admin.
 
-    admin_key: 32 raw bytes, the founder's user key. recovery_hash: SHA-256 of the recovery key printed by `init`.
+    admin_key: 32 raw bytes, the founder's user key. recovery_key: 32 raw bytes, the public half of the key that `init`
+    prints once; it is an admin that nobody removes, kept where no thief of a machine finds it.
     """
 
     mesh_name: str
     admin_key: bytes
-    recovery_hash: Digest
+    recovery_key: bytes
     nonce: bytes
 
 
@@ -89,14 +108,47 @@ class AddNode:
 
 @dataclass(frozen=True, slots=True)
 class RemoveNode:
-    """Ends a cloud node's membership, because its instance is gone: nothing that it ran lives on. Never undone."""
+    """Ends a membership, for ever. A burst node writes it of a cloud node, because its instance is gone: nothing that
+    it ran lives on. A node of the office writes it of itself, because it leaves."""
 
     node: NodeId
 
 
 @dataclass(frozen=True, slots=True)
+class Revoke:
+    """An admin takes a node out, for ever, and with it the keys of all accounts there.
+
+    ends: for each of these keys that is an admin's, its last entry that still counts; without one, none does.
+    stops_jobs: whether what was submitted there ends elsewhere too; else it goes on.
+    """
+
+    node: NodeId
+    ends: tuple[Head, ...]
+    stops_jobs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AddAdmin:
+    """Makes a user's key an admin's. public_key: 32 raw bytes. node: whose key it is, so that it falls with it."""
+
+    public_key: bytes
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveAdmin:
+    """Takes the right from an admin's key, for ever; its user stays one.
+
+    end: its last entry that still counts; None where it had written none.
+    """
+
+    key: KeyId
+    end: Head | None
+
+
+@dataclass(frozen=True, slots=True)
 class SetRole:
-    """Gives a node another role. Written by admins; `rig` and `burst` only."""
+    """Gives a node another role, one of OFFICE_ROLES. Written by admins."""
 
     node: NodeId
     role: Role
@@ -122,21 +174,14 @@ class LinkUser:
     uid: int
 
 
-Body = Genesis | AddNode | LinkUser | RemoveNode | SetRole | SetPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The newest entry of one author's chain that somebody knows. `seq` counts from 0."""
-
-    author: KeyId
-    seq: int
-    entry: Digest
+Body = Genesis | AddNode | LinkUser | RemoveNode | Revoke | AddAdmin | RemoveAdmin | SetRole | SetPolicy
+Removal = Revoke | RemoveAdmin
+"""What takes rights away: it holds even where its author lost his own at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One link of one author's chain: an admin's, or a burst node's.
+    """One link of one author's chain: an admin's, or a node's own.
 
     seq counts from 0 without gaps; previous is the digest of the author's entry before, empty at seq 0;
     heads are the newest entries of other chains that the author had seen.

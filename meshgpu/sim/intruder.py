@@ -9,15 +9,18 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from meshgpu.core.events import MessageArrived
+from meshgpu.core.trust.freshness import CHALLENGE_BYTES
 from meshgpu.model.gossip import GossipEntry, Incarnation, NodeRecord
 from meshgpu.model.ids import RANDOM_ID_BYTES, Address, HoldId, JobId, KeyId, NodeId, job_id
 from meshgpu.model.inventory import Inventory
 from meshgpu.model.job import Action, AttemptState, JobRequest, JobSpec, JobView, PlacingVote, Result
 from meshgpu.model.messages import (
     Activate,
+    Answer,
     Ask,
     AttemptReport,
     Cancel,
+    Challenge,
     Commit,
     CommitAnswer,
     Fence,
@@ -34,7 +37,7 @@ from meshgpu.model.messages import (
 from meshgpu.model.trust import AddNode, LinkUser, LogEntry, Role, Signed
 from meshgpu.sim.fakes import KeyRing
 from meshgpu.sim.invariants import Ledger
-from meshgpu.sim.machine import WALL_START_S, Machine
+from meshgpu.sim.machine import Machine
 from meshgpu.sim.network import Network
 from meshgpu.sim.timeline import Timeline
 
@@ -80,6 +83,10 @@ class Intruder:
             self._mutate,
             self._foreign_spec,
             self._stale_spec,
+            self._challenged_spec,
+            self._challenge,
+            self._again,
+            self._again,
             self._stop,
             self._cancel,
             self._cancel_by_own_spec,
@@ -106,6 +113,8 @@ class Intruder:
         match message:
             case Submit() | Offer():
                 return replace(message, spec=self._garble(message.spec))
+            case (Answer() | SubmitAnswer()) as answer if answer.challenge is not None:
+                return replace(answer, challenge=replace(answer.challenge, nonce=b"e" * CHALLENGE_BYTES))
             case Ask():
                 return replace(message, request=self._garble(message.request))
             case GossipDelta(entries=(first, *rest)) | LogDelta(entries=(first, *rest)):
@@ -152,6 +161,47 @@ class Intruder:
 
     def _stale_spec(self) -> Message | None:
         """A job of the intruder's own user, signed long ago."""
+        return self._old_spec(b"")
+
+    def _challenged_spec(self) -> Message | None:
+        """The same with a challenge that was made up, or given to somebody else, or used."""
+        return self._old_spec(self.timeline.rng.choice([b"e" * CHALLENGE_BYTES, *self._overheard_challenges()]))
+
+    def _overheard_challenges(self) -> list[bytes]:
+        """What stewards asked others to sign. What they ask this machine is its right to use."""
+        return [
+            message.challenge.nonce
+            for message, target in zip(self.network.tap, self.network.addressees, strict=True)
+            if isinstance(message, SubmitAnswer | Answer) and message.challenge and target != self.machine.node
+        ]
+
+    def _challenge(self) -> Message | Aimed | None:
+        """Asks others to sign something that no steward wants of them; where a job is on its way, about that job."""
+        nonce = self.timeline.rng.choice([b"e" * CHALLENGE_BYTES, *self._overheard_challenges()])
+        challenge = Challenge(nonce, self.machine.now().wall_s)
+        jobs = sorted(self.ledger.submitted.keys() - self.ledger.confirmed.keys())
+        if not jobs:
+            return Answer(f"list{self.timeline.rng.randrange(9)}", (), "stale", "evil", challenge)
+        spec = self.ledger.submitted[self.timeline.rng.choice(jobs)]
+        if self.machine.node in (*spec.stewards, spec.submitter):
+            return None
+        return spec.submitter, SubmitAnswer(spec.job, False, code="stale", reason="evil", challenge=challenge)
+
+    def _again(self) -> Aimed | None:
+        """A request of the intruder's own user to stop a job that it did want to end: once more, also long after."""
+        mine = [
+            confirmed.view
+            for job, confirmed in sorted(self.ledger.confirmed.items())
+            if confirmed.view.spec.user == self.machine.setup.owner and job in self.ledger.stops_asked
+        ]
+        if not mine:
+            return None
+        spec = self.timeline.rng.choice(mine).spec
+        wall_s = self.ledger.machines[spec.stewards[0]].now().wall_s
+        request = JobRequest(spec.mesh, spec.user, Action.STOP, spec.stewards[0], wall_s, f"again {spec.job}", spec.job)
+        return spec.stewards[0], Ask("evil", self.ring.sign(self._account(), request))
+
+    def _old_spec(self, challenge: bytes) -> Message | None:
         view = self._view()
         if view is None:
             return None
@@ -163,7 +213,8 @@ class Intruder:
             user=self.machine.setup.owner,
             stewards=(self._victim.node,),
             submitter=self.machine.node,
-            issued_wall_s=WALL_START_S + self.timeline.time_s - STALE_S,
+            issued_wall_s=self._victim.now().wall_s - STALE_S,
+            challenge=challenge,
         )
         return Submit(spec.job, self.ring.sign(self._account(), spec))
 

@@ -12,7 +12,7 @@ from meshgpu.core.owner import permission
 from meshgpu.core.sweep import expand, trial_spec
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.gossip import Allocation, GossipValue
-from meshgpu.model.ids import GpuId, HoldId, JobId, NodeId
+from meshgpu.model.ids import GpuId, HoldId, JobId, KeyId, NodeId
 from meshgpu.model.inventory import Inventory
 from meshgpu.model.job import (
     ATTEMPT_ORDER,
@@ -26,7 +26,7 @@ from meshgpu.model.job import (
     Result,
 )
 from meshgpu.model.messages import GossipDelta, GossipDigest
-from meshgpu.model.records import AttemptRecord, JobRecord
+from meshgpu.model.records import AttemptRecord, JobRecord, ObeyedRecord
 from meshgpu.model.resources import GpuShare
 from meshgpu.sim.machine import Machine
 
@@ -48,9 +48,11 @@ class Confirmed:
 class Ledger:
     """What the world knows and no node does.
 
-    submitted: jobs that a user signed. said: entries that their owner signed. stops_asked: jobs whose user wants them
-    to end. living: where each job may have a process. accepted: {(job, epoch): node and hold}.
-    preempted: attempts that had to make way for the owner of their machine.
+    submitted: jobs that a user signed. said: entries that their owner signed. stops_asked: jobs whose user, or whoever
+    revoked his machine, wants them to end. living: where each job may have a process.
+    accepted: {(job, epoch): node and hold}. preempted: attempts that had to make way for the owner of their machine.
+    stopped: machines that were revoked with all their jobs.
+    obeyed: requests to stop, by who obeyed them, key and nonce.
     """
 
     machines: dict[NodeId, Machine]
@@ -62,6 +64,8 @@ class Ledger:
     accepted: dict[tuple[JobId, int], tuple[NodeId, HoldId]] = field(default_factory=dict)
     results: dict[tuple[JobId, int], Result] = field(default_factory=dict)
     preempted: set[tuple[JobId, int]] = field(default_factory=set)
+    stopped: set[NodeId] = field(default_factory=set)
+    obeyed: set[tuple[NodeId, KeyId, str]] = field(default_factory=set)
     started: int = 0
 
 
@@ -99,6 +103,8 @@ class Invariants:
             case AttemptRecord() as record:
                 self._tell(machine, f"attempt {record.job[:5]}/{record.epoch} {record.state}")
                 self._check_attempt(machine, before, record)
+            case ObeyedRecord() as record:
+                self._check_obeyed(machine, record)
             case None if order.kind == "job":
                 self._fail(f"{machine.setup.name} forgets the job {order.key}")
             case _:
@@ -241,6 +247,13 @@ class Invariants:
         registers = [r.register for m in known if isinstance(r := m.disk["job", record.job], JobRecord)]
         if not any(register.epoch >= record.epoch for register in registers):
             self._fail(f"{key} is accepted on {machine.setup.name} before its steward wrote it down: {registers}")
+
+    def _check_obeyed(self, machine: Machine, record: ObeyedRecord) -> None:
+        """A request is obeyed once, whatever is repeated and whoever restarts. (No world lasts longer than that.)"""
+        once = (machine.node, record.key, record.nonce)
+        if once in self.ledger.obeyed:
+            self._fail(f"{machine.setup.name} obeys the request {record.nonce} a second time")
+        self.ledger.obeyed.add(once)
 
     # -- registers ----------------------------------------------------------------------------------------------------
 

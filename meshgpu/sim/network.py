@@ -77,6 +77,8 @@ class Network:
         """Probability that a Link breaks just when a message about a job is sent on it, which is lost or not."""
         self.tap: deque[Message] = deque(maxlen=200)
         """The latest messages on any Link."""
+        self.addressees: deque[NodeId] = deque(maxlen=200)
+        """Whom each of them was for."""
 
     # -- faults -------------------------------------------------------------------------------------------------------
 
@@ -120,6 +122,7 @@ class Network:
         if link is None:
             return
         self.tap.append(message)
+        self.addressees.append(target)
         is_gossip = isinstance(message, GossipDigest | GossipDelta)
         if self.snips and self._timeline.rng.random() < self.snips * (GOSSIP_SNIPS if is_gossip else 1.0):
             self._snip(link)

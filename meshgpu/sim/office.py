@@ -6,7 +6,7 @@ from typing import Final
 
 from meshgpu.core.owner import OwnerPolicy
 from meshgpu.core.trust.meshlog import MeshLog, found
-from meshgpu.model.ids import Address, GpuId, KeyId, MeshId, NodeId, UserName, digest, key_id, node_id
+from meshgpu.model.ids import Address, GpuId, KeyId, MeshId, NodeId, UserName, key_id, node_id
 from meshgpu.model.inventory import Gpu, Inventory
 from meshgpu.model.lending import Lending
 from meshgpu.model.resources import GB
@@ -14,6 +14,8 @@ from meshgpu.model.trust import AddNode, Genesis, LinkUser, Role, SetPolicy, Set
 from meshgpu.sim.fakes import KeyRing, ToyNotary
 from meshgpu.sim.machine import WALL_START_S, Setup
 
+WRONG_CLOCK_S: Final = 9 * 3600.0
+"""By which a wall clock is wrong at most where clocks are wrong: a time zone that was taken for another."""
 CLOCK_OFFSET_S: Final = 55.0
 """Wall clocks are wrong by this at most: two of them differ by less than the 120 s that are allowed."""
 LEASE_ENDS_WALL_S: Final = WALL_START_S + 1e6
@@ -34,14 +36,20 @@ class Office:
 
 
 def furnish(
-    rng: random.Random, size: int, *, is_plain: bool = False, has_intruder: bool = False, instances: int = 0
+    rng: random.Random,
+    size: int,
+    *,
+    is_plain: bool = False,
+    has_intruder: bool = False,
+    instances: int = 0,
+    has_wrong_clocks: bool = False,
 ) -> Office:
     """An office of `size` machines with up to two GPUs each; a plain one is the same for every seed.
 
     instances: rented machines that come after these; the second machine has let them in, and jobs may leave the office.
 
     Plain: one RTX 4090 in every machine, all owned by ada, all fenced, all clocks right; the last one alone holds jobs.
-    The machine of the intruder is the last one.
+    The machine of the intruder is the last one. has_wrong_clocks: whether they are wrong by hours.
     """
     ring = KeyRing()
     setups: list[Setup] = []
@@ -63,7 +71,9 @@ def furnish(
         setups = [replace(setup, may_steward=setup is setups[-1]) for setup in setups]
     if has_intruder:
         setups[-1] = replace(setups[-1], policy=OwnerPolicy(lends=False), may_steward=False)
-    mesh, log = _found(notaries[0], setups[0], tuple(bodies))
+    if has_wrong_clocks:
+        setups = [replace(s, wall_offset_s=rng.uniform(-WRONG_CLOCK_S, WRONG_CLOCK_S)) for s in setups]
+    mesh, log = _found(notaries[0], setups[0], ring.make("recovery"), tuple(bodies))
     for number in range(instances):
         public = ring.make(f"cloud{number}")
         notaries.append(ToyNotary(ring, (public,)))
@@ -90,12 +100,12 @@ def _setup(
 
 
 def _found(
-    notary: ToyNotary, founder: Setup, bodies: tuple[AddNode | LinkUser, ...]
+    notary: ToyNotary, founder: Setup, recovery_key: bytes, bodies: tuple[AddNode | LinkUser, ...]
 ) -> tuple[MeshId, tuple[Signed, ...]]:
     """The founder's account is the admin, and lets everybody in."""
     admin = founder.accounts[founder.owner]
     linked = next(b for b in bodies if isinstance(b, LinkUser) and key_id(b.public_key) == admin)
-    mesh, genesis = found(notary, admin, Genesis("office", linked.public_key, digest(b"recovery"), b"nonce"))
+    mesh, genesis = found(notary, admin, Genesis("office", linked.public_key, recovery_key, b"nonce"))
     log = MeshLog(notary)
     log.enter(mesh, (genesis,))
     return mesh, (genesis, *log.write(admin, bodies))

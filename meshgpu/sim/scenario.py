@@ -43,6 +43,10 @@ SWEEPS: Final = Scenario(jobs=6, sweeps=6, faults=FaultRates(crashes=5.0, crashe
 """Sweeps whose stewards crash again and again."""
 
 
+WRONG_CLOCKS: Final = Scenario(stops=8, watches=8, world=WorldConfig(has_wrong_clocks=True))
+"""An office in which hardly two wall clocks agree."""
+
+
 INSTANCES: Final = Scenario(faults=FaultRates(lost=0.0), world=WorldConfig(size=4, instances=2))
 """A small office with two rented machines, which are taken back while jobs run on them."""
 

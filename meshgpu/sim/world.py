@@ -10,7 +10,7 @@ from meshgpu.model.gossip import GossipEntry, Sighting
 from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.inventory import GpuReading
 from meshgpu.model.job import AttemptPlan, JobSpec, Result
-from meshgpu.model.trust import RemoveNode
+from meshgpu.model.trust import LogEntry, RemoveNode, Revoke
 from meshgpu.sim.fakes import ExecutorTiming
 from meshgpu.sim.faults import Faults
 from meshgpu.sim.intruder import Intruder
@@ -35,12 +35,14 @@ class WorldConfig:
     """size: machines. is_plain: the same office for every seed. transcript: which story is kept, if any.
 
     has_intruder: whether the last machine of the office lies. instances: rented machines beside it.
+    has_wrong_clocks: whether the machines' wall clocks are wrong by hours.
     """
 
     size: int = 7
     is_plain: bool = False
     has_intruder: bool = False
     instances: int = 0
+    has_wrong_clocks: bool = False
     executor: ExecutorTiming = field(default_factory=ExecutorTiming)
     transcript: Transcript | None = None
 
@@ -61,6 +63,7 @@ class World:
             is_plain=self.config.is_plain,
             has_intruder=self.config.has_intruder,
             instances=self.config.instances,
+            has_wrong_clocks=self.config.has_wrong_clocks,
         )
         self.machines: dict[NodeId, Machine] = {}
         for setup, notary in zip(self.office.setups, self.office.notaries, strict=True):
@@ -131,8 +134,17 @@ class World:
             self.ledger.submitted[value.job] = value
             for trial in trials_of(value):
                 self.ledger.submitted[trial.job] = trial
+            self._ask_to_stop()
+        elif isinstance(value, LogEntry) and isinstance(value.body, Revoke) and value.body.stops_jobs:
+            self.ledger.stopped.add(value.body.node)
+            self._ask_to_stop()
         elif isinstance(value, GossipEntry):
             self.ledger.said.setdefault(value.owner, set()).add(value.value)
+
+    def _ask_to_stop(self) -> None:
+        """Whoever revoked a machine may want its jobs to end, and those that it still finds somebody for."""
+        ledger = self.ledger
+        ledger.stops_asked |= {job for job, spec in ledger.submitted.items() if spec.submitter in ledger.stopped}
 
     # -- the seller of instances --------------------------------------------------------------------------------------
 

@@ -1,13 +1,15 @@
 """Calls over gRPC as the mesh makes them: raw bytes both ways, and errors that keep their code, message and hint."""
 
 import asyncio
+import contextlib
 import json
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
 import grpc
 
-from meshgpu.errors import GRPC_STATUS, MeshgpuError
+from meshgpu.errors import GRPC_STATUS, MeshgpuError, StaleRequest
 
 ERROR_KEY: Final = "meshgpu-error-bin"
 """Trailing metadata: an error as `write_error` writes it."""
@@ -95,12 +97,17 @@ async def abort(context: Context, error: MeshgpuError) -> None:
 
 
 def write_error(error: MeshgpuError) -> bytes:
-    """An error on its way to another machine: {"code", "message", "hint"} in JSON."""
-    fields = {
+    """An error on its way to another machine: {"code", "message", "hint"} in JSON.
+
+    With a challenge, as `challenge` (hexadecimal) and `wall_s`, where a request was stale.
+    """
+    fields: dict[str, object] = {
         "code": error.code,
         "message": error.message[:TEXT_LIMIT_CHARACTERS],
         "hint": error.hint and error.hint[:TEXT_LIMIT_CHARACTERS],
     }
+    if isinstance(error, StaleRequest):
+        fields |= {"challenge": error.challenge.hex(), "wall_s": error.wall_s}
     return json.dumps(fields, ensure_ascii=False).encode(errors="replace")
 
 
@@ -115,6 +122,10 @@ def read_error(value: object) -> MeshgpuError | None:
     code, message, hint = fields.get("code"), fields.get("message"), fields.get("hint")
     if not (isinstance(code, str) and isinstance(message, str) and (hint is None or isinstance(hint, str))):
         return None
+    challenge, wall_s = fields.get("challenge"), fields.get("wall_s")
+    if code == "stale" and isinstance(challenge, str) and isinstance(wall_s, float) and math.isfinite(wall_s):
+        with contextlib.suppress(ValueError):
+            return StaleRequest(message, bytes.fromhex(challenge), wall_s)
     return MeshgpuError(code, message, hint)
 
 

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingUnixStreamServer
@@ -23,7 +25,7 @@ from meshgpu.adapters.log_ledger import follow, read_records
 from meshgpu.agent.executors import Executors
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.ids import Digest, GpuId, JobId, MeshId, NodeId, UserName
-from meshgpu.model.job import AttemptPlan, AttemptState, EnvironmentRequest, JobSpec, Result, StopMode
+from meshgpu.model.job import AttemptPlan, AttemptState, EnvironmentRequest, JobSpec, Result, SecretBox, StopMode
 from meshgpu.model.logs import LogStream
 from meshgpu.model.resources import NO_GPU, GpuShare, Resources
 from meshgpu.ports import AttemptEnded, AttemptProgress, AttemptStarted, ExecutorEvent
@@ -623,3 +625,25 @@ def test_engine_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_sdk_is_not_imported_before_the_first_container() -> None:
     source = "import sys; import meshgpu.agent.main; sys.exit('docker' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", source], timeout=DEADLINE_S, check=False).returncode == 0
+
+
+# -- secrets ---------------------------------------------------------------------------------------------------------
+
+
+async def test_secrets_reach_the_container_and_the_engine_shows_none(rig: Rig) -> None:
+    assert isinstance(rig.executor, DockerExecutor)
+    value = "c4n4ry 'quoted' $HOME `id`\nline"
+    rig.executor._unseal = lambda _plan: {"TOKEN": value}
+    script = 'printf %s "$TOKEN" | sha256sum; cat; echo ready; while [ ! -e go ]; do sleep 0.05; done'
+    job = plan(script, shell=True)
+    box = SecretBox(("TOKEN",), b"", ())
+    rig.submit(replace(job, spec=replace(job.spec, secrets=box)))
+    await rig.says("ready")
+    assert "c4n4ry" not in json.dumps(rig.containers())
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(b"c4n4ry" in line for line in lines)
+    files = [path for path in rig.attempt.rglob("*") if path.is_file()]
+    assert not any(b"c4n4ry" in path.read_bytes() for path in files)
+    (rig.work / "go").touch()
+    assert (await rig.ended()).exit_code == 0
+    assert rig.printed().splitlines()[0].split()[0] == hashlib.sha256(value.encode()).hexdigest()

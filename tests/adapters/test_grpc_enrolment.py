@@ -48,7 +48,7 @@ class Rig:
         self.clock = Clock()
         admin = self.keys.user_key(1000)
         self.admin = key_id(admin)
-        self.mesh, genesis = found(self.notary, self.admin, Genesis("lab", admin, digest(b"r"), b"n"))
+        self.mesh, genesis = found(self.notary, self.admin, Genesis("lab", admin, b"r" * 32, b"n"))
         self.log = MeshLog(self.notary)
         self.log.enter(self.mesh, (genesis,))
         me = self.keys.node_key()

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from meshgpu.adapters.fences import Fence, _try_fence
 from meshgpu.adapters.inside import LIBRARY
 from meshgpu.adapters.log_ledger import follow, read_records
 from meshgpu.adapters.process_executor import ProcessExecutor
-from meshgpu.errors import MeshgpuError
+from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import Digest, GpuId, JobId, MeshId, NodeId
 from meshgpu.model.job import (
     AttemptPlan,
@@ -93,7 +94,10 @@ class Rig:
     def __init__(self, jobs_dir: Path, fence: Fence | None = NO_FENCE, grace_s: float = DEADLINE_S) -> None:
         self.jobs_dir = jobs_dir
         self.environments = FakeEnvironments()
-        self.executor = ProcessExecutor(jobs_dir, self.environments, fence=fence, grace_s=grace_s)
+        self.secrets: dict[str, str] = {}
+        self.executor = ProcessExecutor(
+            jobs_dir, self.environments, fence=fence, grace_s=grace_s, unseal=lambda _plan: self.secrets
+        )
         self.events: list[ExecutorEvent] = []
         self._news = asyncio.Event()
 
@@ -897,7 +901,7 @@ async def main(top, name, script):
     assert executor.fence() == name, executor.fence_reason()
     events = asyncio.Queue()
     await executor.start(events.put_nowait)
-    spec = SimpleNamespace(job="job", user="ada", command=(script,), shell=True, env=(), objective=None)
+    spec = SimpleNamespace(job="job", user="ada", command=(script,), shell=True, env=(), objective=None, secrets=None)
     work = top / "jobs" / "job" / "1" / "work"
     work.mkdir(parents=True)
     (top / "secret").write_text("the agent's key")
@@ -940,3 +944,62 @@ def test_ordinary_users_agent_shuts_jobs_in_too(fence: str, tmp_path: Path) -> N
         assert done.stdout.splitlines() == ["mine", "7 1"], done.stderr
     finally:
         shutil.rmtree(top)
+
+
+# -- secrets ---------------------------------------------------------------------------------------------------------
+
+CANARY = "c4n4ry 'quoted' $HOME `id`\n\"second line\""
+"""What a shell would make something else of, if it were let."""
+
+
+def fence_of(kind: str) -> Fence:
+    """None, or a fence that works here."""
+    if kind == "bubblewrap" and shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+    if kind and (reason := _try_fence(Fence(kind))):
+        pytest.skip(reason)
+    return Fence(kind)
+
+
+@pytest.mark.parametrize("kind", ["", "bubblewrap", "landlock"])
+async def test_secrets_reach_the_job_and_no_file_or_command_line(kind: str, tmp_path: Path) -> None:
+    fence = fence_of(kind)
+    rig = Rig(tmp_path / "jobs", fence=fence)
+    await rig.start()
+    try:
+        rig.secrets = {"TOKEN": CANARY, "SEED": "hidden", "MESHGPU_JOB_ID": "evil"}
+        waits = "while [ ! -e go ]; do sleep 0.05; done"
+        script = f'printf %s "$TOKEN" | sha256sum; echo $SEED $MESHGPU_JOB_ID; cat; echo ready; {waits}'
+        rig.submit(plan("sh", "-c", script, fenced=bool(kind), env=(("SEED", "7"),)))
+        await rig.says("ready")
+        needle = CANARY.split()[0].encode()
+        command_lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+        assert command_lines
+        assert not any(needle in line for line in command_lines)
+        files = [path for path in rig.jobs_dir.rglob("*") if path.is_file()]
+        assert len(files) >= 3
+        assert not any(needle in path.read_bytes() for path in files)
+        (rig.attempt("job") / "work" / "go").touch()
+        done = await rig.ended()
+    finally:
+        await rig.executor.close()
+    assert done.stdout.splitlines()[:2] == [f"{hashlib.sha256(CANARY.encode()).hexdigest()}  -", "7 job"]
+    assert "c4n4ry" not in done.stdout + done.stderr + str(done.events)
+
+
+async def test_job_whose_secrets_do_not_open_never_starts(tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "jobs")
+
+    def closed(_plan: AttemptPlan) -> dict[str, str]:
+        raise TrustError("sealed", "cannot open the job's secrets: they were not sealed to this machine")
+
+    rig.executor._unseal = closed
+    await rig.start()
+    try:
+        done = await rig.run("touch", "started")
+    finally:
+        await rig.executor.close()
+    assert done.result.outcome is AttemptState.CRASHED
+    assert "not sealed to this machine" in done.result.reason
+    assert not (rig.attempt("job") / "work" / "started").exists()
+    assert not (rig.attempt("job") / "guard.err").exists()

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from meshgpu.core.node import Node, NodeConfig
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import UserName, digest, job_id
-from meshgpu.model.job import EnvironmentRequest, JobSpec, JobState, JobView, Register
+from meshgpu.model.job import EnvironmentRequest, JobSpec, JobState, JobView, Register, SecretBox, SecretWrap
 from meshgpu.model.resources import GpuRequest, Resources
 from meshgpu.sim.office import Office, furnish
 
@@ -29,6 +29,7 @@ class Rooms:
 
     node: Node
     view: JobView
+    clock_gap: None = None
 
     @property
     def clock(self) -> "Rooms":
@@ -79,7 +80,7 @@ async def ask(rooms: Rooms, home: Path, job: str) -> Any:
     async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
         stub: Any = rooms
         unused: Any = None
-        control = Control(stub, stub, unused, unused, unused, frozenset, unused, lambda: None, tasks)
+        control = Control(stub, stub, unused, unused, unused, unused, frozenset, unused, lambda: None, tasks)
         runner = await serve(control.application(), home / SOCKET_NAME)
         try:
             return await asyncio.to_thread(AgentClient(home).why, job)
@@ -119,6 +120,19 @@ async def test_why_tells_of_every_machine_and_gpu(tmp_path: Path) -> None:
         ("rig1", "down", False),
         ("rig2", "down", False),
     ]
+
+
+async def test_why_names_machines_that_cannot_read_the_jobs_secrets(tmp_path: Path) -> None:
+    rooms = make_rooms(furnish(random.Random(1), 2, is_plain=True))
+    wraps = (SecretWrap(rooms.node.node, b"e" * 32, b"w" * 48),)
+    spec = replace(rooms.view.spec, secrets=SecretBox(("TOKEN",), b"ciphertext", wraps))
+    rooms.view = JobView(spec, rooms.view.register)
+    view = await ask(rooms, tmp_path, "train")
+    assert view["job"]["secrets"] == ["TOKEN"]
+    sealed_to, other = view["machines"]
+    assert sealed_to["rule"] == "lacks"
+    assert (other["rule"], other["remedy"][:12]) == ("sealed", "run it anew:")
+    assert "has no key to the job's secrets" in other["refusal"]
 
 
 async def test_why_of_an_unknown_job_is_its_error(tmp_path: Path) -> None:

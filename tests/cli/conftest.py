@@ -225,6 +225,8 @@ def make_job() -> Callable[..., JobView]:
             "sweep": None,
             "trial": None,
             "space": None,
+            "secrets": [],
+            "shared": False,
         }
         assert not changes.keys() - job.keys()
         return job | changes  # type: ignore[return-value]  # a dict of exactly the keys of JobView

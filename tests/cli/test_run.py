@@ -89,7 +89,47 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
         "sweep": None,
         "metric": "",
         "metric_pattern": "",
+        "secrets": {},
+        "shared": False,
     }
+
+
+def test_secrets_come_from_variables_and_files_and_travel_over_the_socket_alone(
+    cli: Cli, mesh: "StubAgent", project: Path, ended: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh.on_stream(EVENTS_CALL, end(ended()))
+    monkeypatch.setenv("HF_TOKEN", "canary-1")
+    (project / "key").write_text("canary-2\nmore\n")
+    done = cli("run", "--secret", "HF_TOKEN", "--secret", "API_KEY=@key", "--share", "python", "train.py")
+    body = mesh.body("POST /v1/jobs")
+    assert body["secrets"] == {"HF_TOKEN": "canary-1", "API_KEY": "canary-2\nmore"}
+    assert body["shared"] is True
+    assert "canary" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("secret", "said"),
+    [
+        ("TOKEN=canary", "cannot take the secret TOKEN from the command line"),
+        ("TOKEN=", "cannot take the secret TOKEN from the command line"),
+        ("UNSET_HERE", "cannot pass the secret UNSET_HERE: it is not set here"),
+        ("TOKEN=@missing", "cannot read the secret TOKEN"),
+        ("TOKEN=@binary", "it is not UTF-8"),
+        ("canary-with-dashes", "expected the name of a variable"),
+        ("MESHGPU_JOB_ID", "expected the name of a variable"),
+        ("SEED", "it is set twice"),
+    ],
+)
+def test_secret_that_cannot_be_passed_is_refused_and_not_repeated(
+    cli: Cli, mesh: "StubAgent", project: Path, secret: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEED", "1")
+    (project / "binary").write_bytes(b"canary\xff")
+    refused = cli("run", "-e", "SEED=1", "--secret", secret, "python", "train.py")
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+    assert "canary" not in refused.stderr
+    assert not any(target.startswith("POST /v1/jobs") for target in mesh.targets())
 
 
 def test_image_is_passed_on_and_excludes_packages(cli: Cli, mesh: "StubAgent", ended: MakeJob) -> None:

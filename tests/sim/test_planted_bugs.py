@@ -19,6 +19,7 @@ from meshgpu.core.membership.links import Links
 from meshgpu.core.node import Node
 from meshgpu.core.owner import Owner, Permission
 from meshgpu.core.sweep import expand
+from meshgpu.core.trust.freshness import Challenges, Obeyed
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.clock import Now
@@ -31,8 +32,9 @@ from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import Role, Signed
 from meshgpu.sim.fakes import ToyNotary
 from meshgpu.sim.invariants import Invariants
-from meshgpu.sim.scenario import INSTANCES, OWNERS, SWEEPS, Scenario, simulate
+from meshgpu.sim.scenario import INSTANCES, OWNERS, SWEEPS, WRONG_CLOCKS, Scenario, simulate
 from meshgpu.sim.world import WorldConfig
+from tests.sim.test_seeds import check_wrong_clocks
 
 SEEDS = 120
 
@@ -312,3 +314,35 @@ def test_node_that_takes_entries_of_others_is_caught(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ToyNotary, "read", trusting)
     find_by_lies("what it never said")
+
+
+def test_steward_that_accepts_any_challenge_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Challenges, "redeem", lambda *_args: True)
+    find_by_lies("which no user asked for")
+
+
+def test_steward_that_takes_the_challenge_of_another_peer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(self: Challenges, now: Now, peer: NodeId, nonce: bytes) -> bool:
+        del peer
+        return any(nonce in kept and now.boot_s < kept[nonce] for kept in self._open.values())
+
+    monkeypatch.setattr(Challenges, "redeem", careless)
+    world = WorldConfig(has_intruder=True, has_wrong_clocks=True)
+    find("which no user asked for", scenario=replace(WRONG_CLOCKS, world=world))
+
+
+def test_steward_that_obeys_a_repeated_stop_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Obeyed, "has", lambda *_args: False)
+    find_by_lies("obeys the request .* a second time")
+
+
+def test_steward_that_forgets_at_restart_what_it_obeyed_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Obeyed, "restore", lambda *_args: None)
+    find_by_lies("obeys the request .* a second time")
+
+
+def test_submitter_that_is_not_challenged_cannot_submit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the world with wrong clocks is good for."""
+    monkeypatch.setattr(Submissions, "_sign_again", lambda *_args: [])
+    with pytest.raises(AssertionError, match="nobody could submit"):
+        check_wrong_clocks(1)

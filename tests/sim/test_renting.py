@@ -120,7 +120,9 @@ def test_node_that_crashes_after_each_write_rents_one_instance_and_outlives_it()
     (rented,) = launched
     assert rig.instance > 4  # agents before this one died
     assert rig.agent is not None
-    own = [found[0][2].body for found in rig.agent.log._chains[KeyId(rig.node)].entries.values()]
+    chains = rig.agent.log._chains
+    assert chains is not None
+    own = [written.entry.body for written in chains.run(KeyId(rig.node))]
     assert [body.public_key for body in own if isinstance(body, AddNode)] == [rented.public_key]
     assert node_id(rented.public_key) in rig.agent.log.members
     (confirmed,) = world.ledger.confirmed.values()

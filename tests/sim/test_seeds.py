@@ -8,7 +8,7 @@ import pytest
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.records import AttemptRecord, JobRecord
 from meshgpu.sim.faults import FaultRates
-from meshgpu.sim.scenario import INSTANCES, OWNERS, SWEEPS, Outcome, Scenario, simulate
+from meshgpu.sim.scenario import INSTANCES, OWNERS, SWEEPS, WRONG_CLOCKS, Outcome, Scenario, simulate
 
 FAST_SEEDS = 20
 ALL_SEEDS = 420
@@ -65,6 +65,25 @@ def test_jobs_survive_the_instances_they_run_on_and_stay_home_if_they_must(first
             died += sum(isinstance(record, JobRecord) and record.register.died for record in records)
     assert ran > 20  # else this proves nothing
     assert died
+
+
+def check_wrong_clocks(seed: int) -> tuple[int, int]:
+    """(jobs, stops) that were taken although the clocks of who asked and who was asked differ by hours."""
+    world = check(seed, WRONG_CLOCKS).world
+    ledger = world.ledger
+    jobs = sum(bool(confirmed.view.spec.challenge) for confirmed in ledger.confirmed.values())
+    assert jobs, "nobody could submit to a machine with another clock"
+    return jobs, len(ledger.obeyed)
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(8, marks=pytest.mark.slow)])
+def test_people_run_and_stop_jobs_although_clocks_are_wrong_by_hours(first: int) -> None:
+    jobs = stops = 0
+    for seed in range(first, first + (8 if first == 0 else 60)):
+        taken, stopped = check_wrong_clocks(seed)
+        jobs, stops = jobs + taken, stops + stopped
+    assert jobs > 40  # else this proves nothing
+    assert stops > 10
 
 
 @pytest.mark.slow

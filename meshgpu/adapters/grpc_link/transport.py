@@ -46,6 +46,9 @@ BULK_WAIT_S: Final = 3.0
 
 DIALS_NOBODY: Final = "this machine dials nobody"
 
+PARTING_S: Final = 0.2
+"""For the last frames of a Link that this side ends."""
+
 STOP_GRACE_S: Final = 0.3
 """For calls to strangers who are just being refused; ours are over."""
 
@@ -314,6 +317,7 @@ class GrpcLink:
             await asyncio.wait({reader, link.ended}, return_when=asyncio.FIRST_COMPLETED)
             if link.ended.done():
                 reason = link.ended.result()
+                await _part(link, writer)
             elif not reader.cancelled():  # gRPC cancels whoever reads from a call that was cancelled
                 reason = reader.result()
         finally:
@@ -432,11 +436,19 @@ class GrpcLink:
             self._evicted.pop(task, None)
 
 
+async def _part(link: _Link, writer: asyncio.Task[None]) -> None:
+    """Let what was queued before a Link's end leave: whoever is sent away hears why."""
+    written = asyncio.get_running_loop().create_task(link.queue.join())
+    await asyncio.wait({written, writer}, timeout=PARTING_S, return_when=asyncio.FIRST_COMPLETED)
+    written.cancel()
+
+
 async def _transmit(link: _Link, stream: Stream) -> None:
     """Write what is queued until the stream breaks, which the reader sees as well."""
     with suppress(grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
         while True:
             await stream.write(await link.queue.get())
+            link.queue.task_done()
 
 
 async def _abort_soon(context: Context, error: MeshgpuError) -> None:

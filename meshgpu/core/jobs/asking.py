@@ -2,19 +2,20 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from meshgpu.core.effects import Answered, Effect, Send, TellWatchers
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import trial_spec
+from meshgpu.core.trust.freshness import CHALLENGE_BYTES
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import TrustError
-from meshgpu.model.clock import Now
+from meshgpu.model.clock import ClockGap, Now
 from meshgpu.model.ids import JobId, KeyId, NodeId, UserName, base32
 from meshgpu.model.job import Action, JobRequest, JobSpec, JobView, Register
-from meshgpu.model.messages import Answer, Ask, JobUpdate, SignedView
+from meshgpu.model.messages import Answer, Ask, Challenge, JobUpdate, SignedView
 from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import Notary, Signed
 
@@ -35,12 +36,22 @@ class AskTiming:
 
 @dataclass(slots=True)
 class _Question:
+    """asked: {node: what it was asked}. refused: nodes that answered a list with a refusal.
+
+    gaps: {node whose clock differs too much: by how many seconds it is ahead}.
+    """
+
     action: Action
+    key: KeyId
     user: UserName | None
     give_up_at: float
+    wait_s: float
+    asked: dict[NodeId, JobRequest]
     waiting: set[NodeId]
     views: list[JobView] = field(default_factory=list)
     failure: tuple[str, str] | None = None
+    refused: set[NodeId] = field(default_factory=set)
+    gaps: dict[NodeId, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -48,6 +59,7 @@ class _Watch:
     key: KeyId
     steward: NodeId
     renew_at: float
+    asked: JobRequest | None = None
 
 
 class Asking:
@@ -73,13 +85,20 @@ class Asking:
         self._open: dict[str, _Question] = {}
         self._watches: dict[JobId, _Watch] = {}
 
-    def sign_request(self, now: Now, key: KeyId, action: Action, job: JobId | None, node: NodeId) -> Signed:
+    def sign_request(
+        self, now: Now, key: KeyId, action: Action, job: JobId | None, node: NodeId, challenge: bytes = b""
+    ) -> Signed:
         """A user's request to one node. Raises TrustError where the key is no user's."""
+        return self._notary.sign(key, self._request(now, key, action, job, node, challenge))
+
+    def _request(
+        self, now: Now, key: KeyId, action: Action, job: JobId | None, node: NodeId, challenge: bytes = b""
+    ) -> JobRequest:
         user = self._log.user_of(key)
         if user is None or self._log.mesh is None:
             raise TrustError("not-allowed", "cannot ask: this account is no user of the mesh", "meshgpu version")
         nonce = base32(self._rng.randbytes(10))
-        return self._notary.sign(key, JobRequest(self._log.mesh, user, action, node, now.wall_s, nonce, job))
+        return JobRequest(self._log.mesh, user, action, node, now.wall_s, nonce, job, challenge)
 
     def list_jobs(self, now: Now, query: str, key: KeyId) -> list[Effect]:
         return self._ask(now, query, key, Action.LIST, None, self._linked(), self._timing.list_s)
@@ -91,15 +110,19 @@ class Asking:
         self, now: Now, query: str, key: KeyId, action: Action, job: JobId | None, nodes: list[NodeId], wait_s: float
     ) -> list[Effect]:
         try:
+            requests = {node: self._request(now, key, action, job, node) for node in nodes}
             asks: list[Effect] = [
-                Send(node, Ask(query, self.sign_request(now, key, action, job, node))) for node in nodes
+                Send(node, Ask(query, self._notary.sign(key, request))) for node, request in requests.items()
             ]
         except TrustError as error:
             return [Answered(query, code=error.code, reason=error.message, hint=error.hint)]
-        self._open[query] = _Question(action, self._log.user_of(key), now.boot_s + wait_s, set(nodes))
+        user = self._log.user_of(key)
+        self._open[query] = _Question(action, key, user, now.boot_s + wait_s, wait_s, requests, set(nodes))
         return asks
 
     def answered(self, node: NodeId, answer: Answer) -> list[Effect]:
+        if answer.challenge is not None and (again := self._sign_again(node, answer.query, answer.challenge)):
+            return again
         question = self._open.get(answer.query)
         is_open = question is not None and node in question.waiting
         views = self._verified(node, answer.views) if is_open or answer.query.startswith(_WATCH) else []
@@ -109,10 +132,45 @@ class Asking:
         if question is None or not is_open:
             return watched
         question.waiting.discard(node)
-        question.views.extend(view for view in views if view.spec.user == question.user)
-        if answer.code and question.action is not Action.LIST:
+        question.views.extend(view for view in views if view.spec.user == question.user or view.spec.shared)
+        if answer.code and question.action is Action.LIST:
+            question.refused.add(node)
+        elif answer.code:
             question.failure = (answer.code, answer.reason)
         return [*watched, *(self._close(answer.query, question) if not question.waiting else [])]
+
+    def _sign_again(self, node: NodeId, query: str, challenge: Challenge) -> list[Effect]:
+        """Our clock and the node's differ: the same request with what it asked for in it, once. Empty: it is over."""
+        watch = self._watches.get(JobId(query.removeprefix(_WATCH))) if query.startswith(_WATCH) else None
+        question = self._open.get(query)
+        key, asked = None, None
+        if watch is not None and watch.steward == node:
+            key, asked = watch.key, watch.asked
+        elif question is not None and node in question.waiting:
+            key, asked = question.key, question.asked[node]
+        is_first = asked is not None and not asked.challenge and not challenge.refused
+        if key is None or asked is None or not is_first or len(challenge.nonce) != CHALLENGE_BYTES:
+            return []
+        request = replace(asked, challenge=challenge.nonce)
+        try:
+            signed = self._notary.sign(key, request)
+        except TrustError:
+            return []
+        if watch is not None:
+            watch.asked = request
+        elif question is not None:
+            if not question.gaps:  # one more exchange, with all that need it at the same time
+                question.give_up_at += question.wait_s
+            question.gaps[node] = challenge.wall_s - asked.issued_wall_s
+            question.asked[node] = request
+        return [Send(node, Ask(query, signed))]
+
+    def _clock(self, question: _Question) -> ClockGap | None:
+        """Whose clock differs; of many that were asked most must, or it is theirs that is wrong, not this machine's."""
+        others = len(question.asked.keys() - {self._node})
+        if 2 * len(question.gaps) <= others:
+            return None
+        return next((ClockGap(node, ahead_s) for node, ahead_s in sorted(question.gaps.items())), None)
 
     def _verified(self, node: NodeId, views: tuple[SignedView, ...]) -> list[JobView]:
         """The jobs that their users really signed, and gave to `node` to hold."""
@@ -155,10 +213,11 @@ class Asking:
             if now.boot_s >= watch.renew_at:
                 watch.renew_at = now.boot_s + self._timing.watch_s
                 try:
-                    request = self.sign_request(now, watch.key, Action.WATCH, job, watch.steward)
+                    watch.asked = self._request(now, watch.key, Action.WATCH, job, watch.steward)
+                    signed = self._notary.sign(watch.key, watch.asked)
                 except TrustError:
                     continue  # the account left the mesh: its watch simply tells no more
-                effects.append(Send(watch.steward, Ask(f"{_WATCH}{job}", request)))
+                effects.append(Send(watch.steward, Ask(f"{_WATCH}{job}", signed)))
         return effects
 
     def deadline(self) -> float | None:
@@ -171,17 +230,18 @@ class Asking:
         del self._open[query]
         silent = tuple(sorted(question.waiting))
         if question.action is Action.LIST:
-            reached = set(self._linked()) - question.waiting
+            reached = set(self._linked()) - question.waiting - question.refused
             away = tuple(node for node in sorted(self._log.members) if node not in reached)
-            return [Answered(query, tuple(question.views), away)]
+            return [Answered(query, tuple(question.views), away, clock=self._clock(question))]
         if question.failure:
-            return [Answered(query, silent=silent, code=question.failure[0], reason=question.failure[1])]
+            code, reason = question.failure
+            return [Answered(query, silent=silent, code=code, reason=reason, clock=self._clock(question))]
         if silent:
             steward = self._log.members.get(silent[0])
             name = steward.name if steward else "the machine"
             reason = f"cannot {question.action} the job: {name}, which holds it, did not answer"
             return [Answered(query, silent=silent, code="no-answer", reason=reason, hint="meshgpu machines")]
-        return [Answered(query, tuple(question.views))]
+        return [Answered(query, tuple(question.views), clock=self._clock(question))]
 
 
 def _trial(sweep: JobSpec, trial: Trial, register: Register) -> JobView:

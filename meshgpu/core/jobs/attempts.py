@@ -16,7 +16,8 @@ from meshgpu.core.owner import GRACE_S, NEEDS_IMAGE, Owner, Permission, at_home,
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import runnable
 from meshgpu.core.trust.meshlog import MeshLog
-from meshgpu.core.trust.requests import RequestRules
+from meshgpu.core.trust.requests import STOPPED, RequestRules
+from meshgpu.core.trust.sealing import NO_WRAP
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Allocation
@@ -37,7 +38,7 @@ from meshgpu.model.messages import (
 )
 from meshgpu.model.records import AttemptRecord
 from meshgpu.model.sweep import Metric
-from meshgpu.model.trust import Notary, Role
+from meshgpu.model.trust import LENDING_ROLES, Member, Notary, Role
 
 HOLDS_LIMIT: Final = 256
 """Open holds at a time: more than any burst of offers needs, less than what hurts."""
@@ -150,6 +151,7 @@ class Attempts:
     def offered(self, now: Now, steward: NodeId, offer: Offer) -> list[Effect]:
         try:
             spec = self._rules.verify_job(offer.spec, offer.trial)
+            self._rules.check_may_start(offer.spec)
         except TrustError as error:
             return [Reject(steward, error.message), _refuse(steward, offer, error.message)]
         refusal = self._offer_refusal(steward, offer, spec)
@@ -176,13 +178,17 @@ class Attempts:
             return f"attempt {offer.epoch} of this job was here before"
         if self.closed:
             return self.closed
+        me = self._log.members.get(self._node)
+        if me is None or me.role not in LENDING_ROLES:
+            return f"lends nothing: it is a {me.role}" if me else "is no member of the mesh any more"
         if sum(attempt.state is AttemptState.HELD for attempt in self._live.values()) >= HOLDS_LIMIT:
             return "has too many open offers"
-        is_rented = self._log.members[self._node].role is Role.CLOUD
-        if wrong_side := out_of_bounds(spec.cloud, is_rented=is_rented):
+        if wrong_side := out_of_bounds(spec.cloud, is_rented=me.role is Role.CLOUD):
             return wrong_side
         if self._owner.policy.needs_image and not spec.image:
             return NEEDS_IMAGE
+        if spec.secrets is not None and not spec.secrets.opens_for(self._node):
+            return NO_WRAP
         return self._permission(spec).refusal or self._owner.refusal()
 
     def released(self, steward: NodeId, release: Release) -> list[Effect]:
@@ -283,6 +289,18 @@ class Attempts:
                 effects += self._send_away(now, attempt, reason)
         return effects
 
+    def keys_stopped(self, now: Now) -> list[Effect]:
+        """A revocation may have ended the jobs of some keys: theirs stop here."""
+        effects: list[Effect] = []
+        for attempt in [a for a in self._live.values() if a.signed.key in self._log.stopped]:
+            if attempt.state is AttemptState.HELD:
+                del self._live[attempt.spec.job, attempt.epoch]
+            elif attempt.state is AttemptState.ACCEPTED:
+                effects += self._never(now, attempt, AttemptState.ABANDONED, STOPPED)
+            elif attempt.occupies:
+                effects += self._end(attempt, StopMode.STOP)
+        return effects
+
     def steward_linked(self, now: Now, steward: NodeId) -> None:
         """A Link to a steward is up again: tell it at once how its attempts stand."""
         for attempt in self._live.values():
@@ -358,12 +376,17 @@ class Attempts:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _permission(self, spec: JobSpec) -> Permission:
-        return permission(self._owner.policy, spec.user, at_home(self._log.members[self._node]), self.fence)
+        return permission(self._owner.policy, spec.user, at_home(self._me()), self.fence)
+
+    def _me(self) -> Member:
+        """This machine, as it is or, once it was taken out, was: what runs there runs on."""
+        return self._log.members.get(self._node) or self._log.former[self._node]
 
     def _plan(self, attempt: Attempt) -> AttemptPlan:
         fenced = self._permission(attempt.spec).needs_fence
         image = self._owner.policy.image(attempt.spec.image)
-        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, fenced, self._log.members[self._node].name, image)
+        name, key = self._me().name, attempt.signed.key
+        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, fenced, name, image, key)
 
     def _of_steward(self, steward: NodeId, job: JobId, epoch: int) -> Attempt | None:
         """A live attempt, if it is `steward`'s to command."""

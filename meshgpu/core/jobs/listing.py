@@ -1,4 +1,4 @@
-"""What of a user's jobs fits one answer: a list is one message, and a message one frame."""
+"""What of the jobs that a user may see fits one answer: a list is one message, and a message one frame."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,19 +20,27 @@ TRIAL_REASON_CHARACTERS: Final = 200
 """Of why a trial waits or failed, in a list; asked for alone it tells all."""
 
 
-def listed(jobs: Iterable[HeldJob], trials: Mapping[JobId, Mapping[int, HeldJob]]) -> tuple[SignedView, ...]:
-    """The newest of `jobs`, each sweep with its trials. trials: {sweep: {number: trial}}."""
-    told = [job for job in jobs if job.state is not JobState.DRAFT and job.trial is None]
-    told.sort(key=lambda job: (-job.register.submitted_wall_s, job.spec.job))
+def listed(
+    own: Iterable[HeldJob], shared: Iterable[HeldJob], trials: Mapping[JobId, Mapping[int, HeldJob]]
+) -> tuple[SignedView, ...]:
+    """The newest of `own`, then of `shared`, each sweep with its trials. trials: {sweep: {number: trial}}.
+
+    What others share takes only the room that is left: nobody can crowd a user's own jobs out.
+    """
     room = VIEWS_LIMIT_BYTES
     views: list[SignedView] = []
-    for job in told:
+    for job in (*_newest(own), *_newest(shared)):
         view = replace(job.view(), trials=_trials(trials.get(job.spec.job, {})))
         room -= len(view.spec.payload) + sum(map(_size, (view.register, *(t.register for t in view.trials))))
         if room < 0:
             break
         views.append(view)
     return tuple(views)
+
+
+def _newest(jobs: Iterable[HeldJob]) -> list[HeldJob]:
+    told = [job for job in jobs if job.state is not JobState.DRAFT and job.trial is None]
+    return sorted(told, key=lambda job: (-job.register.submitted_wall_s, job.spec.job))
 
 
 def _trials(trials: Mapping[int, HeldJob]) -> tuple[TrialView, ...]:

@@ -10,7 +10,7 @@ from typing import Final
 from meshgpu.model.gossip import Allocation, Capacity, NodeRecord
 from meshgpu.model.ids import GpuId, JobId, NodeId, UserName, display_name
 from meshgpu.model.inventory import Gpu, GpuReading, Inventory, short_gpu_name, sold_gigabytes
-from meshgpu.model.job import CloudUse, JobSpec
+from meshgpu.model.job import CloudUse, JobSpec, SecretBox
 from meshgpu.model.lending import Lending
 from meshgpu.model.resources import GB, GpuRequest, GpuShare, Resources
 
@@ -27,6 +27,8 @@ class Rule(StrEnum):
     """It is rented and the job may not leave the office, or it is not and the job must."""
     CLOSED = "closed"
     """The owner does not let its user in."""
+    SEALED = "sealed"
+    """It cannot read the job's secrets."""
     DOWN = "down"
     UNKNOWN = "unknown"
     """The machine has not said yet what it has."""
@@ -49,15 +51,19 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """What of a job decides whether a machine may run it at all. image: empty for a process."""
+    """What of a job decides whether a machine may run it at all. image: empty for a process.
+
+    secrets: sealed already; None where there are none, or not yet.
+    """
 
     user: UserName
     image: str = ""
     cloud: CloudUse = CloudUse.NEVER
+    secrets: SecretBox | None = None
 
     @classmethod
     def of(cls, spec: JobSpec) -> "Guest":
-        return cls(spec.user, spec.image, spec.cloud)
+        return cls(spec.user, spec.image, spec.cloud, spec.secrets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +297,8 @@ def _remedy(rule: Rule | None, holding: Collection[Allocation]) -> str:
             return "run it with another --cloud"
         case Rule.CLOSED:
             return "its owner lets you in"
+        case Rule.SEALED:
+            return "run it anew: secrets are sealed to the machines of that moment"
         case Rule.DOWN:
             return "it answers again (is it on?)"
         case Rule.UNKNOWN:

@@ -17,9 +17,10 @@ from meshgpu.core.jobs.offering import Offering, OfferTiming
 from meshgpu.core.jobs.placement import Candidate, Guest
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import check_space, trial_spec
+from meshgpu.core.trust.freshness import Obeyed
 from meshgpu.core.trust.meshlog import MeshLog
-from meshgpu.core.trust.requests import RequestRules
-from meshgpu.errors import MeshgpuError, TrustError
+from meshgpu.core.trust.requests import STOPPED, RequestRules
+from meshgpu.errors import MeshgpuError, StaleRequest, TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import NEEDS_LIMIT, Demand, Need
 from meshgpu.model.ids import Digest, JobId, NodeId, UserName
@@ -41,6 +42,7 @@ from meshgpu.model.messages import (
     Answer,
     Ask,
     AttemptReport,
+    Challenge,
     CommitAnswer,
     Fence,
     OfferAnswer,
@@ -66,6 +68,9 @@ REASON_CHARACTERS: Final = 2_000
 """Of what a node tells about an attempt: the last lines of a failed build; a register must fit a frame."""
 
 GONE: Final = "the instance it ran on is gone"
+
+CHANGING: Final = (Action.STOP, Action.KILL)
+"""Requests that are obeyed once, however often they come."""
 
 UNSTARTED_TRIES: Final = 3
 """Attempts that may die before they start (a machine that reboots) before the job is given up."""
@@ -111,6 +116,7 @@ class Stewardship:
         self._final: dict[JobId, HeldJob] = {}
         self._trials: dict[JobId, dict[int, HeldJob]] = {}
         self._sweep_at: float | None = None
+        self.obeyed = Obeyed()
 
     def restore(self, now: Now, records: Iterable[JobRecord]) -> list[Effect]:
         """Take up the registers of an earlier agent, each where it stood."""
@@ -142,9 +148,19 @@ class Stewardship:
         found = self._jobs.get(job) or self._final.get(job)
         return JobView(found.spec, found.register, found.trial, found.sweep) if found else None
 
+    @property
+    def unfinished(self) -> int:
+        """How many jobs are held here and have not ended."""
+        return len(self._jobs)
+
     def views_of(self, user: UserName) -> tuple[SignedView, ...]:
-        """The user's jobs, newest first, as many as fit a frame; trials are told with their sweep."""
-        return listed([j for j in (*self._final.values(), *self._jobs.values()) if j.spec.user == user], self._trials)
+        """The user's jobs, then those that others share, newest first, as many as fit a frame.
+
+        Trials are told with their sweep.
+        """
+        jobs = (*self._final.values(), *self._jobs.values())
+        shared = [job for job in jobs if job.spec.user != user and job.spec.shared]
+        return listed([job for job in jobs if job.spec.user == user], shared, self._trials)
 
     def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
         """The job's tree, if `peer` runs the job now."""
@@ -156,18 +172,30 @@ class Stewardship:
     def submitted(self, now: Now, peer: NodeId, submit: Submit) -> list[Effect]:
         known = self._jobs.get(submit.job) or self._final.get(submit.job)
         if known is not None:
-            if known.signed != submit.spec:
+            if not self._is_same(known, submit.spec):
                 return [Send(peer, SubmitAnswer(submit.job, held=False, code="bad-request", reason="the id is taken"))]
             return [Send(peer, SubmitAnswer(submit.job, held=known.register.state is not JobState.DRAFT))]
         try:
-            spec = self._rules.verify_fresh_spec(submit.spec, now)
+            spec = self._rules.verify_new_spec(submit.spec)
             self._check_acceptable(spec, peer, submit)
+            self._rules.check_fresh_spec(spec, now, peer)
         except MeshgpuError as error:
-            answer = SubmitAnswer(submit.job, held=False, code=error.code, reason=error.message)
+            challenge = challenge_of(error)
+            answer = SubmitAnswer(submit.job, False, code=error.code, reason=error.message, challenge=challenge)
             return [Reject(peer, error.message), Send(peer, answer)]
         register = Register(spec.job, JobState.DRAFT, submitted_wall_s=now.wall_s)
         self._jobs[spec.job] = HeldJob(spec, submit.spec, register)
         return [FetchTree(spec.job, spec.tree, (spec.submitter,))]
+
+    def _is_same(self, known: HeldJob, signed: Signed) -> bool:
+        """Whether it is the job that is held, as it was before or after its submitter was challenged."""
+        if known.signed == signed:
+            return True
+        try:
+            one, other = (replace(self._rules.verify_spec(s), challenge=b"") for s in (known.signed, signed))
+        except TrustError:
+            return False
+        return one == other and one.job == known.spec.job
 
     def _check_acceptable(self, spec: JobSpec, peer: NodeId, submit: Submit) -> None:
         if spec.job != submit.job or spec.submitter != peer:
@@ -377,26 +405,38 @@ class Stewardship:
 
     def asked(self, now: Now, peer: NodeId, ask: Ask) -> list[Effect]:
         try:
-            request = self._rules.verify_request(ask.request, now, peer)
-            views, effects = self._obey(now, peer, request, ask.request)
+            request = self._rules.verify_addressed(ask.request, peer)
+            is_repeated = request.action in CHANGING and self.obeyed.has(ask.request.key, request.nonce)
+            if not is_repeated:
+                self._rules.check_fresh_request(request, now, peer)
+            views, effects = self._obey(now, peer, request, ask.request, is_repeated=is_repeated)
         except TrustError as error:
-            return [Reject(peer, error.message), Send(peer, Answer(ask.query, (), error.code, error.message))]
+            answer = Answer(ask.query, (), error.code, error.message, challenge_of(error))
+            return [Reject(peer, error.message), Send(peer, answer)]
         return [*effects, Send(peer, Answer(ask.query, views))]
 
     def _obey(
-        self, now: Now, peer: NodeId, request: JobRequest, signed: Signed
+        self, now: Now, peer: NodeId, request: JobRequest, signed: Signed, *, is_repeated: bool = False
     ) -> tuple[tuple[SignedView, ...], list[Effect]]:
+        """What is answered, and what follows. is_repeated: it was obeyed before, and changes nothing now."""
         if request.action is Action.LIST:
             return self.views_of(request.user), []
         job = self._jobs.get(request.job or JobId("")) or self._final.get(request.job or JobId(""))
-        if job is None or job.spec.user != request.user:  # the same words, so that nobody learns what exists
+        is_own = job is not None and job.spec.user == request.user
+        if job is None or not (is_own or job.spec.shared):  # the same words, so that nobody learns what exists
             raise TrustError("unknown-job", "cannot find that job among yours here", "meshgpu ps -a")
         effects: list[Effect] = []
         match request.action:
             case Action.WATCH:
                 job.watchers[peer] = now.boot_s + self._timing.watch_s
-            case Action.STOP | Action.KILL:
+            case Action.STOP | Action.KILL if not is_own:
+                raise TrustError("not-allowed", f"cannot {request.action} {job.spec.name}: {only_shared(job.spec)}")
+            case Action.STOP | Action.KILL if not is_repeated:
+                self.obeyed.check_room(now, signed.key, request.nonce)
                 effects = self._stop(now, job, StopMode(request.action.value), signed)
+                effects += self.obeyed.note(now, signed.key, request.nonce)
+            case Action.STOP | Action.KILL:
+                pass
             case Action.LOGS | Action.FILES:
                 raise TrustError("not-allowed", f"cannot answer {request.action} over a Link: it is a bulk stream")
         return (job.view(),), effects
@@ -425,11 +465,17 @@ class Stewardship:
     # -- the cloud ----------------------------------------------------------------------------------------------------
 
     def demand(self) -> Demand:
-        """Jobs that may leave the office and for which no machine had room, the oldest first."""
+        """Jobs that may leave the office and for which no machine had room, the oldest first.
+
+        None with secrets: an instance that is rented for it could not read them.
+        """
         waiting = [
             Need(job.spec.job, job.spec.resources, job.waits_since)
             for job in self._jobs.values()
-            if job.waits_since is not None and job.state is JobState.QUEUED and job.spec.cloud is not CloudUse.NEVER
+            if job.waits_since is not None
+            and job.state is JobState.QUEUED
+            and job.spec.cloud is not CloudUse.NEVER
+            and job.spec.secrets is None
         ]
         waiting.sort(key=lambda need: (need.since_wall_s, need.job))
         return Demand(tuple(waiting[:NEEDS_LIMIT]))
@@ -449,6 +495,22 @@ class Stewardship:
                 effects += self._requeue(now, job, GONE, died=1)
             else:
                 effects += self._finish(now, job, JobState.FAILED, None, None, GONE)
+        return effects
+
+    def keys_stopped(self, now: Now) -> list[Effect]:
+        """A revocation may have ended the jobs of some keys: what waits is over; what runs its node stops by itself."""
+        stopped = [job for job in self._jobs.values() if job.signed.key in self._log.stopped]
+        effects: list[Effect] = []
+        for job in sorted(stopped, key=lambda job: job.spec.sweep is None):  # sweeps first: they begin no more trials
+            if job.state is JobState.DRAFT:
+                del self._jobs[job.spec.job]  # nobody was told that it is here
+            elif (
+                job.state not in (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING) or job.spec.sweep is not None
+            ):
+                effects += self._finish(now, job, JobState.CANCELLED, None, None, STOPPED)
+            elif job.state is not JobState.CANCELLING:
+                job.due = None
+                effects += job.change(now, state=JobState.CANCELLING, stop=StopMode.STOP, reason=STOPPED)
         return effects
 
     # -- time ---------------------------------------------------------------------------------------------------------
@@ -483,6 +545,7 @@ class Stewardship:
         if self._sweep_at is not None and now.boot_s >= self._sweep_at:
             self._sweep_at = now.boot_s + self._timing.sweep_s
             effects.extend(self._forget_old(now))
+            effects.extend(self.obeyed.forget_old(now))
         return effects
 
     def deadline(self) -> float | None:
@@ -504,6 +567,18 @@ class Stewardship:
     def _name(self, node: NodeId | None) -> str:
         member = self._log.members.get(node) if node else None
         return member.name if member else "the machine"
+
+
+def challenge_of(error: MeshgpuError) -> Challenge | None:
+    """What a refusal offers to be signed."""
+    if not isinstance(error, StaleRequest) or not error.challenge:
+        return None
+    return Challenge(error.challenge, error.wall_s, error.refused)
+
+
+def only_shared(spec: JobSpec) -> str:
+    """Why a job of another user can be seen and not ended."""
+    return f"it belongs to {spec.user}, who lets others see it only"
 
 
 def _clipped(report: AttemptReport) -> AttemptReport:

@@ -1,7 +1,7 @@
 """The submitter's side: resolve what was asked for, sign it, and give it to the machine that will hold it."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -9,16 +9,17 @@ from meshgpu.core.effects import Answered, Effect, QueryProgressed, Send
 from meshgpu.core.jobs.placement import Candidate, Guest, explain, nearest_name, never_fits, rank
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import check_space
+from meshgpu.core.trust.freshness import CHALLENGE_BYTES
 from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.core.trust.sealing import SEALING_KEY_BYTES, Seal, binding, check_draft, no_seal
 from meshgpu.errors import MeshgpuError, TrustError
-from meshgpu.model.clock import Now
+from meshgpu.model.clock import ClockGap, Now
 from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, job_id
 from meshgpu.model.job import CloudUse, Draft, JobSpec, JobState, JobView, Register
-from meshgpu.model.messages import Submit, SubmitAnswer
+from meshgpu.model.messages import Challenge, Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources
-from meshgpu.model.trust import Member, Notary, Role, Signed, UserKey
+from meshgpu.model.trust import STEWARD_ROLES, Member, Notary, Role, Signed, UserKey
 
-STEWARD_ROLES: Final = (Role.RIG, Role.BURST)
 ONE_WHOLE_GPU: Final = GpuRequest(count=1)
 
 
@@ -37,6 +38,7 @@ class _Submission:
     signed: Signed
     resend_at: float
     give_up_at: float
+    clock: ClockGap | None = None
 
 
 class Submissions:
@@ -50,6 +52,7 @@ class Submissions:
         rng: random.Random,
         candidates: Callable[[Guest, NodeId | None], list[Candidate]],
         timing: SubmissionTiming,
+        seal: Seal = no_seal,
     ) -> None:
         self._node = node
         self._log = log
@@ -57,6 +60,7 @@ class Submissions:
         self._rng = rng
         self._candidates = candidates
         self._timing = timing
+        self._seal = seal
         self._open: dict[JobId, _Submission] = {}
 
     def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
@@ -66,7 +70,7 @@ class Submissions:
 
     def asked(self, now: Now, query: str, key: KeyId, draft: Draft) -> list[Effect]:
         try:
-            spec = self._resolve(now, self._user(key), draft)
+            spec = self._resolve(now, query, self._user(key), draft)
             signed = self._notary.sign(key, spec)
         except MeshgpuError as error:
             return [Answered(query, code=error.code, reason=error.message, hint=error.hint)]
@@ -79,15 +83,32 @@ class Submissions:
         found = self._open.get(answer.job)
         if found is None or steward not in found.spec.stewards:
             return []
+        if (challenge := answer.challenge) is not None and challenge.refused != found.spec.challenge:
+            return []  # it refuses what was sent before the steward was answered
+        if challenge is not None and not found.spec.challenge and len(challenge.nonce) == CHALLENGE_BYTES:
+            return self._sign_again(now, steward, found, challenge)
         if answer.code:
             del self._open[answer.job]
-            return [Answered(found.query, code=answer.code, reason=answer.reason)]
+            return [Answered(found.query, code=answer.code, reason=answer.reason, clock=found.clock)]
         if not answer.held:
             found.give_up_at = now.boot_s + self._timing.patience_s
             return [QueryProgressed(found.query, answer.done_bytes, answer.total_bytes)] if answer.total_bytes else []
         del self._open[answer.job]
         register = Register(answer.job, JobState.QUEUED, submitted_wall_s=now.wall_s)
-        return [Answered(found.query, (JobView(found.spec, register),))]
+        return [Answered(found.query, (JobView(found.spec, register),), clock=found.clock)]
+
+    def _sign_again(self, now: Now, steward: NodeId, found: _Submission, challenge: Challenge) -> list[Effect]:
+        """The steward's clock and ours differ: what it asked for makes the same job fresh. Once for each job."""
+        found.clock = ClockGap(steward, challenge.wall_s - now.wall_s)
+        spec = replace(found.spec, challenge=challenge.nonce)
+        try:
+            signed = self._notary.sign(found.signed.key, spec)
+        except MeshgpuError as error:
+            del self._open[spec.job]
+            return [Answered(found.query, code=error.code, reason=error.message, hint=error.hint)]
+        found.spec, found.signed = spec, signed
+        found.resend_at = now.boot_s + self._timing.resend_s
+        return [Send(steward, Submit(spec.job, signed))]
 
     def steward_linked(self, now: Now, steward: NodeId) -> None:
         for found in self._open.values():
@@ -100,7 +121,7 @@ class Submissions:
             steward = found.spec.stewards[0]
             if now.boot_s >= found.give_up_at:
                 del self._open[job]
-                name = self._log.members[steward].name
+                name = self._log.name_of(steward)
                 waited = f"{self._timing.patience_s:.0f} s"
                 reason = f"cannot submit: {name} did not confirm within {waited} that it holds the job"
                 effects.append(Answered(found.query, code="no-answer", reason=reason, hint="meshgpu machines"))
@@ -120,19 +141,31 @@ class Submissions:
             raise TrustError("not-allowed", "cannot submit: this account is no user of the mesh", "meshgpu version")
         return user
 
-    def _resolve(self, now: Now, user: UserKey, draft: Draft) -> JobSpec:
+    def _resolve(self, now: Now, query: str, user: UserKey, draft: Draft) -> JobSpec:
         assert self._log.mesh is not None
+        if self._log.members[user.node].role is Role.VIEWER:
+            raise TrustError(
+                "not-allowed",
+                "cannot run: this machine is a viewer, from which nothing is submitted",
+                "ask an admin to run: meshgpu role MACHINE submitter",
+            )
+        check_draft(draft)
         if draft.sweep is not None:
             check_space(draft.sweep, draft.command)
         machine = self._machine(draft.machine) if draft.machine else None
         guest = Guest(user.user, draft.image, self._cloud_use(draft))
         candidates = self._candidates(guest, machine.node if machine else None)
         resources = draft.resources or self._default_resources(draft, candidates)
-        self._check_possible(resources, machine, candidates, guest)
+        self._check_possible(resources, machine, candidates, guest, has_secrets=bool(draft.secrets))
         nonce = self._rng.randbytes(RANDOM_ID_BYTES)
+        job = job_id(user.key, nonce)
+        secrets = None
+        if draft.secrets:
+            bound_to = binding(self._log.mesh, job, user.key, draft.secrets)
+            secrets = self._seal(query, bound_to, draft.secrets, _recipients(candidates, machine))
         return JobSpec(
             self._log.mesh,
-            job_id(user.key, nonce),
+            job,
             nonce,
             draft.name,
             user.user,
@@ -153,6 +186,8 @@ class Submissions:
             draft.retries,
             draft.sweep,
             draft.objective,
+            secrets,
+            draft.shared,
         )
 
     def _machine(self, name: str) -> Member:
@@ -182,7 +217,13 @@ class Submissions:
         return draft.cloud
 
     def _check_possible(
-        self, resources: Resources, machine: Member | None, candidates: list[Candidate], guest: Guest
+        self,
+        resources: Resources,
+        machine: Member | None,
+        candidates: list[Candidate],
+        guest: Guest,
+        *,
+        has_secrets: bool,
     ) -> None:
         """A request that no machine can ever satisfy is refused now, not queued for ever."""
         known = [candidate for candidate in candidates if candidate.record is not None]
@@ -194,7 +235,8 @@ class Submissions:
                     "impossible", f"cannot run on {machine.name}: it {refusal or lacks}", "meshgpu machines"
                 )
             return
-        if guest.cloud is not CloudUse.NEVER and any(m.role is Role.BURST for m in self._log.members.values()):
+        may_rent = guest.cloud is not CloudUse.NEVER and not has_secrets  # which only machines that exist can read
+        if may_rent and any(m.role is Role.BURST for m in self._log.members.values()):
             return  # what no machine here has may be rented
         open_to_me = [c for c in known if not c.is_closed]
         if known and not open_to_me:
@@ -214,3 +256,26 @@ class Submissions:
         if ranked:
             return ranked[0]
         return next((c.node for c in rigs if c.node != self._node), self._node)
+
+
+def _recipients(candidates: Iterable[Candidate], machine: Member | None) -> dict[NodeId, bytes]:
+    """{node: sealing key} of the machines that may run the job: `machine` alone where one is named.
+
+    Raises MeshgpuError `no-sealing-key` where there are none.
+    """
+    keys = {
+        candidate.node: candidate.record.sealing_key
+        for candidate in candidates
+        if candidate.record is not None
+        and len(candidate.record.sealing_key) == SEALING_KEY_BYTES
+        and not candidate.is_closed
+        and (machine is None or candidate.node == machine.node)
+    }
+    if not keys:
+        where = machine.name if machine is not None else "any machine that may run the job"
+        raise MeshgpuError(
+            "no-sealing-key",
+            f"cannot pass secrets to {where}: no key to seal them to has been heard from there",
+            "meshgpu machines; it needs an agent of this version that has answered once",
+        )
+    return keys

@@ -1,21 +1,67 @@
-"""What a peer may say to us, by its role. A machine of the office may say everything; it is checked anyway."""
+"""The one table of what a peer may say to us, by the role of its machine. Everything that arrives passes it.
 
+It says who may speak at all; whether what is said is signed, fresh and somebody's own is checked afterwards, by the
+state machine that it is for. `admin` is a right of a user's key and stands in the mesh log, not here.
+"""
+
+from collections.abc import Mapping
 from typing import Final
 
+from meshgpu.model.bulk import BulkRequest, ChunksWanted, FilesWanted, FileWanted, LogsWanted
 from meshgpu.model.messages import (
+    Activate,
+    Answer,
+    Ask,
     AttemptReport,
+    Cancel,
+    Commit,
     CommitAnswer,
+    Fence,
     GossipDelta,
     GossipDigest,
+    JobUpdate,
     LogDelta,
     Message,
+    Offer,
     OfferAnswer,
+    Release,
+    ReportAck,
+    Submit,
+    SubmitAnswer,
 )
-from meshgpu.model.trust import Member, Role
+from meshgpu.model.trust import LENDING_ROLES, OFFICE_ROLES, STEWARD_ROLES, Member, Role
 
-FROM_CLOUD: Final = (GossipDigest, GossipDelta, LogDelta, OfferAnswer, CommitAnswer, AttemptReport)
-"""A rented instance tells of itself and of its attempts, and repeats entries of the log, which others signed."""
+_EVERYBODY: Final = frozenset(Role)
+_RUNS: Final = LENDING_ROLES
+_HOLDS: Final = STEWARD_ROLES
+_SUBMITS: Final = OFFICE_ROLES - {Role.VIEWER}
+
+MAY: Final[Mapping[type[Message | BulkRequest], frozenset[Role]]] = {
+    GossipDigest: _EVERYBODY,
+    GossipDelta: _EVERYBODY,
+    LogDelta: _EVERYBODY,
+    Submit: _SUBMITS,
+    Ask: OFFICE_ROLES,
+    Offer: _HOLDS,
+    Release: _HOLDS,
+    Commit: _HOLDS,
+    Activate: _HOLDS,
+    Fence: _HOLDS,
+    Cancel: _HOLDS,
+    ReportAck: _HOLDS,
+    SubmitAnswer: _HOLDS,
+    Answer: _HOLDS,
+    JobUpdate: _HOLDS,
+    OfferAnswer: _RUNS,
+    CommitAnswer: _RUNS,
+    AttemptReport: _RUNS,
+    ChunksWanted: _RUNS,
+    LogsWanted: OFFICE_ROLES,
+    FilesWanted: OFFICE_ROLES,
+    FileWanted: OFFICE_ROLES,
+}
+"""{what is said: the roles that may say it}."""
 
 
-def may_say(member: Member, message: Message) -> bool:
-    return member.role is not Role.CLOUD or isinstance(message, FROM_CLOUD)
+def may_say(member: Member, what: Message | BulkRequest) -> bool:
+    return member.role in MAY[type(what)]

@@ -63,6 +63,7 @@ class NodeRecord(_message.Message):
     LENDING_FIELD_NUMBER: _builtins.int
     NEEDS_IMAGE_FIELD_NUMBER: _builtins.int
     PAUSE_FIELD_NUMBER: _builtins.int
+    SEALING_KEY_FIELD_NUMBER: _builtins.int
     agent_version: _builtins.str
     """Version of the agent."""
     fence: _builtins.str
@@ -75,6 +76,8 @@ class NodeRecord(_message.Message):
     """polite, shared, dedicated: who comes first on the GPUs."""
     needs_image: _builtins.bool
     """Whether a job that names no container image is refused."""
+    sealing_key: _builtins.bytes
+    """X25519 public key, 32 bytes, to which secrets are sealed; empty where jobs with secrets cannot run."""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """`host:port`, best first."""
@@ -104,10 +107,11 @@ class NodeRecord(_message.Message):
         lending: _builtins.str = ...,
         needs_image: _builtins.bool = ...,
         pause: _lending_pb2.Pause | None = ...,
+        sealing_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_pause", b"_pause", "inventory", b"inventory", "pause", b"pause"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pause", b"_pause", "addresses", b"addresses", "agent_version", b"agent_version", "fence", b"fence", "inventory", b"inventory", "lending", b"lending", "lends", b"lends", "may_steward", b"may_steward", "needs_image", b"needs_image", "pause", b"pause", "trusts", b"trusts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pause", b"_pause", "addresses", b"addresses", "agent_version", b"agent_version", "fence", b"fence", "inventory", b"inventory", "lending", b"lending", "lends", b"lends", "may_steward", b"may_steward", "needs_image", b"needs_image", "pause", b"pause", "sealing_key", b"sealing_key", "trusts", b"trusts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__pause: _TypeAlias = _typing.Literal["pause"]  # noqa: Y015
     _WhichOneofArgType__pause: _TypeAlias = _typing.Literal["_pause", b"_pause"]  # noqa: Y015

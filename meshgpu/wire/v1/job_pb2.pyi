@@ -79,6 +79,70 @@ class EnvironmentRequest(_message.Message):
 Global___EnvironmentRequest: _TypeAlias = EnvironmentRequest  # noqa: Y015
 
 @_typing.final
+class SecretWrap(_message.Message):
+    """The content key of a SecretBox for one machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    EPHEMERAL_FIELD_NUMBER: _builtins.int
+    WRAPPED_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Id of the node that can unwrap it."""
+    ephemeral: _builtins.bytes
+    """X25519 public key, 32 bytes, of this wrap alone."""
+    wrapped: _builtins.bytes
+    """The content key, encrypted: 48 bytes."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        ephemeral: _builtins.bytes = ...,
+        wrapped: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ephemeral", b"ephemeral", "node", b"node", "wrapped", b"wrapped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecretWrap: _TypeAlias = SecretWrap  # noqa: Y015
+
+@_typing.final
+class SecretBox(_message.Message):
+    """Values of environment variables that only some machines can read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    CIPHERTEXT_FIELD_NUMBER: _builtins.int
+    WRAPS_FIELD_NUMBER: _builtins.int
+    ciphertext: _builtins.bytes
+    """All values, encrypted with the content key."""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the variables, in order."""
+
+    @_builtins.property
+    def wraps(self) -> _containers.RepeatedCompositeFieldContainer[Global___SecretWrap]:
+        """One for each machine that can read them."""
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        ciphertext: _builtins.bytes = ...,
+        wraps: _abc.Iterable[Global___SecretWrap] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ciphertext", b"ciphertext", "names", b"names", "wraps", b"wraps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecretBox: _TypeAlias = SecretBox  # noqa: Y015
+
+@_typing.final
 class JobSpec(_message.Message):
     """What a user submits."""
 
@@ -106,6 +170,9 @@ class JobSpec(_message.Message):
     RETRIES_FIELD_NUMBER: _builtins.int
     SWEEP_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
+    CHALLENGE_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id."""
     job: _builtins.str
@@ -136,6 +203,10 @@ class JobSpec(_message.Message):
     """never, ok, only: whether it may run on a rented instance."""
     retries: _builtins.int
     """How often it is started again after an attempt that died."""
+    shared: _builtins.bool
+    """Whether every user of the mesh may see it, its log and its files."""
+    challenge: _builtins.bytes
+    """32 bytes that the steward asked for in place of a fresh issued_wall_s; empty without."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """argv; with `shell`, one string."""
@@ -164,6 +235,10 @@ class JobSpec(_message.Message):
     def objective(self) -> _sweep_pb2.Objective:
         """Present where the job reports a number."""
 
+    @_builtins.property
+    def secrets(self) -> Global___SecretBox:
+        """Present where variables are sealed."""
+
     def __init__(
         self,
         *,
@@ -189,21 +264,28 @@ class JobSpec(_message.Message):
         retries: _builtins.int = ...,
         sweep: _sweep_pb2.Space | None = ...,
         objective: _sweep_pb2.Objective | None = ...,
+        secrets: Global___SecretBox | None = ...,
+        shared: _builtins.bool = ...,
+        challenge: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_sweep", b"_sweep", "environment", b"environment", "machine", b"machine", "objective", b"objective", "resources", b"resources", "sweep", b"sweep"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_sweep", b"_sweep", "environment", b"environment", "machine", b"machine", "objective", b"objective", "resources", b"resources", "secrets", b"secrets", "sweep", b"sweep"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_sweep", b"_sweep", "cloud", b"cloud", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "objective", b"objective", "resources", b"resources", "retries", b"retries", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "sweep", b"sweep", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_sweep", b"_sweep", "challenge", b"challenge", "cloud", b"cloud", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "objective", b"objective", "resources", b"resources", "retries", b"retries", "secrets", b"secrets", "shared", b"shared", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "sweep", b"sweep", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__machine: _TypeAlias = _typing.Literal["machine"]  # noqa: Y015
     _WhichOneofArgType__machine: _TypeAlias = _typing.Literal["_machine", b"_machine"]  # noqa: Y015
     _WhichOneofReturnType__objective: _TypeAlias = _typing.Literal["objective"]  # noqa: Y015
     _WhichOneofArgType__objective: _TypeAlias = _typing.Literal["_objective", b"_objective"]  # noqa: Y015
+    _WhichOneofReturnType__secrets: _TypeAlias = _typing.Literal["secrets"]  # noqa: Y015
+    _WhichOneofArgType__secrets: _TypeAlias = _typing.Literal["_secrets", b"_secrets"]  # noqa: Y015
     _WhichOneofReturnType__sweep: _TypeAlias = _typing.Literal["sweep"]  # noqa: Y015
     _WhichOneofArgType__sweep: _TypeAlias = _typing.Literal["_sweep", b"_sweep"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__machine) -> _WhichOneofReturnType__machine | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__objective) -> _WhichOneofReturnType__objective | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__secrets) -> _WhichOneofReturnType__secrets | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sweep) -> _WhichOneofReturnType__sweep | None: ...
 
@@ -446,6 +528,7 @@ class JobRequest(_message.Message):
     ISSUED_WALL_S_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
+    CHALLENGE_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id."""
     user: _builtins.str
@@ -460,6 +543,8 @@ class JobRequest(_message.Message):
     """Makes the request unique."""
     job: _builtins.str
     """Job id; absent for all of the user's jobs."""
+    challenge: _builtins.bytes
+    """32 bytes that the node asked for in place of a fresh issued_wall_s; empty without."""
     def __init__(
         self,
         *,
@@ -470,10 +555,11 @@ class JobRequest(_message.Message):
         issued_wall_s: _builtins.float = ...,
         nonce: _builtins.str = ...,
         job: _builtins.str | None = ...,
+        challenge: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_job", b"_job", "job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_job", b"_job", "action", b"action", "issued_wall_s", b"issued_wall_s", "job", b"job", "mesh", b"mesh", "node", b"node", "nonce", b"nonce", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_job", b"_job", "action", b"action", "challenge", b"challenge", "issued_wall_s", b"issued_wall_s", "job", b"job", "mesh", b"mesh", "node", b"node", "nonce", b"nonce", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__job: _TypeAlias = _typing.Literal["job"]  # noqa: Y015
     _WhichOneofArgType__job: _TypeAlias = _typing.Literal["_job", b"_job"]  # noqa: Y015

@@ -29,7 +29,7 @@ from meshgpu.wire.v1 import sweep_pb2 as meshgpu_dot_wire_dot_v1_dot_sweep__pb2
 from meshgpu.wire.v1 import trust_pb2 as meshgpu_dot_wire_dot_v1_dot_trust__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshgpu/wire/v1/messages.proto\x12\x0fmeshgpu.wire.v1\x1a\x1cmeshgpu/wire/v1/gossip.proto\x1a\x19meshgpu/wire/v1/job.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\x1a\x1bmeshgpu/wire/v1/sweep.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\"Z\n\x05Known\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x31\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x1c.meshgpu.wire.v1.Incarnation\x12\x0f\n\x07version\x18\x03 \x01(\x04\"q\n\x0cGossipDigest\x12%\n\x05known\x18\x01 \x03(\x0b\x32\x16.meshgpu.wire.v1.Known\x12$\n\x05heads\x18\x02 \x03(\x0b\x32\x15.meshgpu.wire.v1.Head\x12\x14\n\x0cwants_answer\x18\x03 \x01(\x08\"7\n\x0bGossipDelta\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\"4\n\x08LogDelta\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\"<\n\x06Submit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"p\n\x0cSubmitAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04held\x18\x02 \x01(\x08\x12\x12\n\ndone_bytes\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\"\x80\x01\n\x05Offer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12*\n\x05trial\x18\x04 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x42\x08\n\x06_trial\"\x7f\n\x0bOfferAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\x04hold\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\'\n\x04gpus\x18\x04 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x0f\n\x07refusal\x18\x05 \x01(\tB\x07\n\x05_hold\"$\n\x07Release\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04hold\x18\x02 \x01(\t\"`\n\x06\x43ommit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04hold\x18\x03 \x01(\t\x12&\n\x05votes\x18\x05 \x03(\x0b\x32\x17.meshgpu.wire.v1.SignedJ\x04\x08\x04\x10\x05\"L\n\x0c\x43ommitAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"&\n\x08\x41\x63tivate\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"#\n\x05\x46\x65nce\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xa7\x02\n\rAttemptReport\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\x05phase\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x1b\n\x0estarted_wall_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0c\x65nded_wall_s\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12,\n\x06result\x18\x07 \x01(\x0b\x32\x17.meshgpu.wire.v1.ResultH\x03\x88\x01\x01\x12,\n\x06metric\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.MetricH\x04\x88\x01\x01\x42\x08\n\x06_phaseB\x11\n\x0f_started_wall_sB\x0f\n\r_ended_wall_sB\t\n\x07_resultB\t\n\x07_metric\"\'\n\tReportAck\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xab\x01\n\x06\x43\x61ncel\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12(\n\x07request\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12*\n\x05trial\x18\x05 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x42\x08\n\x06_trial\">\n\x03\x41sk\x12\r\n\x05query\x18\x01 \x01(\t\x12(\n\x07request\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"_\n\tTrialView\x12%\n\x05trial\x18\x01 \x01(\x0b\x32\x16.meshgpu.wire.v1.Trial\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\"\xc2\x01\n\nSignedView\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\x12*\n\x05trial\x18\x03 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x12*\n\x06trials\x18\x04 \x03(\x0b\x32\x1a.meshgpu.wire.v1.TrialViewB\x08\n\x06_trial\"a\n\x06\x41nswer\x12\r\n\x05query\x18\x01 \x01(\t\x12*\n\x05views\x18\x02 \x03(\x0b\x32\x1b.meshgpu.wire.v1.SignedView\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"8\n\tJobUpdate\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x19.meshgpu.wire.v1.Registerb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshgpu/wire/v1/messages.proto\x12\x0fmeshgpu.wire.v1\x1a\x1cmeshgpu/wire/v1/gossip.proto\x1a\x19meshgpu/wire/v1/job.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\x1a\x1bmeshgpu/wire/v1/sweep.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\"Z\n\x05Known\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x31\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x1c.meshgpu.wire.v1.Incarnation\x12\x0f\n\x07version\x18\x03 \x01(\x04\"q\n\x0cGossipDigest\x12%\n\x05known\x18\x01 \x03(\x0b\x32\x16.meshgpu.wire.v1.Known\x12$\n\x05heads\x18\x02 \x03(\x0b\x32\x15.meshgpu.wire.v1.Head\x12\x14\n\x0cwants_answer\x18\x03 \x01(\x08\"7\n\x0bGossipDelta\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\"4\n\x08LogDelta\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\";\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0e\n\x06wall_s\x18\x02 \x01(\x01\x12\x0f\n\x07refused\x18\x03 \x01(\x0c\"<\n\x06Submit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"\xb2\x01\n\x0cSubmitAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04held\x18\x02 \x01(\x08\x12\x12\n\ndone_bytes\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x32\n\tchallenge\x18\x07 \x01(\x0b\x32\x1a.meshgpu.wire.v1.ChallengeH\x00\x88\x01\x01\x42\x0c\n\n_challenge\"\x80\x01\n\x05Offer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12*\n\x05trial\x18\x04 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x42\x08\n\x06_trial\"\x7f\n\x0bOfferAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\x04hold\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\'\n\x04gpus\x18\x04 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x0f\n\x07refusal\x18\x05 \x01(\tB\x07\n\x05_hold\"$\n\x07Release\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04hold\x18\x02 \x01(\t\"`\n\x06\x43ommit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04hold\x18\x03 \x01(\t\x12&\n\x05votes\x18\x05 \x03(\x0b\x32\x17.meshgpu.wire.v1.SignedJ\x04\x08\x04\x10\x05\"L\n\x0c\x43ommitAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"&\n\x08\x41\x63tivate\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"#\n\x05\x46\x65nce\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xa7\x02\n\rAttemptReport\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\x05phase\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x1b\n\x0estarted_wall_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0c\x65nded_wall_s\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12,\n\x06result\x18\x07 \x01(\x0b\x32\x17.meshgpu.wire.v1.ResultH\x03\x88\x01\x01\x12,\n\x06metric\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.MetricH\x04\x88\x01\x01\x42\x08\n\x06_phaseB\x11\n\x0f_started_wall_sB\x0f\n\r_ended_wall_sB\t\n\x07_resultB\t\n\x07_metric\"\'\n\tReportAck\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xab\x01\n\x06\x43\x61ncel\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12(\n\x07request\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12*\n\x05trial\x18\x05 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x42\x08\n\x06_trial\">\n\x03\x41sk\x12\r\n\x05query\x18\x01 \x01(\t\x12(\n\x07request\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"_\n\tTrialView\x12%\n\x05trial\x18\x01 \x01(\x0b\x32\x16.meshgpu.wire.v1.Trial\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\"\xc2\x01\n\nSignedView\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\x12*\n\x05trial\x18\x03 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x12*\n\x06trials\x18\x04 \x03(\x0b\x32\x1a.meshgpu.wire.v1.TrialViewB\x08\n\x06_trial\"\xa3\x01\n\x06\x41nswer\x12\r\n\x05query\x18\x01 \x01(\t\x12*\n\x05views\x18\x02 \x03(\x0b\x32\x1b.meshgpu.wire.v1.SignedView\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x32\n\tchallenge\x18\x05 \x01(\x0b\x32\x1a.meshgpu.wire.v1.ChallengeH\x00\x88\x01\x01\x42\x0c\n\n_challenge\"8\n\tJobUpdate\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x19.meshgpu.wire.v1.Registerb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,38 +44,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GOSSIPDELTA']._serialized_end=461
   _globals['_LOGDELTA']._serialized_start=463
   _globals['_LOGDELTA']._serialized_end=515
-  _globals['_SUBMIT']._serialized_start=517
-  _globals['_SUBMIT']._serialized_end=577
-  _globals['_SUBMITANSWER']._serialized_start=579
-  _globals['_SUBMITANSWER']._serialized_end=691
-  _globals['_OFFER']._serialized_start=694
-  _globals['_OFFER']._serialized_end=822
-  _globals['_OFFERANSWER']._serialized_start=824
-  _globals['_OFFERANSWER']._serialized_end=951
-  _globals['_RELEASE']._serialized_start=953
-  _globals['_RELEASE']._serialized_end=989
-  _globals['_COMMIT']._serialized_start=991
-  _globals['_COMMIT']._serialized_end=1087
-  _globals['_COMMITANSWER']._serialized_start=1089
-  _globals['_COMMITANSWER']._serialized_end=1165
-  _globals['_ACTIVATE']._serialized_start=1167
-  _globals['_ACTIVATE']._serialized_end=1205
-  _globals['_FENCE']._serialized_start=1207
-  _globals['_FENCE']._serialized_end=1242
-  _globals['_ATTEMPTREPORT']._serialized_start=1245
-  _globals['_ATTEMPTREPORT']._serialized_end=1540
-  _globals['_REPORTACK']._serialized_start=1542
-  _globals['_REPORTACK']._serialized_end=1581
-  _globals['_CANCEL']._serialized_start=1584
-  _globals['_CANCEL']._serialized_end=1755
-  _globals['_ASK']._serialized_start=1757
-  _globals['_ASK']._serialized_end=1819
-  _globals['_TRIALVIEW']._serialized_start=1821
-  _globals['_TRIALVIEW']._serialized_end=1916
-  _globals['_SIGNEDVIEW']._serialized_start=1919
-  _globals['_SIGNEDVIEW']._serialized_end=2113
-  _globals['_ANSWER']._serialized_start=2115
-  _globals['_ANSWER']._serialized_end=2212
-  _globals['_JOBUPDATE']._serialized_start=2214
-  _globals['_JOBUPDATE']._serialized_end=2270
+  _globals['_CHALLENGE']._serialized_start=517
+  _globals['_CHALLENGE']._serialized_end=576
+  _globals['_SUBMIT']._serialized_start=578
+  _globals['_SUBMIT']._serialized_end=638
+  _globals['_SUBMITANSWER']._serialized_start=641
+  _globals['_SUBMITANSWER']._serialized_end=819
+  _globals['_OFFER']._serialized_start=822
+  _globals['_OFFER']._serialized_end=950
+  _globals['_OFFERANSWER']._serialized_start=952
+  _globals['_OFFERANSWER']._serialized_end=1079
+  _globals['_RELEASE']._serialized_start=1081
+  _globals['_RELEASE']._serialized_end=1117
+  _globals['_COMMIT']._serialized_start=1119
+  _globals['_COMMIT']._serialized_end=1215
+  _globals['_COMMITANSWER']._serialized_start=1217
+  _globals['_COMMITANSWER']._serialized_end=1293
+  _globals['_ACTIVATE']._serialized_start=1295
+  _globals['_ACTIVATE']._serialized_end=1333
+  _globals['_FENCE']._serialized_start=1335
+  _globals['_FENCE']._serialized_end=1370
+  _globals['_ATTEMPTREPORT']._serialized_start=1373
+  _globals['_ATTEMPTREPORT']._serialized_end=1668
+  _globals['_REPORTACK']._serialized_start=1670
+  _globals['_REPORTACK']._serialized_end=1709
+  _globals['_CANCEL']._serialized_start=1712
+  _globals['_CANCEL']._serialized_end=1883
+  _globals['_ASK']._serialized_start=1885
+  _globals['_ASK']._serialized_end=1947
+  _globals['_TRIALVIEW']._serialized_start=1949
+  _globals['_TRIALVIEW']._serialized_end=2044
+  _globals['_SIGNEDVIEW']._serialized_start=2047
+  _globals['_SIGNEDVIEW']._serialized_end=2241
+  _globals['_ANSWER']._serialized_start=2244
+  _globals['_ANSWER']._serialized_end=2407
+  _globals['_JOBUPDATE']._serialized_start=2409
+  _globals['_JOBUPDATE']._serialized_end=2465
 # @@protoc_insertion_point(module_scope)

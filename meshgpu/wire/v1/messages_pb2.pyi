@@ -138,6 +138,36 @@ class LogDelta(_message.Message):
 Global___LogDelta: _TypeAlias = LogDelta  # noqa: Y015
 
 @_typing.final
+class Challenge(_message.Message):
+    """Why a request is stale, and what makes it fresh."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: _builtins.int
+    WALL_S_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.bytes
+    """32 random bytes to be signed, good once."""
+    wall_s: _builtins.float
+    """The receiver's Unix time in seconds."""
+    refused: _builtins.bytes
+    """The challenge that the stale request had in it; empty for none."""
+    def __init__(
+        self,
+        *,
+        nonce: _builtins.bytes = ...,
+        wall_s: _builtins.float = ...,
+        refused: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "refused", b"refused", "wall_s", b"wall_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Challenge: _TypeAlias = Challenge  # noqa: Y015
+
+@_typing.final
 class Submit(_message.Message):
     """Submitter to steward: hold this job. Sent again until answered."""
 
@@ -177,6 +207,7 @@ class SubmitAnswer(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    CHALLENGE_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     held: _builtins.bool
@@ -189,6 +220,10 @@ class SubmitAnswer(_message.Message):
     """Error code; empty unless refused."""
     reason: _builtins.str
     """One line; empty unless refused."""
+    @_builtins.property
+    def challenge(self) -> Global___Challenge:
+        """Present where the code is stale."""
+
     def __init__(
         self,
         *,
@@ -198,12 +233,15 @@ class SubmitAnswer(_message.Message):
         total_bytes: _builtins.int = ...,
         code: _builtins.str = ...,
         reason: _builtins.str = ...,
+        challenge: Global___Challenge | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_challenge", b"_challenge", "challenge", b"challenge"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "done_bytes", b"done_bytes", "held", b"held", "job", b"job", "reason", b"reason", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_challenge", b"_challenge", "challenge", b"challenge", "code", b"code", "done_bytes", b"done_bytes", "held", b"held", "job", b"job", "reason", b"reason", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__challenge: _TypeAlias = _typing.Literal["challenge"]  # noqa: Y015
+    _WhichOneofArgType__challenge: _TypeAlias = _typing.Literal["_challenge", b"_challenge"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__challenge) -> _WhichOneofReturnType__challenge | None: ...
 
 Global___SubmitAnswer: _TypeAlias = SubmitAnswer  # noqa: Y015
 
@@ -694,6 +732,7 @@ class Answer(_message.Message):
     VIEWS_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    CHALLENGE_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     """The query that is answered."""
     code: _builtins.str
@@ -704,6 +743,10 @@ class Answer(_message.Message):
     def views(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedView]:
         """One for each job."""
 
+    @_builtins.property
+    def challenge(self) -> Global___Challenge:
+        """Present where the code is stale."""
+
     def __init__(
         self,
         *,
@@ -711,12 +754,15 @@ class Answer(_message.Message):
         views: _abc.Iterable[Global___SignedView] | None = ...,
         code: _builtins.str = ...,
         reason: _builtins.str = ...,
+        challenge: Global___Challenge | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_challenge", b"_challenge", "challenge", b"challenge"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "query", b"query", "reason", b"reason", "views", b"views"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_challenge", b"_challenge", "challenge", b"challenge", "code", b"code", "query", b"query", "reason", b"reason", "views", b"views"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__challenge: _TypeAlias = _typing.Literal["challenge"]  # noqa: Y015
+    _WhichOneofArgType__challenge: _TypeAlias = _typing.Literal["_challenge", b"_challenge"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__challenge) -> _WhichOneofReturnType__challenge | None: ...
 
 Global___Answer: _TypeAlias = Answer  # noqa: Y015
 

@@ -156,6 +156,36 @@ class JobRecord(_message.Message):
 Global___JobRecord: _TypeAlias = JobRecord  # noqa: Y015
 
 @_typing.final
+class ObeyedRecord(_message.Message):
+    """A request to stop a job that was obeyed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    UNTIL_WALL_S_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Id of the key that signed it."""
+    nonce: _builtins.str
+    """Its nonce."""
+    until_wall_s: _builtins.float
+    """Unix time in seconds from which it would be stale anyway."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        nonce: _builtins.str = ...,
+        until_wall_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "nonce", b"nonce", "until_wall_s", b"until_wall_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObeyedRecord: _TypeAlias = ObeyedRecord  # noqa: Y015
+
+@_typing.final
 class AttemptRecord(_message.Message):
     """An attempt of this node."""
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmeshgpu/wire/v1/trust.proto\x12\x0fmeshgpu.wire.v1\"G\n\x06Signed\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"U\n\x07Genesis\x12\x11\n\tmesh_name\x18\x01 \x01(\t\x12\x11\n\tadmin_key\x18\x02 \x01(\x0c\x12\x15\n\rrecovery_hash\x18\x03 \x01(\t\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\x99\x01\n\x07\x41\x64\x64Node\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tdevice_ca\x18\x03 \x01(\x0c\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0c\n\x04role\x18\x05 \x01(\t\x12\r\n\x05owner\x18\x06 \x01(\t\x12\x1b\n\x0e\x65xpires_wall_s\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_expires_wall_s\"\x1a\n\nRemoveNode\x12\x0c\n\x04node\x18\x01 \x01(\t\"%\n\x07SetRole\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\"\x1e\n\tSetPolicy\x12\x11\n\tmay_leave\x18\x01 \x01(\x08\"G\n\x08LinkUser\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0b\n\x03uid\x18\x04 \x01(\r\"2\n\x04Head\x12\x0e\n\x06\x61uthor\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\r\n\x05\x65ntry\x18\x03 \x01(\t\"\x94\x03\n\x08LogEntry\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\x0e\n\x06\x61uthor\x18\x02 \x01(\t\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x10\n\x08previous\x18\x04 \x01(\t\x12$\n\x05heads\x18\x05 \x03(\x0b\x32\x15.meshgpu.wire.v1.Head\x12+\n\x07genesis\x18\x06 \x01(\x0b\x32\x18.meshgpu.wire.v1.GenesisH\x00\x12,\n\x08\x61\x64\x64_node\x18\x07 \x01(\x0b\x32\x18.meshgpu.wire.v1.AddNodeH\x00\x12.\n\tlink_user\x18\x08 \x01(\x0b\x32\x19.meshgpu.wire.v1.LinkUserH\x00\x12\x32\n\x0bremove_node\x18\t \x01(\x0b\x32\x1b.meshgpu.wire.v1.RemoveNodeH\x00\x12,\n\x08set_role\x18\n \x01(\x0b\x32\x18.meshgpu.wire.v1.SetRoleH\x00\x12\x30\n\nset_policy\x18\x0b \x01(\x0b\x32\x1a.meshgpu.wire.v1.SetPolicyH\x00\x42\x06\n\x04\x62ody\"]\n\x06Invite\x12\x0e\n\x06secret\x18\x01 \x01(\t\x12\x0c\n\x04user\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07inviter\x18\x04 \x01(\t\x12\x16\n\x0e\x65xpires_wall_s\x18\x05 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmeshgpu/wire/v1/trust.proto\x12\x0fmeshgpu.wire.v1\"G\n\x06Signed\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"i\n\x07Genesis\x12\x11\n\tmesh_name\x18\x01 \x01(\t\x12\x11\n\tadmin_key\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x04 \x01(\x0c\x12\x14\n\x0crecovery_key\x18\x05 \x01(\x0cJ\x04\x08\x03\x10\x04R\rrecovery_hash\"\x99\x01\n\x07\x41\x64\x64Node\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tdevice_ca\x18\x03 \x01(\x0c\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0c\n\x04role\x18\x05 \x01(\t\x12\r\n\x05owner\x18\x06 \x01(\t\x12\x1b\n\x0e\x65xpires_wall_s\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_expires_wall_s\"\x1a\n\nRemoveNode\x12\x0c\n\x04node\x18\x01 \x01(\t\"O\n\x06Revoke\x12\x0c\n\x04node\x18\x01 \x01(\t\x12#\n\x04\x65nds\x18\x02 \x03(\x0b\x32\x15.meshgpu.wire.v1.Head\x12\x12\n\nstops_jobs\x18\x03 \x01(\x08\",\n\x08\x41\x64\x64\x41\x64min\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x0c\n\x04node\x18\x02 \x01(\t\">\n\x0bRemoveAdmin\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x15.meshgpu.wire.v1.Head\"%\n\x07SetRole\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\"\x1e\n\tSetPolicy\x12\x11\n\tmay_leave\x18\x01 \x01(\x08\"G\n\x08LinkUser\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0b\n\x03uid\x18\x04 \x01(\r\"2\n\x04Head\x12\x0e\n\x06\x61uthor\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\r\n\x05\x65ntry\x18\x03 \x01(\t\"\xa5\x04\n\x08LogEntry\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\x0e\n\x06\x61uthor\x18\x02 \x01(\t\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x10\n\x08previous\x18\x04 \x01(\t\x12$\n\x05heads\x18\x05 \x03(\x0b\x32\x15.meshgpu.wire.v1.Head\x12+\n\x07genesis\x18\x06 \x01(\x0b\x32\x18.meshgpu.wire.v1.GenesisH\x00\x12,\n\x08\x61\x64\x64_node\x18\x07 \x01(\x0b\x32\x18.meshgpu.wire.v1.AddNodeH\x00\x12.\n\tlink_user\x18\x08 \x01(\x0b\x32\x19.meshgpu.wire.v1.LinkUserH\x00\x12\x32\n\x0bremove_node\x18\t \x01(\x0b\x32\x1b.meshgpu.wire.v1.RemoveNodeH\x00\x12,\n\x08set_role\x18\n \x01(\x0b\x32\x18.meshgpu.wire.v1.SetRoleH\x00\x12\x30\n\nset_policy\x18\x0b \x01(\x0b\x32\x1a.meshgpu.wire.v1.SetPolicyH\x00\x12)\n\x06revoke\x18\x0c \x01(\x0b\x32\x17.meshgpu.wire.v1.RevokeH\x00\x12.\n\tadd_admin\x18\r \x01(\x0b\x32\x19.meshgpu.wire.v1.AddAdminH\x00\x12\x34\n\x0cremove_admin\x18\x0e \x01(\x0b\x32\x1c.meshgpu.wire.v1.RemoveAdminH\x00\x42\x06\n\x04\x62ody\"]\n\x06Invite\x12\x0e\n\x06secret\x18\x01 \x01(\t\x12\x0c\n\x04user\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07inviter\x18\x04 \x01(\t\x12\x16\n\x0e\x65xpires_wall_s\x18\x05 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,21 +34,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNED']._serialized_start=48
   _globals['_SIGNED']._serialized_end=119
   _globals['_GENESIS']._serialized_start=121
-  _globals['_GENESIS']._serialized_end=206
-  _globals['_ADDNODE']._serialized_start=209
-  _globals['_ADDNODE']._serialized_end=362
-  _globals['_REMOVENODE']._serialized_start=364
-  _globals['_REMOVENODE']._serialized_end=390
-  _globals['_SETROLE']._serialized_start=392
-  _globals['_SETROLE']._serialized_end=429
-  _globals['_SETPOLICY']._serialized_start=431
-  _globals['_SETPOLICY']._serialized_end=461
-  _globals['_LINKUSER']._serialized_start=463
-  _globals['_LINKUSER']._serialized_end=534
-  _globals['_HEAD']._serialized_start=536
-  _globals['_HEAD']._serialized_end=586
-  _globals['_LOGENTRY']._serialized_start=589
-  _globals['_LOGENTRY']._serialized_end=993
-  _globals['_INVITE']._serialized_start=995
-  _globals['_INVITE']._serialized_end=1088
+  _globals['_GENESIS']._serialized_end=226
+  _globals['_ADDNODE']._serialized_start=229
+  _globals['_ADDNODE']._serialized_end=382
+  _globals['_REMOVENODE']._serialized_start=384
+  _globals['_REMOVENODE']._serialized_end=410
+  _globals['_REVOKE']._serialized_start=412
+  _globals['_REVOKE']._serialized_end=491
+  _globals['_ADDADMIN']._serialized_start=493
+  _globals['_ADDADMIN']._serialized_end=537
+  _globals['_REMOVEADMIN']._serialized_start=539
+  _globals['_REMOVEADMIN']._serialized_end=601
+  _globals['_SETROLE']._serialized_start=603
+  _globals['_SETROLE']._serialized_end=640
+  _globals['_SETPOLICY']._serialized_start=642
+  _globals['_SETPOLICY']._serialized_end=672
+  _globals['_LINKUSER']._serialized_start=674
+  _globals['_LINKUSER']._serialized_end=745
+  _globals['_HEAD']._serialized_start=747
+  _globals['_HEAD']._serialized_end=797
+  _globals['_LOGENTRY']._serialized_start=800
+  _globals['_LOGENTRY']._serialized_end=1349
+  _globals['_INVITE']._serialized_start=1351
+  _globals['_INVITE']._serialized_end=1444
 # @@protoc_insertion_point(module_scope)

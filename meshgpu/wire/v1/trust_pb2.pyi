@@ -64,27 +64,27 @@ class Genesis(_message.Message):
 
     MESH_NAME_FIELD_NUMBER: _builtins.int
     ADMIN_KEY_FIELD_NUMBER: _builtins.int
-    RECOVERY_HASH_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
+    RECOVERY_KEY_FIELD_NUMBER: _builtins.int
     mesh_name: _builtins.str
     """Name of the mesh."""
     admin_key: _builtins.bytes
     """Ed25519 public key of the founder's user, 32 bytes."""
-    recovery_hash: _builtins.str
-    """SHA-256 of the recovery key, 64 hexadecimal characters."""
     nonce: _builtins.bytes
     """Random bytes that make the mesh unique."""
+    recovery_key: _builtins.bytes
+    """Ed25519 public key of the recovery key, 32 bytes."""
     def __init__(
         self,
         *,
         mesh_name: _builtins.str = ...,
         admin_key: _builtins.bytes = ...,
-        recovery_hash: _builtins.str = ...,
         nonce: _builtins.bytes = ...,
+        recovery_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_key", b"admin_key", "mesh_name", b"mesh_name", "nonce", b"nonce", "recovery_hash", b"recovery_hash"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_key", b"admin_key", "mesh_name", b"mesh_name", "nonce", b"nonce", "recovery_key", b"recovery_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -112,7 +112,7 @@ class AddNode(_message.Message):
     name: _builtins.str
     """The machine's name."""
     role: _builtins.str
-    """rig, submitter, cloud."""
+    """rig, submitter, viewer, burst, cloud."""
     owner: _builtins.str
     """User whose machine it is."""
     expires_wall_s: _builtins.float
@@ -140,7 +140,7 @@ Global___AddNode: _TypeAlias = AddNode  # noqa: Y015
 
 @_typing.final
 class RemoveNode(_message.Message):
-    """Ends a cloud node's membership."""
+    """Ends a membership: a cloud node's, or the author's own."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -161,6 +161,92 @@ class RemoveNode(_message.Message):
 Global___RemoveNode: _TypeAlias = RemoveNode  # noqa: Y015
 
 @_typing.final
+class Revoke(_message.Message):
+    """Takes a node out, and the keys of all accounts there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    ENDS_FIELD_NUMBER: _builtins.int
+    STOPS_JOBS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node id."""
+    stops_jobs: _builtins.bool
+    """Whether its jobs elsewhere end."""
+    @_builtins.property
+    def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___Head]:
+        """Of each of these keys that is an admin's, the last entry that counts."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        ends: _abc.Iterable[Global___Head] | None = ...,
+        stops_jobs: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "node", b"node", "stops_jobs", b"stops_jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Revoke: _TypeAlias = Revoke  # noqa: Y015
+
+@_typing.final
+class AddAdmin(_message.Message):
+    """Makes a user's key an admin's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    public_key: _builtins.bytes
+    """Ed25519 public key, 32 bytes."""
+    node: _builtins.str
+    """Id of the node that holds the key."""
+    def __init__(
+        self,
+        *,
+        public_key: _builtins.bytes = ...,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "public_key", b"public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddAdmin: _TypeAlias = AddAdmin  # noqa: Y015
+
+@_typing.final
+class RemoveAdmin(_message.Message):
+    """Takes the right from an admin's key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Id of the key."""
+    @_builtins.property
+    def end(self) -> Global___Head:
+        """The last of its entries that counts; absent where it had written none."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        end: Global___Head | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveAdmin: _TypeAlias = RemoveAdmin  # noqa: Y015
+
+@_typing.final
 class SetRole(_message.Message):
     """Gives a node another role."""
 
@@ -171,7 +257,7 @@ class SetRole(_message.Message):
     node: _builtins.str
     """Node id."""
     role: _builtins.str
-    """rig, burst."""
+    """rig, submitter, viewer, burst."""
     def __init__(
         self,
         *,
@@ -274,7 +360,7 @@ Global___Head: _TypeAlias = Head  # noqa: Y015
 
 @_typing.final
 class LogEntry(_message.Message):
-    """One link of one admin's chain."""
+    """One link of one author's chain."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -289,6 +375,9 @@ class LogEntry(_message.Message):
     REMOVE_NODE_FIELD_NUMBER: _builtins.int
     SET_ROLE_FIELD_NUMBER: _builtins.int
     SET_POLICY_FIELD_NUMBER: _builtins.int
+    REVOKE_FIELD_NUMBER: _builtins.int
+    ADD_ADMIN_FIELD_NUMBER: _builtins.int
+    REMOVE_ADMIN_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id; empty in GENESIS, whose digest it is."""
     author: _builtins.str
@@ -325,6 +414,18 @@ class LogEntry(_message.Message):
     def set_policy(self) -> Global___SetPolicy:
         """Present where the mesh's rules change."""
 
+    @_builtins.property
+    def revoke(self) -> Global___Revoke:
+        """Present where a node is taken out."""
+
+    @_builtins.property
+    def add_admin(self) -> Global___AddAdmin:
+        """Present where a key becomes an admin's."""
+
+    @_builtins.property
+    def remove_admin(self) -> Global___RemoveAdmin:
+        """Present where a key is an admin's no more."""
+
     def __init__(
         self,
         *,
@@ -339,12 +440,15 @@ class LogEntry(_message.Message):
         remove_node: Global___RemoveNode | None = ...,
         set_role: Global___SetRole | None = ...,
         set_policy: Global___SetPolicy | None = ...,
+        revoke: Global___Revoke | None = ...,
+        add_admin: Global___AddAdmin | None = ...,
+        remove_admin: Global___RemoveAdmin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_node", b"add_node", "body", b"body", "genesis", b"genesis", "link_user", b"link_user", "remove_node", b"remove_node", "set_policy", b"set_policy", "set_role", b"set_role"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_admin", b"add_admin", "add_node", b"add_node", "body", b"body", "genesis", b"genesis", "link_user", b"link_user", "remove_admin", b"remove_admin", "remove_node", b"remove_node", "revoke", b"revoke", "set_policy", b"set_policy", "set_role", b"set_role"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_node", b"add_node", "author", b"author", "body", b"body", "genesis", b"genesis", "heads", b"heads", "link_user", b"link_user", "mesh", b"mesh", "previous", b"previous", "remove_node", b"remove_node", "seq", b"seq", "set_policy", b"set_policy", "set_role", b"set_role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_admin", b"add_admin", "add_node", b"add_node", "author", b"author", "body", b"body", "genesis", b"genesis", "heads", b"heads", "link_user", b"link_user", "mesh", b"mesh", "previous", b"previous", "remove_admin", b"remove_admin", "remove_node", b"remove_node", "revoke", b"revoke", "seq", b"seq", "set_policy", b"set_policy", "set_role", b"set_role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["genesis", "add_node", "link_user", "remove_node", "set_role", "set_policy"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["genesis", "add_node", "link_user", "remove_node", "set_role", "set_policy", "revoke", "add_admin", "remove_admin"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

@@ -10,11 +10,12 @@ from meshgpu.core.effects import Answered, Effect, Send, TellWatchers
 from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
-from meshgpu.model.clock import Now
-from meshgpu.model.ids import JobId, KeyId, NodeId, UserName
+from meshgpu.model.clock import ClockGap, Now
+from meshgpu.model.ids import JobId, KeyId, NodeId, UserName, key_id
 from meshgpu.model.job import Action, JobRequest, JobSpec, JobState, JobView, Register
-from meshgpu.model.messages import Answer, Ask, JobUpdate, SignedView
-from meshgpu.model.trust import Signed
+from meshgpu.model.messages import Answer, Ask, Challenge, JobUpdate, SignedView
+from meshgpu.model.trust import LinkUser, Signed
+from meshgpu.sim.fakes import ToyNotary
 from meshgpu.sim.office import Office
 
 Clock = Callable[[float], Now]
@@ -194,3 +195,87 @@ def test_register_of_another_job_is_not_believed(bench: Bench) -> None:
     (answer,) = bench.asking.step(bench.at(TIMING.list_s))
     assert isinstance(answer, Answered)
     assert answer.views == ()
+
+
+def test_list_has_what_others_share_and_nothing_else_of_theirs(bench: Bench, signed: Sign) -> None:
+    """Ada's jobs, as another user of the mesh is told of them."""
+    shared, shared_envelope = signed(2, shared=True)
+    public = bench.office.ring.make("eve@rig1")
+    eve = LinkUser(UserName("eve"), public, bench.office.setups[1].node, 1666)
+    bench.log.add(bench.log.write(bench.office.setups[0].accounts[UserName("ada")], [eve]))
+    notary = ToyNotary(bench.office.ring, (public,))
+    bench.asking._notary = notary
+    bench.linked = [bench.steward]
+    bench.asking.list_jobs(bench.at(0), "q", key_id(public))
+    told = SignedView(shared_envelope, Register(shared.job, JobState.QUEUED))
+    (answer,) = bench.asking.answered(bench.steward, Answer("q", (bench.told, told)))
+    assert isinstance(answer, Answered)
+    assert [view.spec.job for view in answer.views] == [shared.job]
+
+
+# -- wrong clocks ------------------------------------------------------------------------------------------------------
+
+
+def stale(bench: Bench, query: str = "q", nonce: bytes = b"n" * 32, refused: bytes = b"") -> Answer:
+    return Answer(query, (), "stale", "cannot accept a request", Challenge(nonce, bench.at(0).wall_s - 7200, refused))
+
+
+def test_stale_request_is_signed_again_for_the_node_that_refused_it(bench: Bench) -> None:
+    first = {r.node: r for r in map(bench.request, bench.asking.list_jobs(bench.at(0), "q", bench.key))}
+    (effect,) = bench.asking.answered(bench.linked[0], stale(bench))
+    assert bench.request(effect) == replace(first[bench.linked[0]], challenge=b"n" * 32)
+    for node in bench.linked[1:]:
+        bench.asking.answered(node, Answer("q", ()))
+    assert bench.asking.step(bench.at(TIMING.list_s)) == []  # it waits for one more exchange
+    (answer,) = bench.asking.answered(bench.linked[0], Answer("q", (bench.told,)))
+    assert isinstance(answer, Answered)
+    assert answer.views == (bench.view,)
+    assert answer.clock is None  # of three clocks one differs: it is not ours that is wrong
+
+
+@pytest.mark.parametrize(("late", "is_told"), [(1, False), (2, True), (3, True)])
+def test_people_are_told_of_their_clock_where_most_others_differ(bench: Bench, late: int, is_told: bool) -> None:
+    bench.linked = [setup.node for setup in bench.office.setups]
+    others = sorted(set(bench.linked) - {bench.office.setups[1].node})
+    bench.asking.list_jobs(bench.at(0), "q", bench.key)
+    for node in others[:late]:
+        bench.asking.answered(node, stale(bench))
+    answers = [bench.asking.answered(node, Answer("q", ())) for node in bench.linked]
+    (answer,) = answers[-1]
+    assert isinstance(answer, Answered)
+    assert answer.clock == (ClockGap(others[0], -7200.0) if is_told else None)
+
+
+def test_request_is_signed_again_once_and_the_refusal_is_told(bench: Bench) -> None:
+    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, bench.steward)
+    assert len(bench.asking.answered(bench.steward, stale(bench))) == 1
+    (answer,) = bench.asking.answered(bench.steward, stale(bench, nonce=b"m" * 32, refused=b"n" * 32))
+    assert isinstance(answer, Answered)
+    assert answer.code == "stale"
+
+
+def test_node_that_refuses_a_list_is_named(bench: Bench) -> None:
+    bench.asking.list_jobs(bench.at(0), "q", bench.key)
+    for node in bench.linked[1:]:
+        bench.asking.answered(node, Answer("q", ()))
+    (answer,) = bench.asking.answered(bench.linked[0], Answer("q", (), "stale", "cannot accept a request"))
+    assert isinstance(answer, Answered)
+    assert bench.linked[0] in answer.silent
+
+
+def test_challenge_of_a_node_that_was_not_asked_is_not_signed(bench: Bench) -> None:
+    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, bench.steward)
+    for node in (bench.linked[1], NodeId("x" * 52)):
+        assert bench.asking.answered(node, stale(bench)) == []
+        assert bench.asking.answered(node, stale(bench, f"watch-{bench.view.spec.job}")) == []
+
+
+def test_watch_goes_on_where_clocks_differ(bench: Bench) -> None:
+    job = bench.view.spec.job
+    bench.asking.watch(bench.at(0), bench.key, job, bench.steward)
+    for now_s in (0.0, TIMING.watch_s):  # every renewal is challenged anew
+        (effect,) = bench.asking.step(bench.at(now_s))
+        asked = bench.request(effect)
+        (again,) = bench.asking.answered(bench.steward, stale(bench, f"watch-{job}"))
+        assert bench.request(again) == replace(asked, challenge=b"n" * 32)
+        assert bench.asking.answered(bench.steward, stale(bench, f"watch-{job}", refused=b"n" * 32)) == []

@@ -15,7 +15,18 @@ from meshgpu.core.trust.requests import RequestRules
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import GpuId, HoldId, JobId, KeyId, NodeId, UserName
 from meshgpu.model.inventory import GpuProcess, GpuReading, ProcessKind
-from meshgpu.model.job import Action, AttemptState, JobRequest, JobSpec, Phase, PlacingVote, Result, StopMode
+from meshgpu.model.job import (
+    Action,
+    AttemptState,
+    JobRequest,
+    JobSpec,
+    Phase,
+    PlacingVote,
+    Result,
+    SecretBox,
+    SecretWrap,
+    StopMode,
+)
 from meshgpu.model.lending import Pause
 from meshgpu.model.messages import (
     Activate,
@@ -558,3 +569,26 @@ def test_owner_who_wants_containers_refuses_processes_or_gives_them_an_image(ben
 
 def records_of(effects: list[Effect]) -> list[AttemptRecord]:
     return [e.record for e in effects if isinstance(e, Persist) and isinstance(e.record, AttemptRecord)]
+
+
+# -- secrets -----------------------------------------------------------------------------------------------------------
+
+
+def sealed_to(*nodes: NodeId) -> SecretBox:
+    return SecretBox(("TOKEN",), b"ciphertext", tuple(SecretWrap(node, b"e" * 32, b"w" * 48) for node in nodes))
+
+
+def test_offer_of_a_job_with_secrets_that_are_not_for_this_machine_is_refused(bench: Bench, signed: Sign) -> None:
+    bench.spec, bench.signed = signed(secrets=sealed_to(bench.office.setups[2].node))
+    answer = bench.offer()
+    assert answer.hold is None
+    assert "has no key to the job's secrets" in answer.refusal
+
+
+def test_sealed_box_and_its_users_key_go_to_the_executor_only_on_activation(bench: Bench, signed: Sign) -> None:
+    box = sealed_to(bench.office.setups[3].node)
+    bench.spec, bench.signed = signed(secrets=box)
+    assert not any(isinstance(effect, StartAttempt) for effect in bench.accept())
+    (start,) = [effect for effect in bench.activate() if isinstance(effect, StartAttempt)]
+    assert start.plan.spec.secrets == box
+    assert start.plan.key == bench.signed.key

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
+from meshgpu.core.jobs import listing
 from meshgpu.core.jobs import steward as steward_module
 from meshgpu.core.jobs.placement import Candidate, Rule
 from meshgpu.core.jobs.steward import UNSTARTED_TRIES, Stewardship, StewardTiming
+from meshgpu.core.trust import freshness
+from meshgpu.core.trust.freshness import Challenges
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import BrokenInvariant
-from meshgpu.model.clock import Now
+from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
 from meshgpu.model.gossip import Capacity, NodeRecord
 from meshgpu.model.ids import HoldId, JobId, NodeId, UserName, key_id
 from meshgpu.model.job import (
@@ -25,6 +28,8 @@ from meshgpu.model.job import (
     Phase,
     Register,
     Result,
+    SecretBox,
+    SecretWrap,
     StopMode,
 )
 from meshgpu.model.messages import (
@@ -45,7 +50,7 @@ from meshgpu.model.messages import (
     Submit,
     SubmitAnswer,
 )
-from meshgpu.model.records import JobRecord
+from meshgpu.model.records import JobRecord, ObeyedRecord
 from meshgpu.model.trust import LinkUser, Signed
 from meshgpu.sim.office import Office
 
@@ -141,10 +146,20 @@ class Bench:
         message = AttemptReport(self.spec.job, epoch, phase, "", started_s, ended, result)
         return self.stewardship.reported(self.at(now_s), self.node, message)
 
-    def ask(self, action: Action, now_s: float = 0.5, user: str = "ada", seat: int = 1) -> list[Effect]:
-        request = JobRequest(
-            self.office.mesh, UserName(user), action, self.me, self.at(now_s).wall_s, "nonce", self.spec.job
-        )
+    def ask(
+        self,
+        action: Action,
+        now_s: float = 0.5,
+        user: str = "ada",
+        seat: int = 1,
+        *,
+        issued_s: float | None = None,
+        nonce: str = "",
+        challenge: bytes = b"",
+    ) -> list[Effect]:
+        issued_wall_s = self.at(now_s if issued_s is None else issued_s).wall_s
+        mesh, job = self.office.mesh, self.spec.job
+        request = JobRequest(mesh, UserName(user), action, self.me, issued_wall_s, nonce or action, job, challenge)
         signed = self.office.notaries[seat].sign(self.office.setups[seat].accounts[UserName("ada")], request)
         return self.stewardship.asked(self.at(now_s), self.office.setups[seat].node, Ask("q", signed))
 
@@ -164,8 +179,7 @@ def kept(effects: list[Effect]) -> list[Register]:
 
 
 def record_of(effects: list[Effect]) -> JobRecord:
-    (record,) = [e.record for e in effects if isinstance(e, Persist)]
-    assert isinstance(record, JobRecord)
+    (record,) = [e.record for e in effects if isinstance(e, Persist) and isinstance(e.record, JobRecord)]
     return record
 
 
@@ -702,3 +716,191 @@ def test_plain_failure_is_not_tried_again(bench: Bench, signed: Sign) -> None:
     bench.activate()
     bench.report(Result(AttemptState.EXITED, 1))
     assert bench.register.state is JobState.FAILED
+
+
+def test_job_with_secrets_is_no_need_because_a_new_instance_could_not_read_them(bench: Bench, signed: Sign) -> None:
+    box = SecretBox(("TOKEN",), b"ciphertext", (SecretWrap(bench.me, b"e" * 32, b"w" * 48),))
+    rent(bench, signed, cloud=CloudUse.OK, secrets=box)
+    bench.candidates = [replace(bench.candidate(2), refusal="does not answer", rule=Rule.DOWN)]
+    bench.queue()
+    assert bench.stewardship.demand().needs == ()
+
+
+# -- what others may see -----------------------------------------------------------------------------------------------
+
+EVE = UserName("eve")
+
+
+def as_eve(bench: Bench, action: Action, job: JobId | None) -> Answer:
+    """What the steward answers another user of the mesh, who sits at the third machine."""
+    seat, log = bench.office.setups[2], bench.rules._log
+    if EVE not in {user.user for user in log.users.values()}:
+        public = bench.office.ring.make("eve@rig2")
+        admin = bench.office.setups[0].accounts[UserName("ada")]
+        log.add(log.write(admin, [LinkUser(EVE, public, seat.node, 1666)]))
+    key = key_id(bench.office.ring.make("eve@rig2"))
+    request = JobRequest(bench.office.mesh, EVE, action, bench.me, bench.at(0.5).wall_s, f"eve {action}", job)
+    effects = bench.stewardship.asked(bench.at(0.5), seat.node, Ask("q", bench.office.ring.sign(key, request)))
+    ((_, answer),) = sent(effects, Answer)
+    assert isinstance(answer, Answer)
+    assert kept(effects) == []
+    return answer
+
+
+def test_job_that_is_not_shared_does_not_exist_for_others(bench: Bench) -> None:
+    bench.activate()
+    assert as_eve(bench, Action.LIST, None).views == ()
+    for action in (Action.WATCH, Action.STOP, Action.KILL):
+        hidden, missing = as_eve(bench, action, bench.spec.job), as_eve(bench, action, JobId("z" * 26))
+        assert (hidden.code, hidden.reason) == (missing.code, missing.reason) == ("unknown-job", hidden.reason)
+        assert hidden.views == ()
+
+
+def test_shared_job_is_listed_and_followed_by_others_and_not_stopped(bench: Bench, signed: Sign) -> None:
+    bench.spec, bench.signed = signed(shared=True)
+    bench.activate()
+    (view,) = as_eve(bench, Action.LIST, None).views
+    assert view.spec == bench.signed
+    assert len(as_eve(bench, Action.WATCH, bench.spec.job).views) == 1
+    assert bench.office.setups[2].node in [peer for peer, _ in sent(bench.report(), JobUpdate)]
+    for action in (Action.STOP, Action.KILL):
+        refused = as_eve(bench, action, bench.spec.job)
+        assert refused.code == "not-allowed"
+        assert "it belongs to ada" in refused.reason
+    assert bench.register.state is JobState.ACTIVE
+    assert bench.register.stop is None
+
+
+def test_own_jobs_are_listed_before_what_others_share(
+    bench: Bench, signed: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.queue()
+    (own,) = bench.stewardship.views_of(UserName("ada"))
+    job = bench.stewardship._jobs[bench.spec.job]
+    monkeypatch.setattr(listing, "VIEWS_LIMIT_BYTES", 2 * listing.REGISTER_BYTES)
+    _, envelope = signed(2)
+    others = [replace(job, spec=replace(job.spec, user=EVE, shared=True), signed=envelope)] * 3
+    assert listing.listed([job], others, {})[0] == own
+    assert len(listing.listed([job], others, {})) < 4
+
+
+# -- wrong clocks and repeated requests --------------------------------------------------------------------------------
+
+LATE_S = 7200.0
+
+
+@pytest.fixture
+def challenging(bench: Bench) -> Bench:
+    """The bench, whose steward challenges what is stale."""
+    office = bench.office
+    bench.rules = RequestRules(office.notaries[0], bench.rules._log, bench.me, Challenges(random.Random(1)))
+    bench.restart()
+    return bench
+
+
+def submit_late(bench: Bench, envelope: Signed, now_s: float = LATE_S) -> SubmitAnswer:
+    effects = bench.stewardship.submitted(bench.at(now_s), bench.submitter, Submit(bench.spec.job, envelope))
+    ((_, answer),) = sent(effects, SubmitAnswer)
+    assert isinstance(answer, SubmitAnswer)
+    return answer
+
+
+def test_job_of_a_machine_with_a_wrong_clock_is_held_once_it_is_signed_again(challenging: Bench, signed: Sign) -> None:
+    bench = challenging
+    refused = submit_late(bench, bench.signed)
+    assert (refused.code, refused.held) == ("stale", False)
+    assert refused.challenge is not None
+    assert refused.challenge.wall_s == bench.at(LATE_S).wall_s
+    _, again = signed(challenge=refused.challenge.nonce)
+    effects = bench.stewardship.submitted(bench.at(LATE_S + 1), bench.submitter, Submit(bench.spec.job, again))
+    assert [type(effect) for effect in effects] == [FetchTree]
+    bench.stewardship.tree_arrived(bench.at(LATE_S + 2), bench.spec.job)
+    for envelope in (again, bench.signed):  # what was on its way meanwhile is the same job
+        assert submit_late(bench, envelope, LATE_S + 3) == SubmitAnswer(bench.spec.job, held=True)
+    _, other = signed(challenge=refused.challenge.nonce, command=("evil",))
+    assert submit_late(bench, other, LATE_S + 4).code == "bad-request"
+
+
+def test_submit_that_is_repeated_after_the_end_and_a_restart_runs_nothing(challenging: Bench) -> None:
+    bench = challenging
+    bench.activate()
+    record = record_of(bench.report(Result(AttemptState.EXITED, 0)))
+    record = replace(record, register=replace(record.register, ended_wall_s=bench.at(2).wall_s))
+    for now_s in (3.0, LATE_S):
+        bench.restart(record)
+        effects = bench.stewardship.submitted(bench.at(now_s), bench.submitter, Submit(bench.spec.job, bench.signed))
+        assert effects == [Send(bench.submitter, SubmitAnswer(bench.spec.job, held=True))]
+        assert bench.register.state is JobState.SUCCEEDED
+        assert bench.stewardship.step(bench.at(now_s + 1)) == []
+
+
+def test_submit_that_is_repeated_after_its_job_was_forgotten_is_stale(challenging: Bench, signed: Sign) -> None:
+    bench = challenging
+    refused = submit_late(bench, bench.signed)
+    assert refused.challenge is not None
+    _, again = signed(challenge=refused.challenge.nonce)
+    bench.stewardship.submitted(bench.at(LATE_S), bench.submitter, Submit(bench.spec.job, again))
+    bench.stewardship.tree_arrived(bench.at(LATE_S), bench.spec.job)
+    bench.ask(Action.STOP, now_s=LATE_S)
+    bench.stewardship.step(bench.at(LATE_S + TIMING.retention_s + TIMING.sweep_s))
+    assert bench.stewardship.view(bench.spec.job) is None
+    for envelope in (bench.signed, again):
+        assert submit_late(bench, envelope, LATE_S + TIMING.retention_s + TIMING.sweep_s + 1).code == "stale"
+        assert bench.stewardship.view(bench.spec.job) is None
+
+
+def test_stop_of_a_machine_with_a_wrong_clock_is_obeyed_once_it_is_signed_again(challenging: Bench) -> None:
+    bench = challenging
+    bench.activate()
+    ((_, refused),) = sent(bench.ask(Action.STOP, now_s=LATE_S, issued_s=0.0), Answer)
+    assert isinstance(refused, Answer)
+    assert (refused.code, bench.register.state) == ("stale", JobState.ACTIVE)
+    assert refused.challenge is not None
+    effects = bench.ask(Action.STOP, now_s=LATE_S, issued_s=0.0, challenge=refused.challenge.nonce)
+    assert sent(effects, Answer) == [(bench.submitter, Answer("q", bench.stewardship.views_of(UserName("ada"))))]
+    assert bench.register.state is JobState.CANCELLING
+
+
+def test_stop_that_is_repeated_is_answered_and_changes_nothing(bench: Bench) -> None:
+    bench.activate()
+    first = bench.ask(Action.KILL)
+    assert any(isinstance(e, Persist) and isinstance(e.record, ObeyedRecord) for e in first)
+    again = bench.ask(Action.KILL, now_s=100.0)
+    assert again == [Send(bench.submitter, Answer("q", bench.stewardship.views_of(UserName("ada"))))]
+    # Whatever its job may have become: what was asked for once is not asked for again.
+    bench.stewardship._jobs[bench.spec.job].register = replace(bench.register, state=JobState.ACTIVE, stop=None)
+    assert kept(bench.ask(Action.KILL, now_s=100.5)) == []
+    assert kept(bench.ask(Action.KILL, now_s=100.5, nonce="another")) != []
+
+
+def test_repeated_stop_is_known_after_a_restart_and_forgotten_when_it_would_be_stale(bench: Bench) -> None:
+    bench.activate()
+    effects = bench.ask(Action.STOP)
+    records = [e.record for e in effects if isinstance(e, Persist) and isinstance(e.record, ObeyedRecord)]
+    bench.restart(next(e.record for e in effects if isinstance(e, Persist) and isinstance(e.record, JobRecord)))
+    bench.stewardship.obeyed.restore(records)
+    bench.stewardship._jobs[bench.spec.job].register = replace(bench.register, state=JobState.ACTIVE, stop=None)
+    assert kept(bench.ask(Action.STOP, now_s=1.0)) == []
+    (old,) = [record for record in records if record is not None]
+    until_s = old.until_wall_s - bench.at(0).wall_s
+    assert until_s == 0.5 + 2 * WALL_CLOCK_SLACK_S
+    assert bench.stewardship.obeyed.forget_old(bench.at(until_s - 1)) == []
+    forgotten = bench.stewardship.obeyed.forget_old(bench.at(until_s))
+    assert forgotten == [Persist("obeyed", f"{old.key}/{old.nonce}", None)]
+    ((_, answer),) = sent(bench.ask(Action.STOP, now_s=until_s, issued_s=0.5), Answer)
+    assert isinstance(answer, Answer)
+    assert answer.code == "stale"
+
+
+def test_requests_that_are_remembered_are_limited_for_each_key(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freshness, "OBEYED_LIMIT", 2)
+    bench.activate()
+    codes = []
+    for number in range(3):
+        ((_, answer),) = sent(bench.ask(Action.STOP, nonce=f"n{number}"), Answer)
+        assert isinstance(answer, Answer)
+        codes.append(answer.code)
+    assert codes == ["", "", "busy"]
+    ((_, answer),) = sent(bench.ask(Action.STOP, nonce="x" * 65), Answer)
+    assert isinstance(answer, Answer)
+    assert answer.code == "bad-request"

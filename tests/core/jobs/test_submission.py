@@ -1,7 +1,7 @@
 """From what was typed to a signed job on its steward."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -11,12 +11,13 @@ from meshgpu.core.jobs.placement import Candidate, Guest, Rule
 from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
-from meshgpu.model.clock import Now
+from meshgpu.core.trust.sealing import binding_of
+from meshgpu.model.clock import ClockGap, Now
 from meshgpu.model.gossip import Capacity, NodeRecord
 from meshgpu.model.ids import KeyId, NodeId, UserName, digest
 from meshgpu.model.inventory import Inventory
-from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest, JobSpec
-from meshgpu.model.messages import Submit, SubmitAnswer
+from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest, JobSpec, SecretBox, SecretWrap
+from meshgpu.model.messages import Challenge, Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources, parse_gpus
 from meshgpu.model.trust import Role, SetPolicy, SetRole
 from meshgpu.sim.office import Office
@@ -265,3 +266,140 @@ def test_what_no_machine_of_the_office_has_may_be_rented(bench: Bench) -> None:
     let_leave(bench)
     assert isinstance(bench.ask("8")[0], Send)
     assert refusal(bench.ask("8", cloud=CloudUse.NEVER)).code == "impossible"
+
+
+# -- secrets -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sealer:
+    """Takes down what was to be sealed to whom."""
+
+    asked: list[tuple[str, bytes, tuple[str, ...], dict[NodeId, bytes]]] = field(default_factory=list)
+
+    def seal(self, query: str, bound_to: bytes, names: tuple[str, ...], keys: Mapping[NodeId, bytes]) -> SecretBox:
+        self.asked.append((query, bound_to, names, dict(keys)))
+        return SecretBox(names, b"ciphertext", tuple(SecretWrap(node, b"e" * 32, b"w" * 48) for node in keys))
+
+
+@pytest.fixture
+def sealer(bench: Bench) -> Sealer:
+    """The bench, with secrets: all of its machines have a sealing key."""
+    sealer = Sealer()
+    bench.submissions = Submissions(
+        bench.office.setups[0].node,
+        bench.log,
+        bench.office.notaries[0],
+        random.Random(1),
+        bench.look,
+        TIMING,
+        sealer.seal,
+    )
+    for name, candidate in bench.candidates.items():
+        assert candidate.record is not None
+        bench.change(name, record=replace(candidate.record, sealing_key=name.encode().ljust(32, b".")))
+    return sealer
+
+
+def ask_with(bench: Bench, *secrets: str, **changes: object) -> list[Effect]:
+    draft = Draft("train", ("python", "train.py"), False, (), EnvironmentRequest(), digest(b"tree"), 1, 1, "", None)
+    draft = replace(draft, secrets=secrets, **changes)  # type: ignore[arg-type]  # names and types are Draft's
+    return bench.submissions.asked(bench.at(0), "q", bench.office.setups[0].accounts[UserName("ada")], draft)
+
+
+def nodes(bench: Bench, *numbers: int) -> set[NodeId]:
+    return {bench.office.setups[number].node for number in numbers}
+
+
+def test_secrets_are_sealed_to_every_machine_that_may_run_the_job(bench: Bench, sealer: Sealer) -> None:
+    bench.change("rig1", rule=Rule.CLOSED, refusal="lends to its owner only")
+    bench.change("rig2", rule=Rule.DOWN, refusal="does not answer")
+    spec = bench.spec(ask_with(bench, "TOKEN", "KEY"))
+    ((query, bound_to, names, keys),) = sealer.asked
+    assert (query, names, set(keys)) == ("q", ("TOKEN", "KEY"), nodes(bench, 0, 2, 3))
+    assert spec.secrets is not None
+    assert bound_to == binding_of(spec, bench.office.setups[0].accounts[UserName("ada")])
+
+
+def test_secrets_are_sealed_to_the_named_machine_alone(bench: Bench, sealer: Sealer) -> None:
+    spec = bench.spec(ask_with(bench, "TOKEN", machine="rig2"))
+    assert spec.secrets is not None
+    assert {wrap.node for wrap in spec.secrets.wraps} == nodes(bench, 2)
+
+
+def test_named_machine_that_cannot_take_secrets_is_refused(bench: Bench, sealer: Sealer) -> None:
+    record = bench.candidates["rig2"].record
+    assert record is not None
+    bench.change("rig2", record=replace(record, sealing_key=b""))
+    refused = refusal(ask_with(bench, "TOKEN", machine="rig2"))
+    assert refused.code == "no-sealing-key"
+    assert "cannot pass secrets to rig2" in refused.reason
+    spec = bench.spec(ask_with(bench, "TOKEN"))
+    assert spec.secrets is not None
+    assert {wrap.node for wrap in spec.secrets.wraps} == nodes(bench, 0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("secrets", "changes", "code"),
+    [
+        (("A",) * 2, {}, "bad-request"),
+        (("A",), {"env": (("A", "1"),)}, "bad-request"),
+        (("A-B",), {}, "bad-request"),
+        (("MESHGPU_JOB_ID",), {}, "bad-request"),
+        (tuple(f"A{n}" for n in range(65)), {}, "too-large"),
+        (("A",), {"cloud": CloudUse.ONLY}, "impossible"),
+    ],
+)
+def test_secrets_that_no_job_can_have_are_refused(
+    bench: Bench, sealer: Sealer, secrets: tuple[str, ...], changes: dict[str, object], code: str
+) -> None:
+    assert refusal(ask_with(bench, *secrets, **changes)).code == code
+    assert sealer.asked == []
+
+
+def test_job_with_secrets_that_fits_no_machine_does_not_wait_for_a_rented_one(bench: Bench, sealer: Sealer) -> None:
+    let_leave(bench)
+    asked = Resources(parse_gpus("7"))
+    assert isinstance(ask_with(bench, resources=asked)[0], Send)
+    assert refusal(ask_with(bench, "TOKEN", resources=asked)).code == "impossible"
+
+
+# -- wrong clocks ------------------------------------------------------------------------------------------------------
+
+NONCE = b"n" * 32
+
+
+def stale(spec: JobSpec, challenge: Challenge | None) -> SubmitAnswer:
+    return SubmitAnswer(spec.job, held=False, code="stale", reason="cannot accept a job", challenge=challenge)
+
+
+def test_job_that_is_stale_is_signed_again_with_what_the_steward_asked_for(bench: Bench) -> None:
+    spec = bench.spec(bench.ask("1"))
+    steward, wall_s = spec.stewards[0], bench.at(0).wall_s + 7200
+    again = bench.spec(bench.submissions.answered(bench.at(1), steward, stale(spec, Challenge(NONCE, wall_s))))
+    assert again == replace(spec, challenge=NONCE)
+    (sent,) = [e for e in bench.submissions.step(bench.at(1 + TIMING.resend_s)) if isinstance(e, Send)]
+    assert bench.spec([sent]) == again
+    (answer,) = bench.submissions.answered(bench.at(4), steward, SubmitAnswer(spec.job, held=True))
+    assert isinstance(answer, Answered)
+    assert answer.views[0].spec == again
+    assert answer.clock == ClockGap(steward, 7199.0)
+
+
+def test_job_is_signed_again_once_and_late_refusals_count_for_nothing(bench: Bench) -> None:
+    spec = bench.spec(bench.ask("1"))
+    steward = spec.stewards[0]
+    assert bench.submissions.answered(bench.at(1), NodeId("x" * 52), stale(spec, Challenge(NONCE, 0.0))) == []
+    bench.submissions.answered(bench.at(1), steward, stale(spec, Challenge(NONCE, 0.0)))
+    late = stale(spec, Challenge(b"m" * 32, 0.0))  # the answer to a spec that was sent twice before
+    assert bench.submissions.answered(bench.at(1.1), steward, late) == []
+    for_good = stale(spec, Challenge(b"o" * 32, 0.0, NONCE))
+    assert refusal(bench.submissions.answered(bench.at(2), steward, for_good)).code == "stale"
+    assert bench.submissions.step(bench.at(60)) == []
+
+
+@pytest.mark.parametrize("nonce", [b"", b"short", b"l" * 33])
+def test_what_is_no_challenge_is_not_signed(bench: Bench, nonce: bytes) -> None:
+    spec = bench.spec(bench.ask("1"))
+    effects = bench.submissions.answered(bench.at(1), spec.stewards[0], stale(spec, Challenge(nonce, 0.0)))
+    assert refusal(effects).code == "stale"

@@ -89,7 +89,7 @@ class Story:
 def story() -> Story:
     ring = KeyRing()
     admin, burst, instance = (ring.make(name) for name in ("admin", "burst", "instance"))
-    mesh, genesis = found(ToyNotary(ring, (admin,)), key_id(admin), Genesis("lab", admin, digest(b"r"), b"n"))
+    mesh, genesis = found(ToyNotary(ring, (admin,)), key_id(admin), Genesis("lab", admin, b"r" * 32, b"n"))
     return Story(ring, admin, burst, instance, mesh, genesis)
 
 

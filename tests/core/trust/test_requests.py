@@ -1,13 +1,15 @@
 """Which signed requests are obeyed."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
+from meshgpu.core.trust.freshness import OPEN_LIMIT, Challenges
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
-from meshgpu.errors import TrustError
+from meshgpu.errors import StaleRequest, TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import HoldId, JobId, KeyId, MeshId, NodeId, UserName
 from meshgpu.model.job import Action, JobRequest, JobSpec, PlacingVote
@@ -74,11 +76,93 @@ def test_spec_must_be_fresh_by_two_clocks(
     spec, envelope = signed(issued_wall_s=at(0).wall_s - age_s)
     rules.verify_spec(envelope)
     if is_fresh:
-        assert rules.verify_fresh_spec(envelope, at(0)) == spec
+        rules.check_fresh_spec(spec, at(0), spec.submitter)
     else:
-        with pytest.raises(TrustError) as caught:
-            rules.verify_fresh_spec(envelope, at(0))
+        with pytest.raises(StaleRequest) as caught:
+            rules.check_fresh_spec(spec, at(0), spec.submitter)
         assert caught.value.code == "stale"
+        assert caught.value.challenge == b""  # these rules have none to give
+
+
+# -- challenges --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def challenging(office: Office, log: MeshLog) -> RequestRules:
+    """The rules of the first machine, which challenges what is stale."""
+    return RequestRules(office.notaries[0], log, office.setups[0].node, Challenges(random.Random(1)))
+
+
+def challenge(rules: RequestRules, envelope: Signed, now: Now, peer: NodeId) -> StaleRequest:
+    with pytest.raises(StaleRequest) as caught:
+        rules.verify_request(envelope, now, peer)
+    return caught.value
+
+
+HOURS_S = 5 * 3600.0
+
+
+def test_request_of_a_machine_with_a_wrong_clock_is_obeyed_with_its_challenge_in_it(
+    challenging: RequestRules, office: Office, at: Clock
+) -> None:
+    peer = office.setups[1].node
+    _, stale = ask(office, at(-HOURS_S))
+    refused = challenge(challenging, stale, at(0), peer)
+    assert (len(refused.challenge), refused.wall_s, refused.refused) == (32, at(0).wall_s, b"")
+    request, again = ask(office, at(-HOURS_S), challenge=refused.challenge)
+    assert challenging.verify_request(again, at(119), peer) == request
+
+
+def test_challenge_is_good_once(challenging: RequestRules, office: Office, at: Clock) -> None:
+    peer = office.setups[1].node
+    nonce = challenge(challenging, ask(office, at(-HOURS_S))[1], at(0), peer).challenge
+    _, again = ask(office, at(-HOURS_S), challenge=nonce)
+    challenging.verify_request(again, at(1), peer)
+    refused = challenge(challenging, again, at(2), peer)
+    assert refused.refused == nonce
+    assert refused.challenge not in (b"", nonce)
+
+
+def test_challenge_ends_after_two_minutes_of_the_boot_clock(
+    challenging: RequestRules, office: Office, at: Clock
+) -> None:
+    peer = office.setups[1].node
+    nonce = challenge(challenging, ask(office, at(-HOURS_S))[1], at(0), peer).challenge
+    _, again = ask(office, at(-HOURS_S), challenge=nonce)
+    challenge(challenging, again, replace(at(0), boot_s=120.0), peer)
+
+
+def test_challenge_is_its_peers_alone(challenging: RequestRules, office: Office, at: Clock) -> None:
+    """Who overhears one, or made one up, or was given one before a restart, cannot use it."""
+    other, peer = office.setups[2], office.setups[1].node
+    nonce = challenge(challenging, ask(office, at(-HOURS_S))[1], at(0), peer).challenge
+    request, _ = ask(office, at(-HOURS_S), challenge=nonce)
+    stolen = office.notaries[2].sign(other.accounts[UserName("ada")], request)
+    challenge(challenging, stolen, at(1), other.node)
+    challenge(challenging, ask(office, at(-HOURS_S), challenge=b"m" * 32)[1], at(1), peer)
+    fresh = RequestRules(office.notaries[0], challenging._log, office.setups[0].node, Challenges(random.Random(2)))
+    challenge(fresh, ask(office, at(-HOURS_S), challenge=nonce)[1], at(1), peer)
+    challenging.verify_request(ask(office, at(-HOURS_S), challenge=nonce)[1], at(2), peer)
+
+
+def test_request_that_is_wrong_in_another_way_gets_no_challenge(
+    challenging: RequestRules, office: Office, at: Clock
+) -> None:
+    _, envelope = ask(office, at(-HOURS_S), node=STRANGER)
+    with pytest.raises(TrustError) as caught:
+        challenging.verify_request(envelope, at(0), office.setups[1].node)
+    assert not isinstance(caught.value, StaleRequest)
+
+
+def test_one_peer_cannot_make_a_node_forget_the_challenges_of_others(at: Clock) -> None:
+    challenges = Challenges(random.Random(1))
+    one, flooding = NodeId("a" * 52), NodeId("b" * 52)
+    mine = challenges.issue(at(0), one)
+    given = [challenges.issue(at(0), flooding) for _ in range(OPEN_LIMIT + 1)]
+    assert sum(map(len, challenges._open.values())) == OPEN_LIMIT + 1
+    assert not challenges.redeem(at(1), flooding, given[0])
+    assert challenges.redeem(at(1), flooding, given[-1])
+    assert challenges.redeem(at(1), one, mine)
 
 
 def test_request_is_obeyed_from_the_machine_that_signed_it(rules: RequestRules, office: Office, at: Clock) -> None:

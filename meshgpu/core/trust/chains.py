@@ -1,0 +1,408 @@
+"""The chains of the mesh log: who may write, what came before what, and which entries count.
+
+Nothing is discarded and order of arrival does not matter. Four rules decide:
+
+1. An entry *holds* if its author was an admin in the part of the log that the entry itself follows from.
+2. A removal that holds ends its target's chain after the entry it names, and never before what its author had seen of
+   it. What the target wrote later counts for nothing, but for removals: two admins who remove each other at the same
+   time are both out. So a thief with an admin's key can take others out, but not stay in, nor undo what they had done
+   before; the recovery key, which nobody removes, begins anew.
+3. What counts needs an author whose own admission counts. Who was removed does not come back.
+4. Two entries with one number freeze their author there, unless a removal names which of the two it goes on from.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from meshgpu.errors import TrustError
+from meshgpu.model.ids import Digest, KeyId, MeshId, NodeId, key_id
+from meshgpu.model.trust import (
+    AddAdmin,
+    AddNode,
+    Genesis,
+    Head,
+    LogEntry,
+    Notary,
+    Removal,
+    RemoveAdmin,
+    RemoveNode,
+    Revoke,
+    Role,
+    Signed,
+)
+
+CHAIN_LIMIT: Final = 100_000
+"""Entries of one author at most: an office needs hundreds; a hostile admin must not fill our memory."""
+
+Clock = Mapping[KeyId, int]
+"""A part of the log that is complete: for each author the number up to which it holds his entries."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Written:
+    """A signed entry that verified, under its digest."""
+
+    name: Digest
+    signed: Signed
+    entry: LogEntry
+
+    @property
+    def author(self) -> KeyId:
+        return self.entry.author
+
+    def is_in(self, part: Clock | None) -> bool:
+        """Whether it belongs to a part of the log; None is all of it."""
+        return part is None or part.get(self.entry.author, -1) >= self.entry.seq
+
+
+class Chains:
+    """All entries that this node holds, whoever wrote them."""
+
+    def __init__(self, notary: Notary, mesh: MeshId, genesis: Signed) -> None:
+        """Raises TrustError unless `genesis` founds `mesh`."""
+        self._notary = notary
+        self._mesh = mesh
+        body = _founding(notary, genesis)
+        self.founder = key_id(body.admin_key)
+        self.recovery = key_id(body.recovery_key)
+        self._keys = {self.founder: body.admin_key, self.recovery: body.recovery_key}
+        self._admins = {self.founder, self.recovery}
+        self._held: dict[KeyId, dict[int, list[Written]]] = {}
+        self._by_name: dict[Digest, Written] = {}
+        self._named: set[Digest] = set()
+        self._pins: dict[KeyId, dict[int, Digest]] = {}
+        self._runs: dict[KeyId, list[Written]] = {}
+        self._clocks: dict[Digest, Clock] = {}
+        self._holding: set[Digest] = set()
+        self._admissions: dict[KeyId, list[Written]] = {}
+        self._removals: list[tuple[Written, Removal]] = []
+        self.counting: tuple[Written, ...] = ()
+        """What admins wrote and counts, each after what it follows from; the same order on every node."""
+
+    # -- taking in ----------------------------------------------------------------------------------------------------
+
+    def add(self, entries: Iterable[Signed]) -> tuple[tuple[Signed, ...], tuple[str, ...]]:
+        """Take in what verifies and is new. Returns it, and why other entries were refused.
+
+        Who is not known (yet) to write here is passed over in silence: his admission may be on its way.
+        """
+        added: list[Signed] = []
+        refused: list[str] = []
+        waiting = list(entries)
+        while waiting:
+            known = [signed for signed in waiting if signed.key in self._keys]
+            waiting = [signed for signed in waiting if signed.key not in self._keys]
+            before = len(added)
+            for signed in known:
+                try:
+                    if self._take(signed):
+                        added.append(signed)
+                except TrustError as error:
+                    refused.append(error.message)
+            if len(added) == before:
+                break  # else who has just been named may have written some of the rest
+        if added:
+            self._recount()
+        return tuple(added), tuple(refused)
+
+    def _take(self, signed: Signed) -> bool:
+        """Whether it is new. Raises TrustError for what its author did not sign, or may never write."""
+        name = self._notary.digest(signed)
+        chain = self._held.get(signed.key, {})
+        entry = self._notary.read(signed, self._keys[signed.key], LogEntry)
+        is_genesis = entry.seq == 0 and MeshId(name) == self._mesh
+        if entry.author != signed.key or not (is_genesis or entry.mesh == self._mesh):
+            raise TrustError("not-allowed", f"an entry of {signed.key[:12]} belongs to another mesh or author")
+        if signed.key == self.founder and entry.seq == 0 and not is_genesis:
+            raise TrustError("not-allowed", f"an entry of {signed.key[:12]} founds another mesh")
+        if not self._may_ever_write(entry):
+            raise TrustError("not-allowed", f"an entry of {signed.key[:12]} says what no node may say")
+        found = chain.get(entry.seq, [])
+        if any(written.name == name for written in found):
+            return False
+        if entry.seq >= CHAIN_LIMIT or (len(found) > 1 and name not in self._named):
+            return False  # two prove the fork; a third is kept only where somebody else says that it is the true one
+        written = Written(name, signed, entry)
+        self._held.setdefault(signed.key, {}).setdefault(entry.seq, []).append(written)
+        self._name(written)
+        self._introduce(written)
+        return True
+
+    def _may_ever_write(self, entry: LogEntry) -> bool:
+        """Nodes write of themselves, and, with the role burst, of cloud nodes; all else is for admins."""
+        if entry.author in self._admins:
+            return True
+        match entry.body:
+            case AddNode(role=role, expires_wall_s=expires_wall_s):
+                return role is Role.CLOUD and expires_wall_s is not None
+            case RemoveNode():
+                return True
+            case _:
+                return False
+
+    def _introduce(self, written: Written) -> None:
+        """Whom it names may write from now on, whether it counts or not: what is held must not hang on the order."""
+        match written.entry.body:
+            case AddAdmin(public_key=public_key):
+                self._keys[key_id(public_key)] = public_key
+                self._admins.add(key_id(public_key))
+            case AddNode(public_key=public_key, role=role) if role is not Role.CLOUD:
+                self._keys.setdefault(key_id(public_key), public_key)
+            case _:
+                pass
+
+    def _name(self, written: Written) -> None:
+        """Remember which entries others build on, and what these follow from."""
+        self._by_name[written.name] = written
+        to_name = [head.entry for head in (*written.entry.heads, *_ends(written)) if head.author != written.author]
+        if written.name in self._named:
+            to_name.append(written.entry.previous)
+        while to_name:
+            name = to_name.pop()
+            if name not in self._named:
+                self._named.add(name)
+                if (below := self._by_name.get(name)) is not None:
+                    to_name.append(below.entry.previous)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def run(self, author: KeyId) -> list[Written]:
+        """His entries from 0 on, each naming the one before, up to the first gap or fork."""
+        return self._runs.get(author, [])
+
+    def of_nodes(self) -> Iterator[tuple[NodeId, list[Written]]]:
+        """What nodes wrote in chains of their own, as far as all that it follows from is here."""
+        for author in sorted(self._runs):
+            if author not in self._admins:
+                yield NodeId(author), [written for written in self._runs[author] if written.name in self._clocks]
+
+    def heads(self) -> tuple[Head, ...]:
+        return tuple(Head(author, len(run) - 1, run[-1].name) for author, run in sorted(self._runs.items()) if run)
+
+    def last_of(self, author: KeyId) -> Head | None:
+        """What a removal of `author` names: of a fork, the side that was here first. None if he wrote nothing."""
+        chain = self._held.get(author, {})
+        last: Written | None = None
+        while found := chain.get(0 if last is None else last.entry.seq + 1):
+            follows = [w for w in found if w.entry.previous == (last.name if last else "")]
+            if not follows:
+                break
+            last = follows[0]
+        return Head(author, last.entry.seq, last.name) if last else None
+
+    def frozen(self) -> tuple[KeyId, ...]:
+        """Authors who wrote two entries with one number, and nobody said which is meant."""
+        return tuple(author for author in sorted(self._held) if self._is_frozen(author))
+
+    def _is_frozen(self, author: KeyId) -> bool:
+        return len(self._held[author].get(len(self._runs.get(author, ())), ())) > 1
+
+    def beyond(self, heads: Iterable[Head]) -> tuple[Signed, ...]:
+        """Entries that somebody with `heads` lacks; where its head is none of ours, everything of that author."""
+        theirs = {head.author: head for head in heads}
+        lacking: list[Signed] = []
+        for author in sorted(self._held):
+            chain, head = self._held[author], theirs.get(author)
+            agrees = head is not None and any(written.name == head.entry for written in chain.get(head.seq, ()))
+            start = head.seq + 1 if head is not None and agrees else 0
+            stuck = len(self._runs.get(author, ())) if self._is_frozen(author) else None
+            lacking.extend(w.signed for seq in sorted(chain) if seq >= start or seq == stuck for w in chain[seq])
+        return tuple(lacking)
+
+    def is_admin(self, author: KeyId) -> bool:
+        """Whether `author` may write now."""
+        return self._was_admin(author, None)
+
+    def admins(self) -> tuple[KeyId, ...]:
+        """All who may write now, the recovery key left out."""
+        known = sorted({self.founder, *self._admissions} - set(self.frozen()))
+        return tuple(key for key in known if self.is_admin(key))
+
+    # -- counting -----------------------------------------------------------------------------------------------------
+
+    def _recount(self) -> None:
+        """Everything that follows from what is held, from nothing on, so that the order of arrival leaves no trace.
+
+        A removal may tell the true side of a fork, so again then: never a removal whose own author is in doubt by it.
+        """
+        self._pins = {}
+        while True:
+            self._runs = {author: self._run(author) for author in self._held}
+            self._clocks = self._order()
+            self._judge()
+            pins = self._pinned()
+            if pins == self._pins:
+                break
+            self._pins = pins
+        memo: dict[Digest, bool] = {}
+        self.counting = tuple(written for written in self._sorted() if self._counts(written, None, memo))
+
+    def _run(self, author: KeyId) -> list[Written]:
+        chain, pinned = self._held[author], self._pins.get(author, {})
+        run: list[Written] = []
+        previous = Digest("")
+        while found := chain.get(len(run)):
+            pin = pinned.get(len(run))
+            meant = [written for written in found if written.name == pin] or found
+            if len(meant) != 1 or meant[0].entry.previous != previous:
+                break
+            run.append(meant[0])
+            previous = meant[0].name
+        return run
+
+    def _order(self) -> dict[Digest, Clock]:
+        """What each entry follows from, itself included: of those whose every root is here."""
+        clocks: dict[Digest, Clock] = {}
+        done = dict.fromkeys(self._runs, 0)
+        progress = True
+        while progress:
+            progress = False
+            for author, run in self._runs.items():
+                while done[author] < len(run) and (clock := self._clock(run, done[author], clocks)) is not None:
+                    clocks[run[done[author]].name] = clock
+                    done[author] += 1
+                    progress = True
+        return clocks
+
+    def _clock(self, run: list[Written], seq: int, clocks: Mapping[Digest, Clock]) -> Clock | None:
+        clock = dict(clocks[run[seq - 1].name]) if seq else {}
+        for head in run[seq].entry.heads:
+            held = self._held.get(head.author, {}).get(head.seq, ())
+            if not any(written.name == head.entry for written in held):
+                return None  # it follows from what is not here yet
+            cited = self._runs[head.author]
+            if head.seq < len(cited) and cited[head.seq].name == head.entry:
+                if head.entry not in clocks:
+                    return None
+                for author, reached in clocks[head.entry].items():
+                    clock[author] = max(clock.get(author, -1), reached)
+        clock[run[seq].author] = seq
+        return clock
+
+    def _sorted(self) -> list[Written]:
+        """Of admins: each after what it follows from, and the same on every node."""
+        ready = [
+            written
+            for author in (self.founder, self.recovery, *self._admissions)
+            for written in self._runs.get(author, ())
+            if written.name in self._clocks
+        ]
+        ranks = {w.name: (sum(self._clocks[w.name].values()) + len(self._clocks[w.name]), w.author) for w in ready}
+        return sorted(ready, key=lambda written: ranks[written.name])
+
+    def _judge(self) -> None:
+        """Rule 1, from the first entry on: who admits others, and who removes whom."""
+        self._holding = set()
+        self._admissions, self._removals = {}, []
+        judged = 0
+        while True:  # an admission that holds may make more entries judgeable
+            ready = self._sorted()
+            if len(ready) == judged:
+                break
+            judged = len(ready)
+            self._holding, self._removals, self._admissions = set(), [], {}
+            for written in ready:
+                self._judge_one(written)
+
+    def _judge_one(self, written: Written) -> None:
+        if not self._was_admin(written.author, self._clocks[written.name]):
+            return
+        self._holding.add(written.name)
+        match written.entry.body:
+            case AddAdmin(public_key=public_key):
+                self._admissions.setdefault(key_id(public_key), []).append(written)
+            case Revoke() | RemoveAdmin() as removal:
+                self._removals.append((written, removal))
+            case _:
+                pass
+
+    def _was_admin(self, author: KeyId, part: Clock | None) -> bool:
+        """Whether `author` is an admin in a part of the log; None is all of it."""
+        if author == self.recovery:
+            return True
+        if self._end(author, part) is not None:
+            return False
+        return author == self.founder or any(
+            self._counts(admission, part, {}) for admission in self._admissions.get(author, ()) if admission.is_in(part)
+        )
+
+    def _end(self, author: KeyId, part: Clock | None) -> int | None:
+        """The number of the author's last entry that counts, as removals in a part of the log say; None without one."""
+        ends = [
+            max(named, self._clocks[written.name].get(author, -1))
+            for written, removal in self._removals
+            if written.is_in(part) and (named := self._end_by(removal, author)) is not None
+        ]
+        return min(ends, default=None)
+
+    def _end_by(self, removal: Removal, author: KeyId) -> int | None:
+        if author == self.recovery:
+            return None
+        named = [head.seq for head in _heads_of(removal) if head.author == author]
+        if named:
+            return min(named)
+        if isinstance(removal, RemoveAdmin):
+            return -1 if removal.key == author else None
+        if any(
+            isinstance(admission.entry.body, AddAdmin) and admission.entry.body.node == removal.node
+            for admission in self._admissions.get(author, ())
+        ):
+            return -1  # an admin of that machine of whom its author had not heard
+        return None
+
+    def _counts(self, written: Written, part: Clock | None, memo: dict[Digest, bool]) -> bool:
+        """Rules 2 and 3, in a part of the log."""
+        found = memo.get(written.name)
+        if found is None:
+            found = memo[written.name] = self._is_counting(written, part, memo)
+        return found
+
+    def _is_counting(self, written: Written, part: Clock | None, memo: dict[Digest, bool]) -> bool:
+        if written.name not in self._holding:
+            return False
+        if isinstance(written.entry.body, Revoke | RemoveAdmin):
+            return True
+        end = self._end(written.author, part)
+        if end is not None and written.entry.seq > end:
+            return False
+        if written.author in (self.founder, self.recovery):
+            return True
+        past = self._clocks[written.name]
+        return any(
+            self._counts(admission, part, memo)
+            for admission in self._admissions.get(written.author, ())
+            if admission.is_in(past)
+        )
+
+    def _pinned(self) -> dict[KeyId, dict[int, Digest]]:
+        """The sides of forks that removals go on from: the entry that each names, and all that it follows from."""
+        pins: dict[KeyId, dict[int, Digest]] = {}
+        named = sorted(
+            (head.seq, head.entry, head.author) for _, removal in self._removals for head in _heads_of(removal)
+        )
+        for _, name, author in reversed(named):  # of two that disagree the lower one has the last word
+            while (written := self._by_name.get(name)) is not None and written.author == author:
+                pins.setdefault(author, {})[written.entry.seq] = name
+                name = written.entry.previous
+        return pins
+
+
+def _founding(notary: Notary, genesis: Signed) -> Genesis:
+    """What the first entry says. The key inside must have signed it: its hash is the mesh id, so it needs no root."""
+    body = notary.read_pinned(genesis, notary.digest(genesis), LogEntry).body
+    if not isinstance(body, Genesis):
+        raise TrustError("wrong-mesh", "cannot enter the mesh: its first entry does not found one")
+    notary.read(genesis, body.admin_key, LogEntry)
+    return body
+
+
+def _heads_of(removal: Removal) -> tuple[Head, ...]:
+    if isinstance(removal, Revoke):
+        return removal.ends
+    return (removal.end,) if removal.end is not None and removal.end.author == removal.key else ()
+
+
+def _ends(written: Written) -> tuple[Head, ...]:
+    body = written.entry.body
+    return _heads_of(body) if isinstance(body, Revoke | RemoveAdmin) else ()
