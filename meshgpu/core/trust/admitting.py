@@ -107,6 +107,11 @@ class Window:
         talk.ends_boot_s = now.boot_s + COMPARISON_LIFE_S
         return talk.digits
 
+    def compared(self) -> tuple[Knock, Terms]:
+        """What the digits on the screen stand for; only right after `reveal`."""
+        assert self._talk is not None
+        return self._talk.knock, self._talk.terms
+
     def press(self, now: Now, *, same: bool) -> Agreed | None:
         """The admin's key press. Returns what is agreed once both did. Raises TrustError where nothing is compared."""
         self._tick(now)
