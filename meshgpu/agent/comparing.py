@@ -145,7 +145,7 @@ class Comparing:
             if not is_open and session.admitted is None:
                 raise TrustError(
                     "bad-invite",
-                    f"no machine was admitted: the window closes after {WINDOW_LIFE_S / 60:.0f} minutes or five failures",
+                    f"no machine was admitted in {WINDOW_LIFE_S / 60:.0f} minutes, or five comparisons failed",
                     "meshgpu admit",
                 )
             await tell(None)

@@ -153,6 +153,8 @@ class Pairing:
             return welcome
         if self._compare is not None:
             return await self._compare(step, request)
+        if step.startswith("compare-"):
+            raise TrustError("bad-invite", "cannot join: no admin compares digits there now", "meshgpu admit, there")
         raise MeshgpuError("bad-request", f"cannot pair: there is no step {step!r}")
 
     async def _close_soon(self) -> None:
