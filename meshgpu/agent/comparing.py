@@ -129,6 +129,7 @@ class Comparing:
         except BaseException:
             await self._close(session)
             raise
+        self.pairing.hide_listener()
         self.pairing.tasks.create_task(self._close_later(session))
         return admitted
 

@@ -122,6 +122,11 @@ class Pairing:
         self._compare = compare
         await self._listen()
 
+    def hide_listener(self) -> None:
+        """Announce it no more where no invite needs it; whoever is in a conversation may still end that."""
+        if self._invites.is_empty:
+            self.announce_port(0)
+
     async def close_listener(self) -> None:
         """No comparison any more; the listener stays where an invite needs it."""
         self._compare = None
@@ -131,7 +136,7 @@ class Pairing:
         async with self._opening:
             if not self._port:
                 self._port = await self.listener.open(self._answer)
-                self.announce_port(self._port)
+        self.announce_port(self._port)
 
     async def _close_when_over(self) -> None:
         await asyncio.sleep(joining.INVITE_LIFE_S + 1.0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts.office import MESHGPU
+from tests.hosts.office import MESHGPU, until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("comparing")]
 DEADLINE_S = 60.0
@@ -70,7 +70,9 @@ def ada(office: Any) -> Any:
 
 def compared(ada: Any, host: Any, said_there: str, said_here: str) -> tuple[Screen, Screen]:
     """Both screens after both people answered; their digits were the same."""
+    until(lambda: not ada.json("discover")["machines"][0]["pairing"], "the window before this one stays open")
     there = Screen(ada, "admit", host.name)
+    there.read_until("Waiting for")
     here = Screen(host, "join", "--name", host.name, "--as", host.name, "--yes")
     digits = here.read_until(r"\d{3} \d{3}")
     assert there.read_until(r"\d{3} \d{3}") == digits
