@@ -114,6 +114,8 @@ class Comparing:
         if role not in ROLES:
             raise MeshgpuError("bad-request", f"cannot admit a machine as {role}: expected rig, submitter or viewer")
         check_names(**({"machine": wanted} if wanted else {}), **({"user": said} if said else {}))
+        if self._session is not None and self._session.outcome.done():
+            await self._close(self._session)
         if self._session is not None:
             raise MeshgpuError(
                 "busy", "cannot admit: this machine's window is open already", "end that `meshgpu admit`"
