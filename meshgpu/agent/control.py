@@ -16,8 +16,11 @@ from aiohttp import web
 from meshgpu.agent.admins import Admins
 from meshgpu.agent.bodies import draft_of, read_body, secrets_of, settings_of, text_of, texts_of
 from meshgpu.agent.callers import descends_from
+from meshgpu.agent.comparing import Comparing
 from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
+from meshgpu.agent.ndjson import error_document, stream, write
 from meshgpu.agent.pairing import Pairing
+from meshgpu.agent.pairing_control import PairingControl
 from meshgpu.agent.status import Status
 from meshgpu.agent.trust_control import TrustControl
 from meshgpu.agent.views import (
@@ -97,6 +100,9 @@ class Control:
                 web.post("/v1/jobs/{job}/stop", self._stop),
                 web.get("/v1/jobs/{job}/files", self._files),
                 web.get("/v1/jobs/{job}/files/{path:.+}", self._file),
+                *PairingControl(
+                    Comparing(self.pairing), self.status, self.dial_pairing, self._uid, self._check_own
+                ).routes(),
                 *TrustControl(self.admins, self._uid, self._check_own, self.stop_agent).routes(),
             ]
         )
@@ -308,10 +314,10 @@ class Control:
 
         submission = self.tasks.create_task(submit())
         try:
-            response = await _stream(request)
+            response = await stream(request)
             while (line := await lines.get())["type"] == "shipping":
-                await _write(response, line)
-            await _write(response, line)
+                await write(response, line)
+            await write(response, line)
             await response.write_eof()
         finally:
             submission.cancel()
@@ -389,17 +395,17 @@ class Control:
         found = await self.jobs.find(key, request.match_info["job"])
         position = int(_number(request, "position", 0))
         logs = request.query.get("logs", "1") == "1"
-        response = await _stream(request, self._clock_header())
+        response = await stream(request, self._clock_header())
         writing = asyncio.Lock()
         current = {"type": "job", "job": self._document(found)}
-        await _write(response, current)
+        await write(response, current)
 
         async def tell(item: Register | Printed | OutOfTouch) -> None:
             event = self._event(found, item)
             if event["type"] == "job":
                 current.update(event)
             async with writing:
-                await _write(response, event)
+                await write(response, event)
 
         pulse = self.tasks.create_task(_pulse(response, writing, current))
         last: Document
@@ -415,7 +421,7 @@ class Control:
             last = {"type": "error", "error": error_document(error)}
         finally:
             pulse.cancel()
-        await _write(response, last)
+        await write(response, last)
         await response.write_eof()
         return response
 
@@ -449,10 +455,6 @@ async def serve(application: web.Application, path: Path) -> web.AppRunner:
     return runner
 
 
-def error_document(error: MeshgpuError) -> Document:
-    return {"code": error.code, "message": error.message, "hint": error.hint}
-
-
 def _with_register(found: Found, register: Register) -> Found:
     return Found(replace(found.view, register=register), found.display)
 
@@ -467,23 +469,13 @@ def _peer(request: web.Request) -> tuple[int, int]:
     return pid, uid
 
 
-async def _stream(request: web.Request, headers: Mapping[str, str] | None = None) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", **(headers or {})})
-    await response.prepare(request)
-    return response
-
-
-async def _write(response: web.StreamResponse, document: Document) -> None:
-    await response.write(json.dumps(document).encode() + b"\n")
-
-
 async def _pulse(response: web.StreamResponse, writing: asyncio.Lock, current: Document) -> None:
     """Say again how the job stands, so that silence is told from a dead agent."""
     with contextlib.suppress(ConnectionError):  # the follower left; its handler ends by itself
         while True:
             await asyncio.sleep(KEEPALIVE_S)
             async with writing:
-                await _write(response, current)
+                await write(response, current)
 
 
 def _number(request: web.Request, key: str, default: float) -> float:

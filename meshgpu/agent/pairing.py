@@ -56,14 +56,16 @@ class Pairing:
     writing: asyncio.Lock
     _invites: joining.Invites = field(default_factory=joining.Invites)
     _open: dict[bytes, tuple[Greeting, Introduction]] = field(default_factory=dict)
+    _compare: Callable[[str, bytes], Awaitable[bytes]] | None = None
+    _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     _port: int = 0
 
     # -- founding -----------------------------------------------------------------------------------------------------
 
     async def found(self, uid: int, mesh_name: str, name: str, user: str) -> Founded:
         """Make a mesh of one machine. Raises MeshgpuError `already-in-mesh` or `bad-name`."""
-        self._check_outside()
-        _check_names(mesh=mesh_name, machine=name, user=user)
+        self.check_outside()
+        check_names(mesh=mesh_name, machine=name, user=user)
         admin = self.keys.user_key(uid)
         recovery_key = base32(self.rng.randbytes(20))
         genesis = Genesis(mesh_name, admin, self.recovery(recovery_key).public_key, self.rng.randbytes(16))
@@ -77,7 +79,7 @@ class Pairing:
         await self.settle(ev.MeshEntered(mesh, (first, *entries)))
         return Founded(mesh_name, recovery_key)
 
-    def _check_outside(self) -> None:
+    def check_outside(self) -> None:
         if self.node.log.mesh is not None:
             raise MeshgpuError(
                 "already-in-mesh",
@@ -89,13 +91,11 @@ class Pairing:
 
     async def invite(self, uid: int, user: str | None) -> tuple[str, Invite]:
         """Open the pairing listener for one more machine; it closes when the last invite is used or over."""
-        account = self._admin(uid, "invite", "meshgpu invite")
+        account = self.admin(uid, "invite", "meshgpu invite")
         log = self.node.log
         assert log.mesh is not None
-        _check_names(user=user or account.user)
-        if not self._port:
-            self._port = await self.listener.open(self._answer)
-            self.announce_port(self._port)
+        check_names(user=user or account.user)
+        await self._listen()
         secret = joining.new_secret(self.rng.randbytes(joining.SECRET_BYTES))
         invite = self._invites.create(self.clock.now(), secret, UserName(user or account.user), account.key)
         self.tasks.create_task(self._close_when_over())
@@ -103,7 +103,7 @@ class Pairing:
         where = tuple(Address(f"{host}:{self._port}") for host in hosts)
         return joining.write_invite(InviteString(log.mesh, self.node.node, secret, where)), invite
 
-    def _admin(self, uid: int, what: str, command: str) -> UserKey:
+    def admin(self, uid: int, what: str, command: str) -> UserKey:
         """The caller's account, which `what` needs. Raises TrustError `not-in-mesh` or `not-an-admin`."""
         log = self.node.log
         account = log.account(self.node.node, uid)
@@ -117,13 +117,34 @@ class Pairing:
             )
         return account
 
+    async def open_listener(self, compare: Callable[[str, bytes], Awaitable[bytes]]) -> None:
+        """Listen until `close_listener` for `compare` too, which answers the steps of a comparison."""
+        self._compare = compare
+        await self._listen()
+
+    def hide_listener(self) -> None:
+        """Announce it no more where no invite needs it; whoever is in a conversation may still end that."""
+        if self._invites.is_empty:
+            self.announce_port(0)
+
+    async def close_listener(self) -> None:
+        """No comparison any more; the listener stays where an invite needs it."""
+        self._compare = None
+        await self._close_if_done()
+
+    async def _listen(self) -> None:
+        async with self._opening:
+            if not self._port:
+                self._port = await self.listener.open(self._answer)
+        self.announce_port(self._port)
+
     async def _close_when_over(self) -> None:
         await asyncio.sleep(joining.INVITE_LIFE_S + 1.0)
         self._invites.drop_expired(self.clock.now())
         await self._close_if_done()
 
     async def _close_if_done(self) -> None:
-        if self._invites.is_empty and self._port:
+        if self._invites.is_empty and self._compare is None and self._port:
             self._port = 0
             self.announce_port(0)
             await self.listener.close()
@@ -135,6 +156,10 @@ class Pairing:
             welcome = encode(await self._admit(decode(Application, request)))
             self.tasks.create_task(self._close_soon())
             return welcome
+        if self._compare is not None:
+            return await self._compare(step, request)
+        if step.startswith("compare-"):
+            raise TrustError("bad-invite", "cannot join: no admin compares digits there now", "meshgpu admit, there")
         raise MeshgpuError("bad-request", f"cannot pair: there is no step {step!r}")
 
     async def _close_soon(self) -> None:
@@ -158,7 +183,7 @@ class Pairing:
     async def _admit(self, application: Application) -> Welcome:
         """Whoever proves an invite's secret over one of the open conversations is in."""
         newcomer = application.newcomer
-        _check_names(machine=newcomer.name)
+        check_names(machine=newcomer.name)
         if node_of_ca(newcomer.device_ca) != node_id(newcomer.public_key):
             raise TrustError("bad-invite", "cannot admit a machine: its certificate belongs to another key")
         certificate = self.listener.fingerprint()
@@ -198,7 +223,7 @@ class Pairing:
         role = () if member is not None and member.role is Role.BURST else (SetRole(me, Role.BURST),)
         if account is not None and not (policy or role):
             return account.key, ()
-        return self._admin(uid, "let this machine rent", "meshgpu burst setup").key, (*policy, *role)
+        return self.admin(uid, "let this machine rent", "meshgpu burst setup").key, (*policy, *role)
 
     # -- joining ------------------------------------------------------------------------------------------------------
 
@@ -211,8 +236,8 @@ class Pairing:
         dial: Callable[[Address], Awaitable[ports.PairingDialog]],
     ) -> Joined:
         """Use an invite. `more` are further addresses to try. Raises MeshgpuError; then nothing was changed here."""
-        self._check_outside()
-        _check_names(machine=name)
+        self.check_outside()
+        check_names(machine=name)
         invite = joining.read_invite(text)
         failures: list[str] = []
         for address in dict.fromkeys((*invite.addresses, *more)):
@@ -246,19 +271,19 @@ class Pairing:
         me = log.members.get(node_id(public_key))
         if me is None:
             raise MeshgpuError("wrong-mesh", "cannot join: the inviter did not add this machine to the mesh")
-        met = ((invite.inviter, _reachable(welcome.addresses, address)),)
+        met = ((invite.inviter, reachable(welcome.addresses, address)),)
         await self.settle(ev.MeshEntered(invite.genesis, log.all_entries(), met))
         return Joined(log.mesh_name, welcome.user, log.members[invite.inviter].name)
 
 
-def _reachable(addresses: Sequence[Address], answered: Address) -> tuple[Address, ...]:
+def reachable(addresses: Sequence[Address], answered: Address) -> tuple[Address, ...]:
     """The inviter's own addresses, and its Link port at the host that just answered: names and NAT may differ."""
     host = answered.rpartition(":")[0]
     ports_told = dict.fromkeys(address.rpartition(":")[2] for address in addresses)
     return tuple(dict.fromkeys((*addresses, *(Address(f"{host}:{port}") for port in ports_told))))
 
 
-def _check_names(**names: str) -> None:
+def check_names(**names: str) -> None:
     for what, name in names.items():
         if not is_name(name):
             raise MeshgpuError(

@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "join": "mesh_commands",
     "discover": "mesh_commands",
     "invite": "mesh_commands",
+    "admit": "compare_commands",
     "revoke": "trust_commands",
     "role": "trust_commands",
     "admin": "trust_commands",

@@ -10,6 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
+from meshgpu.cli.compare_commands import compare, open_window
 from meshgpu.cli.launch import confirmed, ensure_agent, is_attended, listening_s
 from meshgpu.cli.render import ago, note, plain, print_table
 from meshgpu.cli.watch import Json
@@ -63,18 +64,31 @@ def init(
 def join(
     invite: Annotated[
         str | None,
-        typer.Argument(metavar="[STRING]", help="What `meshgpu invite` printed; a line of stdin if left out."),
+        typer.Argument(
+            metavar="[STRING]", help="What `meshgpu invite` printed; without it, compare digits (or a line of stdin)."
+        ),
     ] = None,
     name: MachineName = None,
     seed: Annotated[
         list[str] | None,
         typer.Option("--seed", metavar="HOST[:PORT]", help="Where a member answers, if it is not found by itself."),
     ] = None,
+    as_user: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="Your name, without an invite (your account's).")
+    ] = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Make this machine a member of a mesh and lend it."""
+    """Make this machine a member of a mesh and lend it; without STRING, an admin there runs `meshgpu admit`."""
     machine = checked_name(host_name() if name is None else name, "--name")
+    if invite is None and not as_json and is_attended():
+        person = checked_name(account_name() if as_user is None else as_user, "--as")
+        _join_by_digits(machine, person, seed or [], yes=yes)
+        return
+    if as_user is not None:
+        raise MeshgpuError(
+            "bad-request", "cannot choose a user's name: the invite says it", "meshgpu invite --user NAME"
+        )
     invite = asked_invite() if invite is None else invite
     check_invite(invite)
     if not (yes or as_json or is_attended()):
@@ -89,6 +103,21 @@ def join(
         print(json.dumps(joined))
         return
     for line in welcome(joined):
+        print(plain(line))
+
+
+def _join_by_digits(machine: str, person: str, seeds: list[str], *, yes: bool) -> None:
+    client, agent = ensure_agent()
+    if agent["mesh"] is not None:
+        raise MeshgpuError(
+            "already-in-mesh", f"cannot join: this machine is in the mesh {agent['mesh']['name']}", "meshgpu machines"
+        )
+    for line in consent(machine, agent):
+        note(line)
+    if not confirmed("Join?", yes=yes):
+        raise typer.Exit(EXIT_FAILED_CHECK)
+    node = None if seeds else open_window(client, listening_s(agent))
+    for line in welcome(compare(client, node, seeds, machine, person)):
         print(plain(line))
 
 
@@ -122,8 +151,6 @@ def discover(as_json: Json = False) -> None:
 
 def asked_invite() -> str:
     """A line of stdin: what stands among the arguments every account of this computer can read."""
-    if is_attended():
-        note("Paste what `meshgpu invite` printed, then press Enter:")
     return sys.stdin.readline(INVITE_CHARACTERS)
 
 

@@ -11,10 +11,12 @@ from meshgpu.client.http import Answer, error_in, request
 from meshgpu.client.views import (
     AdminsView,
     AdminView,
+    AdmitEvent,
     AgentView,
     BurstSettingsView,
     BurstView,
     ChecksView,
+    CompareEvent,
     FileView,
     FollowEvent,
     FoundedView,
@@ -78,6 +80,22 @@ class AgentClient:
 
     def join(self, invite: str, name: str, seeds: list[str]) -> JoinedView:
         return cast(JoinedView, self._post("/v1/join", {"invite": invite, "name": name, "seeds": seeds}))
+
+    def admit(self, name: str | None, user: str | None, role: str) -> Iterator[AdmitEvent]:
+        """Open a window for one machine; it closes when the iterator does. The last event is `admitted`."""
+        body = {"name": name, "user": user, "role": role}
+        for event in self._events("POST", "/v1/admit", _encode(body), STREAM_TIMEOUT_S):
+            yield cast(AdmitEvent, event)
+
+    def compare(self, node: str | None, seeds: list[str], name: str, user: str) -> Iterator[CompareEvent]:
+        """Join at `node`, which announces a window, or at `seeds`. The last event is `joined`."""
+        body = {"node": node, "seeds": seeds, "name": name, "user": user}
+        for event in self._events("POST", "/v1/join/compare", _encode(body), STREAM_TIMEOUT_S):
+            yield cast(CompareEvent, event)
+
+    def press(self, digits: str, *, same: bool) -> None:
+        """What the person here said of the digits on the screen."""
+        self._post("/v1/press", {"digits": digits, "same": same})
 
     def revoke(self, name: str, *, stops_jobs: bool) -> RevokedView:
         """Take a machine out for ever."""

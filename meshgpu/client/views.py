@@ -56,6 +56,40 @@ class JoinedView(TypedDict):
     gpus: list[str]
 
 
+class DigitsEvent(TypedDict):
+    """Digits to compare. other: the joining machine, or the mesh it joins; user: whose the machine will be."""
+
+    type: Literal["digits"]
+    digits: str
+    other: str
+    user: str
+    role: str
+
+
+class FailedEvent(TypedDict):
+    """A comparison ended without an admission; the window is still open."""
+
+    type: Literal["failed"]
+    why: str
+
+
+class AdmittedEvent(TypedDict):
+    type: Literal["admitted"]
+    name: str
+    user: str
+    role: str
+
+
+class JoinedEvent(JoinedView):
+    type: Literal["joined"]
+
+
+class WaitEvent(TypedDict):
+    """The agent is here; nothing new."""
+
+    type: Literal["wait"]
+
+
 class RevokedView(TypedDict):
     name: str
     node: str
@@ -480,3 +514,7 @@ class PlansView(BurstView):
     """How renting stands, and a plan for each job that waits, the oldest first."""
 
     plans: list[PlanView]
+
+
+AdmitEvent = DigitsEvent | FailedEvent | AdmittedEvent | WaitEvent
+CompareEvent = DigitsEvent | JoinedEvent | WaitEvent

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from meshgpu.model.ids import Address, Digest, MeshId, NodeId, UserName
-from meshgpu.model.trust import Signed
+from meshgpu.model.trust import Role, Signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +96,66 @@ class Welcome:
     log: tuple[Signed, ...]
     user: UserName
     addresses: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CompareKnock:
+    """Joiner, step 1 of comparing digits: who it is, the user it wants, and what fixes its nonce without showing it."""
+
+    protocol: int
+    newcomer: Newcomer
+    as_user: UserName
+    commitment: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class CompareTerms:
+    """Admitter, step 1: into which mesh, by whom, as what. public_key: 32 raw bytes; device_ca: DER.
+
+    nonce: 32 random bytes, made for this conversation. binding: the admitter's node key over a CompareBinding.
+    """
+
+    mesh: MeshId
+    mesh_name: str
+    node: NodeId
+    public_key: bytes
+    device_ca: bytes
+    role: Role
+    user: UserName
+    nonce: bytes
+    binding: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class CompareBinding:
+    """What the admitter signs: this TLS certificate and this commitment belong to this conversation with me."""
+
+    certificate: Digest
+    commitment: Digest
+    nonce: bytes
+    mesh: MeshId
+
+
+@dataclass(frozen=True, slots=True)
+class CompareReveal:
+    """Joiner, step 2: its nonce, and a Possession of the transcript by each of its keys."""
+
+    commitment: Digest
+    nonce: bytes
+    by_node: Signed
+    by_user: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class ComparePress:
+    """Joiner, step 3: what its person said of the digits; said again until there is a welcome."""
+
+    commitment: Digest
+    same: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CompareOutcome:
+    """Admitter, steps 2 and 3: the welcome, once both people agreed."""
+
+    welcome: Welcome | None = None

@@ -250,3 +250,217 @@ class Welcome(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class CompareKnock(_message.Message):
+    """Joiner, step 1 of comparing digits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    NEWCOMER_FIELD_NUMBER: _builtins.int
+    AS_USER_FIELD_NUMBER: _builtins.int
+    COMMITMENT_FIELD_NUMBER: _builtins.int
+    protocol: _builtins.int
+    """Version of the wire that the joiner speaks; 1."""
+    as_user: _builtins.str
+    """User that it wants to belong to."""
+    commitment: _builtins.str
+    """SHA-256 that fixes its nonce, 64 hexadecimal characters; names the conversation."""
+    @_builtins.property
+    def newcomer(self) -> Global___Newcomer:
+        """Who wants to join; always present."""
+
+    def __init__(
+        self,
+        *,
+        protocol: _builtins.int = ...,
+        newcomer: Global___Newcomer | None = ...,
+        as_user: _builtins.str = ...,
+        commitment: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["newcomer", b"newcomer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_user", b"as_user", "commitment", b"commitment", "newcomer", b"newcomer", "protocol", b"protocol"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareKnock: _TypeAlias = CompareKnock  # noqa: Y015
+
+@_typing.final
+class CompareTerms(_message.Message):
+    """Admitter, step 1 of comparing digits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESH_FIELD_NUMBER: _builtins.int
+    MESH_NAME_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    DEVICE_CA_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    BINDING_FIELD_NUMBER: _builtins.int
+    mesh: _builtins.str
+    """Mesh id, 64 hexadecimal characters."""
+    mesh_name: _builtins.str
+    """The mesh's name."""
+    node: _builtins.str
+    """Node id of the admitter."""
+    public_key: _builtins.bytes
+    """Ed25519 device key of the admitter, 32 bytes."""
+    device_ca: _builtins.bytes
+    """Its device CA certificate, DER."""
+    role: _builtins.str
+    """Role that the new machine will have."""
+    user: _builtins.str
+    """User whom the new machine will belong to."""
+    nonce: _builtins.bytes
+    """32 random bytes."""
+    @_builtins.property
+    def binding(self) -> _trust_pb2.Signed:
+        """CompareBinding, signed by the admitter's node key; always present."""
+
+    def __init__(
+        self,
+        *,
+        mesh: _builtins.str = ...,
+        mesh_name: _builtins.str = ...,
+        node: _builtins.str = ...,
+        public_key: _builtins.bytes = ...,
+        device_ca: _builtins.bytes = ...,
+        role: _builtins.str = ...,
+        user: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
+        binding: _trust_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["binding", b"binding"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["binding", b"binding", "device_ca", b"device_ca", "mesh", b"mesh", "mesh_name", b"mesh_name", "node", b"node", "nonce", b"nonce", "public_key", b"public_key", "role", b"role", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareTerms: _TypeAlias = CompareTerms  # noqa: Y015
+
+@_typing.final
+class CompareBinding(_message.Message):
+    """Ties a TLS certificate to one comparison."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    COMMITMENT_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    MESH_FIELD_NUMBER: _builtins.int
+    certificate: _builtins.str
+    """SHA-256 of the listener's certificate (DER), 64 hexadecimal characters."""
+    commitment: _builtins.str
+    """As knocked with, 64 hexadecimal characters."""
+    nonce: _builtins.bytes
+    """32 bytes, as in the terms."""
+    mesh: _builtins.str
+    """Mesh id, 64 hexadecimal characters."""
+    def __init__(
+        self,
+        *,
+        certificate: _builtins.str = ...,
+        commitment: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
+        mesh: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "commitment", b"commitment", "mesh", b"mesh", "nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareBinding: _TypeAlias = CompareBinding  # noqa: Y015
+
+@_typing.final
+class CompareReveal(_message.Message):
+    """Joiner, step 2 of comparing digits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMITMENT_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    BY_NODE_FIELD_NUMBER: _builtins.int
+    BY_USER_FIELD_NUMBER: _builtins.int
+    commitment: _builtins.str
+    """As knocked with, 64 hexadecimal characters."""
+    nonce: _builtins.bytes
+    """The joiner's 32 random bytes."""
+    @_builtins.property
+    def by_node(self) -> _trust_pb2.Signed:
+        """A Possession, by the joiner's device key; always present."""
+
+    @_builtins.property
+    def by_user(self) -> _trust_pb2.Signed:
+        """A Possession, by the joiner's user key; always present."""
+
+    def __init__(
+        self,
+        *,
+        commitment: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
+        by_node: _trust_pb2.Signed | None = ...,
+        by_user: _trust_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["by_node", b"by_node", "by_user", b"by_user"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_node", b"by_node", "by_user", b"by_user", "commitment", b"commitment", "nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareReveal: _TypeAlias = CompareReveal  # noqa: Y015
+
+@_typing.final
+class ComparePress(_message.Message):
+    """Joiner, step 3 of comparing digits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMITMENT_FIELD_NUMBER: _builtins.int
+    SAME_FIELD_NUMBER: _builtins.int
+    commitment: _builtins.str
+    """As knocked with, 64 hexadecimal characters."""
+    same: _builtins.bool
+    """Whether its person saw the same digits there."""
+    def __init__(
+        self,
+        *,
+        commitment: _builtins.str = ...,
+        same: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commitment", b"commitment", "same", b"same"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComparePress: _TypeAlias = ComparePress  # noqa: Y015
+
+@_typing.final
+class CompareOutcome(_message.Message):
+    """Admitter, steps 2 and 3 of comparing digits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WELCOME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def welcome(self) -> Global___Welcome:
+        """Absent until both people agreed."""
+
+    def __init__(
+        self,
+        *,
+        welcome: Global___Welcome | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["welcome", b"welcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["welcome", b"welcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareOutcome: _TypeAlias = CompareOutcome  # noqa: Y015
