@@ -110,10 +110,11 @@ class Pairing:
         if account is None or log.mesh is None:
             raise TrustError("not-in-mesh", f"cannot {what}: this account is in no mesh", "meshgpu init")
         if not account.is_admin:
+            admins = ", ".join(log.person(user.key) for user in log.admins()) or "nobody"
             raise TrustError(
                 "not-an-admin",
                 f"cannot {what}: {account.user} on this machine is no admin of the mesh {log.mesh_name}",
-                f"run `{command}` on the machine where the mesh was made",
+                f"an admin runs: {command}; the admins are: {admins}",
             )
         return account
 

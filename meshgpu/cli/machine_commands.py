@@ -92,11 +92,11 @@ def around(agent: AgentView, nearby: list[SightingView]) -> Iterator[str]:
     if mesh is not None:
         others = sum(1 for machine in nearby if machine["ours"] and not machine["self"])
         yield f"mesh {mesh['name']} · you are {agent['user']} · {count(others, 'other member')} seen"
-        yield "next: meshgpu machines, meshgpu run -- python train.py, meshgpu invite"
+        yield "next: meshgpu machines, meshgpu run -- python train.py, meshgpu admit"
     elif meshes:
-        yield "next: meshgpu join STRING (a member prints it with: meshgpu invite), or meshgpu init (your own mesh)"
+        yield "next: meshgpu join (an admin runs: meshgpu admit), or meshgpu init (your own mesh)"
     else:
-        yield "next: meshgpu init (start a mesh), or meshgpu join STRING (a member prints it with: meshgpu invite)"
+        yield "next: meshgpu init (start a mesh), or meshgpu join (an admin runs: meshgpu admit)"
 
 
 def all_gpus(machines: list[SightingView]) -> str:

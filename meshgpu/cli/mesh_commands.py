@@ -58,7 +58,7 @@ def init(
         return
     print(f"{founded['name']} is the first machine of {founded['mesh']}; you are {founded['user']}.")
     print(f"Recovery key, shown once, to keep away from this machine: {founded['recovery_key']}")
-    note("next: meshgpu invite (on each other machine: meshgpu join STRING), meshgpu machines")
+    note("next: meshgpu admit (and on each other machine: meshgpu join), meshgpu machines")
 
 
 def join(

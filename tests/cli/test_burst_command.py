@@ -222,7 +222,7 @@ def test_setup_by_somebody_who_is_no_admin_is_refused_before_anything_is_asked(
     result = set_up(cli, "--region", REGION, "--security-group", GROUP)
     assert result.exit_code == 125
     assert "cannot let this machine rent: ada on this machine is no admin of the mesh lab" in result.stderr
-    assert "hint: run `meshgpu burst setup` on the machine where the mesh was made" in result.stderr
+    assert "hint: an admin runs: meshgpu burst setup; the admins are: " in result.stderr
     assert "[y/N]" not in result.stderr
     assert (status(cli)["role"], status(cli)["settings"]) == ("rig", None)
 

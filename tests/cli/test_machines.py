@@ -262,14 +262,14 @@ def test_up_shows_who_is_there_and_what_to_type_next(cli: Cli, stub: "StubAgent"
     assert lines[0].startswith("this machine: xps13 · no NVIDIA driver is loaded · agent ")
     assert lines[1:] == [
         "on this network: lab · 2 machines · 2 × RTX 4090 24GB",
-        "next: meshgpu join STRING (a member prints it with: meshgpu invite), or meshgpu init (your own mesh)",
+        "next: meshgpu join (an admin runs: meshgpu admit), or meshgpu init (your own mesh)",
     ]
     stub.replies["GET /v1/agent"] = [AGENT | {"mesh": {"id": "m", "name": "lab"}, "user": "ada", "gpu_note": ""}]
     stub.replies["GET /v1/discover"] = [{"machines": [sighting("bob", ours=True)]}]
     lines = cli("up").stdout.splitlines()
     assert lines[1:] == [
         "mesh lab · you are ada · 1 other member seen",
-        "next: meshgpu machines, meshgpu run -- python train.py, meshgpu invite",
+        "next: meshgpu machines, meshgpu run -- python train.py, meshgpu admit",
     ]
 
 
