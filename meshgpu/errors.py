@@ -62,6 +62,7 @@ HTTP_STATUS: Final[dict[str, int]] = {
     "unknown-machine": 404,
     "unknown-user": 404,
     "unknown-file": 404,
+    "no-receipt": 404,
     "ambiguous": 409,
     "already-in-mesh": 409,
     "missing-chunks": 409,

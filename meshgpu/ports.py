@@ -11,6 +11,7 @@ from meshgpu.model.gossip import Sighting
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import AttemptPlan, Phase, Result, StopMode
+from meshgpu.model.receipt import NO_EVIDENCE, Evidence
 from meshgpu.model.sweep import Metric
 from meshgpu.model.tree import Manifest
 
@@ -205,12 +206,13 @@ class AttemptStarted:
 
 @dataclass(frozen=True, slots=True)
 class AttemptEnded:
-    """No process of the attempt is left; its files are complete."""
+    """No process of the attempt is left; its files are complete. evidence: of what ran, where anything did."""
 
     job: JobId
     epoch: int
     ended_wall_s: float
     result: Result
+    evidence: Evidence = NO_EVIDENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,8 +300,16 @@ class ChunkStore(Protocol):
 class Store(Protocol):
     """Small durable records by (kind, key). All calls block: use a thread."""
 
-    def load(self) -> dict[tuple[str, str], bytes]:
-        """Everything, once, at start."""
+    def load(self, but: str = "") -> dict[tuple[str, str], bytes]:
+        """Everything, once, at start; what is of the kind `but` is left out, as there may be very much of it."""
+        ...
+
+    def read(self, kind: str, start: str, limit: int) -> list[tuple[str, bytes]]:
+        """(key, value) of the first `limit` records of one kind whose keys are not below `start`, by key."""
+        ...
+
+    def last(self, kind: str, limit: int) -> list[tuple[str, bytes]]:
+        """(key, value) of the `limit` records of one kind with the highest keys, by key."""
         ...
 
     def write(self, records: Sequence[tuple[str, str, bytes | None]]) -> None:
@@ -311,13 +321,14 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """A built Python environment: `python` lies in `bin_path`. tag: 4 characters of its key, as people see it.
+    """A built Python environment: `python` lies in `bin_path`.
 
+    key: hexadecimal digest of its lock, its interpreter and its options.
     interpreter: what it was made of; None where `python` in `bin_path`, not in a job's reach, leads there.
     """
 
     bin_path: Path
-    tag: str
+    key: str
     cached: bool
     source: str
     interpreter: Path | None = None

@@ -108,6 +108,7 @@ class DockerExecutor(GuardedExecutor):
             if attempt.plan.fenced and os.geteuid() == 0:
                 fences.give_away(attempt.work)
             results.note_inputs(attempt.directory)
+            results.note_staged(attempt.directory, image=image)
             settings = {
                 **_settings(attempt, facts),
                 "name": name,

@@ -19,6 +19,7 @@ from meshgpu.errors import MeshgpuError
 from meshgpu.guard import ExitRecord, GuardRecord, Notice, Request
 from meshgpu.model.ids import JobId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Result, StopMode
+from meshgpu.model.receipt import NO_EVIDENCE, Evidence
 from meshgpu.model.sweep import Metric
 from meshgpu.ports import AttemptEnded, AttemptMeasured, AttemptProgress, AttemptStarted, ExecutorEvent
 
@@ -177,11 +178,17 @@ class GuardedExecutor(ABC):
     def _progress(self, attempt: Attempt, phase: Phase, detail: str) -> None:
         self._emit(AttemptProgress(attempt.plan.spec.job, attempt.plan.epoch, phase, detail))
 
-    def _end(self, attempt: Attempt, result: Result, ended_wall_s: float | None = None) -> None:
+    def _end(
+        self,
+        attempt: Attempt,
+        result: Result,
+        ended_wall_s: float | None = None,
+        evidence: Evidence = NO_EVIDENCE,
+    ) -> None:
         del self._attempts[attempt.directory]
         self._guards.pop(attempt.directory, None)
         moment = time.time() if ended_wall_s is None else ended_wall_s
-        self._emit(AttemptEnded(attempt.plan.spec.job, attempt.plan.epoch, moment, result))
+        self._emit(AttemptEnded(attempt.plan.spec.job, attempt.plan.epoch, moment, result, evidence))
 
     # -- an attempt's life ---------------------------------------------------------------------------------------
 
@@ -294,7 +301,8 @@ class GuardedExecutor(ABC):
             await self._clear(attempt, None)
             is_same_boot = record["boot_id"] == guard.boot_id()
             reason = "the job's guard was killed" if is_same_boot else "the machine restarted"
-            self._end(attempt, Result(AttemptState.CRASHED, None, reason))
+            evidence = await asyncio.to_thread(results.find_evidence, attempt.directory)
+            self._end(attempt, Result(AttemptState.CRASHED, None, reason), evidence=evidence)
             return
         self._progress(attempt, Phase.SAVING, "")
         count, size = await asyncio.to_thread(results.list_outputs, attempt.directory)
@@ -303,7 +311,8 @@ class GuardedExecutor(ABC):
         exit_code = exited["exit_code"] if outcome is AttemptState.EXITED else None
         metric = None if attempt.reader is None else await asyncio.to_thread(attempt.reader.read)
         result = Result(outcome, exit_code, reason, count, size, metric)
-        self._end(attempt, result, exited["ended_wall_s"])
+        evidence = await asyncio.to_thread(results.find_evidence, attempt.directory)
+        self._end(attempt, result, exited["ended_wall_s"], evidence)
 
 
 def _report_failure(task: asyncio.Task[None]) -> None:

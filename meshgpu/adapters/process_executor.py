@@ -17,6 +17,9 @@ from meshgpu.ports import Environment, Environments, ExecutorEvent
 PASSED_ON: Final = ("LANG", "TZ")
 """What a job inherits of the agent's environment, with LC_*; the rest may hold keys."""
 
+TAG_CHARACTERS: Final = 4
+"""Of an environment's key, as people see it."""
+
 
 class ProcessExecutor(GuardedExecutor):
     """Runs attempts as processes of this machine.
@@ -72,7 +75,7 @@ class ProcessExecutor(GuardedExecutor):
 
 def _environment_words(environment: Environment) -> str:
     """`environment 3f2a (cached)`, or what it was built from."""
-    return f"environment {environment.tag} ({'cached' if environment.cached else environment.source})"
+    return f"environment {environment.key[:TAG_CHARACTERS]} ({'cached' if environment.cached else environment.source})"
 
 
 # -- before the job --------------------------------------------------------------------------------------------------
@@ -83,6 +86,7 @@ def _prepare(attempt: Attempt, environment: Environment, fence: fences.Fence | N
     plan, directory = attempt.plan, attempt.directory
     argv = ["sh", "-c", plan.spec.command[0]] if plan.spec.shell else [*plan.spec.command]
     results.note_inputs(directory)
+    results.note_staged(directory, environment=environment.key)
     variables = {**_outer_variables(), **_account_variables(attempt, fence), **_job_variables(attempt, environment)}
     if plan.fenced:
         assert fence is not None

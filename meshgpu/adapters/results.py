@@ -1,12 +1,15 @@
 """What an attempt leaves: which files of its working directory are new or changed, told by size and time of change."""
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from meshgpu.adapters import job_trees
+from meshgpu.model.ids import Digest
+from meshgpu.model.receipt import Evidence
 
 NOT_OUTPUT: Final = "__pycache__"
 """Python leaves it beside every imported file; nobody means it as a result."""
@@ -15,6 +18,22 @@ NOT_OUTPUT: Final = "__pycache__"
 def note_inputs(directory: Path) -> None:
     """Write before.json: what lies in `directory/work` before the job runs. Blocks."""
     _write_json(directory / "before.json", dict(_files(directory / "work")))
+
+
+def note_staged(directory: Path, *, environment: str = "", image: str = "") -> None:
+    """Write staged.json: what the job is going to run in, for whoever concludes the attempt. Blocks."""
+    _write_json(directory / "staged.json", {"environment": environment, "image": image})
+
+
+def find_evidence(directory: Path) -> Evidence:
+    """What can be vouched for of an attempt that has ended. Blocks for as long as it takes to read the log."""
+    staged: dict[str, str] = {}
+    with contextlib.suppress(FileNotFoundError):
+        staged = json.loads((directory / "staged.json").read_bytes())
+    log = Digest("")
+    with contextlib.suppress(FileNotFoundError), (directory / "log").open("rb") as ledger:
+        log = Digest(hashlib.file_digest(ledger, "sha256").hexdigest())
+    return Evidence(staged.get("environment", ""), staged.get("image", ""), log)
 
 
 def list_outputs(directory: Path) -> tuple[int, int]:

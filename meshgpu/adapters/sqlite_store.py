@@ -8,7 +8,7 @@ import re
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from meshgpu.errors import MeshgpuError
 
@@ -68,12 +68,23 @@ class SqliteStore:
             undo.pop_all()
         self._is_open = True
 
-    def load(self) -> dict[tuple[str, str], bytes]:
+    def load(self, but: str = "") -> dict[tuple[str, str], bytes]:
+        rows = self._read("SELECT kind, key, value FROM records WHERE kind != ?", but)
+        return {(kind, key): value for kind, key, value in rows}
+
+    def read(self, kind: str, start: str, limit: int) -> list[tuple[str, bytes]]:
+        query = "SELECT key, value FROM records WHERE kind = ? AND key >= ? ORDER BY key LIMIT ?"
+        return [(key, value) for key, value in self._read(query, kind, start, limit)]
+
+    def last(self, kind: str, limit: int) -> list[tuple[str, bytes]]:
+        query = "SELECT key, value FROM records WHERE kind = ? ORDER BY key DESC LIMIT ?"
+        return [(key, value) for key, value in reversed(self._read(query, kind, limit))]
+
+    def _read(self, query: str, *arguments: str | int) -> list[tuple[Any, ...]]:  # Any: whatever a column holds
         try:
-            rows = self._connection.execute("SELECT kind, key, value FROM records").fetchall()
+            return self._connection.execute(query, arguments).fetchall()
         except sqlite3.Error as error:
             self._fail("read", error)
-        return {(kind, key): value for kind, key, value in rows}
 
     def write(self, records: Sequence[tuple[str, str, bytes | None]]) -> None:
         """All of `records` or, where it raises, none of them."""

@@ -27,7 +27,6 @@ from meshgpu.ports import Environment
 BUILD_DEADLINE_S: Final = 1800.0
 """A CUDA build of PyTorch over a slow office line takes ten minutes; what takes longer hangs."""
 
-TAG_CHARACTERS: Final = 4
 KEY_CHARACTERS: Final = 32
 """128 bits of a digest: short, as the path stands in the first line of every console script."""
 
@@ -153,7 +152,7 @@ class UvEnvironments:
                 await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
     def _environment(self, key: str, wanted: Wanted, made_of: Path, *, cached: bool) -> Environment:
-        return Environment(self._built / key / "bin", key[:TAG_CHARACTERS], cached, wanted.source, made_of)
+        return Environment(self._built / key / "bin", key, cached, wanted.source, made_of)
 
     def _interpreter_of(self, key: str) -> Path | None:
         """What a whole environment was made of; one whose interpreter was removed meanwhile is none."""

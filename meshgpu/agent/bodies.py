@@ -54,6 +54,14 @@ def text_of(body: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def number_of(request: web.Request, key: str, default: float) -> float:
+    """A number of the query, not below 0."""
+    try:
+        return min(max(float(request.query.get(key, default)), 0.0), 2.0**62)
+    except ValueError as error:
+        raise MeshgpuError("bad-request", f"cannot read the request: {key} is no number") from error
+
+
 def texts_of(body: Mapping[str, Any], key: str) -> list[str]:
     value = body.get(key, [])
     if not isinstance(value, list) or not all(isinstance(part, str) for part in value):

@@ -27,6 +27,7 @@ from meshgpu.agent.main import Agent, Room, hosts_of, live, run
 from meshgpu.agent.user_data import Boot, read_boot
 from meshgpu.config import Config, load_config
 from meshgpu.core import events as ev
+from meshgpu.core.audit import AUDIT
 from meshgpu.core.effects import Persist
 from meshgpu.core.node import Node, NodeConfig
 from meshgpu.core.trust.enrolling import BOOTSTRAP_LIFE_S, Enrolment
@@ -69,7 +70,7 @@ async def _enter_mesh(home: Home, boot: Boot, hosts: list[str]) -> None:
     """
     store = SqliteStore(home.database)
     try:
-        if ("mesh", "mesh") not in store.load():
+        if ("mesh", "mesh") not in store.load(but=AUDIT):
             await _be_enrolled(store, KeyFiles(home.keys), boot, hosts)
     finally:
         store.close()

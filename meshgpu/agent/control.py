@@ -14,13 +14,16 @@ from typing import Any, Final
 from aiohttp import web
 
 from meshgpu.agent.admins import Admins
-from meshgpu.agent.bodies import draft_of, read_body, secrets_of, settings_of, text_of, texts_of
+from meshgpu.agent.audit import AuditTrail
+from meshgpu.agent.bodies import draft_of, number_of, read_body, secrets_of, settings_of, text_of, texts_of
 from meshgpu.agent.callers import descends_from
 from meshgpu.agent.comparing import Comparing
+from meshgpu.agent.evidence_control import EvidenceControl
 from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.ndjson import error_document, stream, write
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.pairing_control import PairingControl
+from meshgpu.agent.receipts import Receipts
 from meshgpu.agent.status import Status
 from meshgpu.agent.trust_control import TrustControl
 from meshgpu.agent.views import (
@@ -71,6 +74,7 @@ class Control:
     settle: Callable[[ev.Event], Awaitable[None]]
     stop_agent: Callable[[], None]
     tasks: asyncio.TaskGroup
+    audit: AuditTrail
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._guarded], client_max_size=MANIFEST_LIMIT_BYTES)
@@ -102,6 +106,9 @@ class Control:
                 web.get("/v1/jobs/{job}/files/{path:.+}", self._file),
                 *PairingControl(
                     Comparing(self.pairing), self.status, self.dial_pairing, self._uid, self._check_own
+                ).routes(),
+                *EvidenceControl(
+                    self.audit, Receipts(self.status.node, self.jobs), self._key, self._check_own
                 ).routes(),
                 *TrustControl(self.admins, self._uid, self._check_own, self.stop_agent).routes(),
             ]
@@ -201,7 +208,7 @@ class Control:
         )
 
     async def _discover(self, request: web.Request) -> web.Response:
-        seconds = min(_number(request, "seconds", 1.5), 30.0)
+        seconds = min(number_of(request, "seconds", 1.5), 30.0)
         return web.json_response({"machines": await self.status.discover(seconds)})
 
     async def _machines(self, request: web.Request) -> web.Response:
@@ -393,7 +400,7 @@ class Control:
     async def _events(self, request: web.Request) -> web.StreamResponse:
         key = self._key(request)
         found = await self.jobs.find(key, request.match_info["job"])
-        position = int(_number(request, "position", 0))
+        position = int(number_of(request, "position", 0))
         logs = request.query.get("logs", "1") == "1"
         response = await stream(request, self._clock_header())
         writing = asyncio.Lock()
@@ -476,10 +483,3 @@ async def _pulse(response: web.StreamResponse, writing: asyncio.Lock, current: D
             await asyncio.sleep(KEEPALIVE_S)
             async with writing:
                 await write(response, current)
-
-
-def _number(request: web.Request, key: str, default: float) -> float:
-    try:
-        return min(max(float(request.query.get(key, default)), 0.0), 2.0**62)
-    except ValueError as error:
-        raise MeshgpuError("bad-request", f"cannot read the request: {key} is no number") from error

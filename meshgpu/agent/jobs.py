@@ -162,7 +162,11 @@ class Jobs:
         raise MeshgpuError("unknown-job", f"cannot find a job {text} among yours{missing}", hint)
 
     async def stop(self, key: KeyId, job: JobView, mode: StopMode) -> JobView:
-        steward, action = job.spec.stewards[0], Action(mode.value)
+        return await self.act(key, job, Action(mode.value))
+
+    async def act(self, key: KeyId, job: JobView, action: Action) -> JobView:
+        """Ask `action` of who holds the job; returns how it stands then. Raises MeshgpuError."""
+        steward = job.spec.stewards[0]
         answer = await self._ask(lambda query: ev.ActionAsked(query, key, action, job.spec.job, steward))
         return answer.views[0]
 

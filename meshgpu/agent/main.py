@@ -32,6 +32,7 @@ from meshgpu.adapters.process_executor import ProcessExecutor
 from meshgpu.adapters.sqlite_store import SqliteStore
 from meshgpu.adapters.uv_environments import UvEnvironments
 from meshgpu.agent.admins import Admins
+from meshgpu.agent.audit import AuditTrail, newest
 from meshgpu.agent.burst import Burst
 from meshgpu.agent.control import Control, serve
 from meshgpu.agent.enrolment import Enroller
@@ -49,6 +50,7 @@ from meshgpu.agent.user_data import make_user_data
 from meshgpu.config import Config, load_config
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
+from meshgpu.core.audit import AUDIT
 from meshgpu.core.node import Node, NodeConfig
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.cloud import INSTANCE_PORT
@@ -141,8 +143,9 @@ class Agent:
         store = SqliteStore(self._home.database)
         self._closing.callback(store.close)
         records: list[Record] = [
-            decode(kind_of(_KINDS[kind]), data) for (kind, _), data in sorted(store.load().items())
+            decode(kind_of(_KINDS[kind]), data) for (kind, _), data in sorted(store.load(but=AUDIT).items())
         ]
+        records += newest(store)
         self._keys = KeyFiles(self._home.keys)
         self._notary = WireNotary(self._keys.sign, self._keys.verify)
         chunks = ChunkFiles(self._home.chunks, keep_free_bytes=self._keep_free_bytes())
@@ -332,6 +335,7 @@ class Agent:
             self._runtime.settle,
             self._stop,
             self._tasks,
+            AuditTrail(self._runtime, self._notary, self._keys.node_key),
         )
         runner: web.AppRunner = await serve(control.application(), self._home.socket)
         self._closing.push_async_callback(runner.cleanup)
@@ -353,6 +357,7 @@ _KINDS = {
     "obeyed": "ObeyedRecord",
     "attempt": "AttemptRecord",
     "pause": "PauseRecord",
+    "audit-start": "AuditStartRecord",
     "launch": "LaunchRecord",
     "spend": "SpendRecord",
     "burst": "BurstRecord",

@@ -141,7 +141,7 @@ class Runtime:
                 self.post(ev.AttemptBegan(event.job, event.epoch, event.started_wall_s))
             case ports.AttemptEnded(result=result):
                 told = replace(result, reason=sendable(result.reason))
-                self.post(ev.AttemptFinished(event.job, event.epoch, event.ended_wall_s, told))
+                self.post(ev.AttemptFinished(event.job, event.epoch, event.ended_wall_s, told, event.evidence))
             case ports.AttemptProgress():
                 self.post(ev.AttemptProgressed(event.job, event.epoch, event.phase, sendable(event.detail)))
             case ports.AttemptMeasured():
@@ -207,6 +207,11 @@ class Runtime:
                 logger.error("nothing can be recorded: %s; trying again", error.message)
                 await asyncio.sleep(DISK_FULL_PAUSE_S)
 
+    async def stored(self, read: Callable[[ports.Store], T]) -> T:
+        """What `read` finds in the store, in the thread that owns it, with all on disk that was decided before."""
+        await self.settle(ev.Ticked())
+        return await asyncio.get_running_loop().run_in_executor(self._disk, read, self.outside.store)
+
     def _perform(self, effect: fx.Effect) -> None:
         match effect:
             case fx.Persist():
@@ -246,6 +251,8 @@ class Runtime:
                     queue.put_nowait(register)
             case fx.Reject(peer=peer, reason=reason):
                 self._rejected(peer, reason)
+            case fx.Warn(node=node, reason=reason):
+                logger.warning("about %s: %s", node[:12], reason)
             case fx.SurveyCloud() | fx.PrepareLaunch() | fx.Launch() | fx.Terminate() | fx.Enrol() | fx.Welcome():
                 self._start(self._rent(effect))
             case fx.PowerOff(reason=reason):

@@ -140,6 +140,7 @@ class Status:
             _check("agent", True, f"meshgpu {__version__}, home {self.home.directory}"),
             self._mesh_check(),
             self._links_check(),
+            self._audit_check(),
             self._discovery_check(),
             self._gpu_check(),
             self._fence_check(),
@@ -175,6 +176,17 @@ class Status:
         hint = f"is it on, and may it reach port {self.link_port} here?"
         return _check("links", False, f"{where}; no answer from {', '.join(away)}", hint)
 
+    def _audit_check(self) -> Document:
+        node = self.node
+        for fault in node.audits.faults:
+            member = node.log.members.get(fault.node)
+            name = member.name if member else fault.node[:12]
+            return _check(
+                "audit", False, f"{name}: {fault.reason}", f"ask its owner, and on {name}: meshgpu audit --verify"
+            )
+        own, others = _count(node.attempts.audit.count, "entry", "entries"), _count(node.audits.watched, "machine")
+        return _check("audit", True, f"{own} here, ends of {others} watched")
+
     def _discovery_check(self) -> Document:
         if self.discovery_fault:
             return _check("discovery", False, self.discovery_fault, 'list machines as seeds = ["host"] in config.toml')
@@ -203,8 +215,8 @@ class Status:
         )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or f'{noun}s'}"
 
 
 def _check(name: str, ok: bool | None, found: str, hint: str | None = None) -> Document:  # noqa: FBT001  # a verdict

@@ -2,12 +2,14 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from meshgpu.cli.attach import Attachment, conclude, detached, events
 from meshgpu.cli.complete import job_names
+from meshgpu.cli.evidence_command import show_receipt, verify_receipt
 from meshgpu.cli.render import ago, count, note, plain, show_error, size
 from meshgpu.cli.spans import parse_span
 from meshgpu.cli.watch import Json
@@ -70,11 +72,27 @@ def kill(jobs: JobIds) -> None:
 
 
 def info(
-    job: JobId,
+    job: Annotated[
+        str, typer.Argument(metavar="ID", help="A job's id or any unique part of it.", autocompletion=job_names)
+    ] = "",
+    receipt: Annotated[
+        bool, typer.Option("--receipt", help="What its machine signed when it ended, checked here and now.")
+    ] = False,
+    verify: Annotated[
+        Path | None, typer.Option("--verify", metavar="FILE", help="Check a receipt that was kept with --json.")
+    ] = None,
     as_json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The mesh's own terms too.")] = False,
 ) -> None:
     """Show everything about a job."""
+    if (verify is None) == (not job):
+        raise MeshgpuError("bad-request", "cannot show a job: name one, or a FILE to --verify", "meshgpu ps -a")
+    if verify is not None:
+        verify_receipt(verify)
+        return
+    if receipt:
+        show_receipt(job, as_json=as_json)
+        return
     view = AgentClient.found().job(job)
     if as_json:
         print(json.dumps({"job": view}))

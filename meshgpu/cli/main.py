@@ -56,6 +56,7 @@ COMMANDS: Final = {
     "cp": "file_commands",
     "burst": "burst_command",
     "cost": "cost_command",
+    "audit": "evidence_command",
     "doctor": "machine_commands",
     "install": "install_command",
     "version": "machine_commands",

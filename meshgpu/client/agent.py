@@ -13,6 +13,8 @@ from meshgpu.client.views import (
     AdminView,
     AdmitEvent,
     AgentView,
+    AuditEntryView,
+    AuditVerdictView,
     BurstSettingsView,
     BurstView,
     ChecksView,
@@ -28,6 +30,7 @@ from meshgpu.client.views import (
     LeftView,
     MachinesView,
     PlansView,
+    ReceiptView,
     RevokedView,
     RoleView,
     SightingView,
@@ -80,6 +83,21 @@ class AgentClient:
 
     def join(self, invite: str, name: str, seeds: list[str]) -> JoinedView:
         return cast(JoinedView, self._post("/v1/join", {"invite": invite, "name": name, "seeds": seeds}))
+
+    def audit(self, lines: int) -> list[AuditEntryView]:
+        """The newest entries of this machine's audit, the oldest first."""
+        return cast(list[AuditEntryView], self._get("/v1/audit", count=str(lines))["entries"])
+
+    def verify_audit(self) -> AuditVerdictView:
+        return cast(AuditVerdictView, self._get("/v1/audit/verdict"))
+
+    def receipt(self, job: str) -> ReceiptView:
+        """What the machine of the job's newest attempt that has ended signed, and what that is worth."""
+        return cast(ReceiptView, self._get(f"/v1/jobs/{_part(job)}/receipt"))
+
+    def check_receipt(self, kept: object) -> ReceiptView:
+        """kept: what `receipt` once returned."""
+        return cast(ReceiptView, self._post("/v1/receipts/check", kept))
 
     def admit(self, name: str | None, user: str | None, role: str) -> Iterator[AdmitEvent]:
         """Open a window for one machine; it closes when the iterator does. The last event is `admitted`."""

@@ -410,6 +410,80 @@ class ChecksView(TypedDict):
     checks: list[CheckView]
 
 
+class AuditEntryView(TypedDict):
+    """One entry of a machine's audit. fault: why it cannot be read, and then it is all there is; else None.
+
+    outcome, exit_code, receipt (digest): None before the end.
+    """
+
+    seq: int
+    at: float
+    event: str
+    job: str
+    name: str
+    epoch: int
+    user: str
+    key: str
+    spec: str
+    fenced: bool
+    gpus: list[str]
+    outcome: str | None
+    exit_code: int | None
+    receipt: str | None
+    fault: str | None
+
+
+class AuditVerdictView(TypedDict):
+    """What came of checking all of it. head: digest of the newest entry. fault: None, or the first that is wrong."""
+
+    count: int
+    head: str | None
+    fault: str | None
+
+
+class ReceiptFacts(TypedDict):
+    """What is signed: by the user what was to run, by the machine what ran. Digests are SHA-256."""
+
+    mesh: str
+    job: str
+    name: str
+    user: str
+    user_key: str
+    command: str
+    image_asked: str
+    attempt: int
+    node: str
+    fenced: bool
+    gpus: list[str]
+    driver: str
+    request: str
+    code: str
+    environment: str
+    image: str
+    outcome: str
+    exit_code: int | None
+    started_at: float | None
+    ended_at: float
+    log: str
+
+
+class ReceiptCheckView(TypedDict):
+    """holds: None where it could not be looked at."""
+
+    about: str
+    holds: bool | None
+    found: str
+
+
+class ReceiptView(TypedDict):
+    """facts: None where a signature does not hold. proof: the signed bytes, base64; holds: whether no check failed."""
+
+    facts: ReceiptFacts | None
+    proof: str
+    checks: list[ReceiptCheckView]
+    holds: bool
+
+
 class CapsView(TypedDict):
     """What a burst peer may spend, in US dollars. instances: at a time; lease_s: how long one lives at most."""
 

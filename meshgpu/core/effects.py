@@ -138,6 +138,14 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
+class Warn:
+    """A person should know this of a member: a line in the log."""
+
+    node: NodeId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class SurveyCloud:
     """Ask the provider what can be rented and what of this mesh lives; ends in CloudSurveyed."""
 
@@ -220,6 +228,7 @@ Effect = (
     | QueryProgressed
     | TellWatchers
     | Reject
+    | Warn
     | SurveyCloud
     | PrepareLaunch
     | Launch

@@ -9,6 +9,7 @@ from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import Action, Draft, Phase, Result
 from meshgpu.model.lending import Pause
 from meshgpu.model.messages import Message
+from meshgpu.model.receipt import NO_EVIDENCE, Evidence
 from meshgpu.model.sweep import Metric
 from meshgpu.model.trust import Signed
 
@@ -127,7 +128,7 @@ class JobsAsked:
 
 @dataclass(frozen=True, slots=True)
 class ActionAsked:
-    """A local account wants `action` (stop or kill) done to a job that `steward` holds."""
+    """A local account wants `action` (stop, kill, receipt) done to a job that `steward` holds."""
 
     query: str
     key: KeyId
@@ -205,6 +206,7 @@ class AttemptFinished:
     epoch: int
     ended_wall_s: float
     result: Result
+    evidence: Evidence = NO_EVIDENCE
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from meshgpu.core import events as ev
+from meshgpu.core.audit import AuditWatch
 from meshgpu.core.burst.instance import InstanceLife
 from meshgpu.core.burst.planner import Planner, Scribe, Sight
-from meshgpu.core.effects import Announce, Effect, Persist, Reject, Send, TrustMembers
+from meshgpu.core.effects import Announce, Effect, Persist, Reject, Send, TrustMembers, Warn
 from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
 from meshgpu.core.jobs.placement import Candidate, Guest, MachineVerdict, Rule, explain_each, out_of_bounds
@@ -21,17 +22,20 @@ from meshgpu.core.owner import NEEDS_IMAGE, PAUSED, Owner, OwnerPolicy, at_home,
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.freshness import Challenges
 from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.core.trust.receipts import Examined, examine
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.core.trust.roles import may_say
 from meshgpu.core.trust.sealing import NO_WRAP, Seal, no_seal
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model import messages as msg
+from meshgpu.model.audit import AuditHead
 from meshgpu.model.clock import Now
 from meshgpu.model.enrolment import InstanceTerms
 from meshgpu.model.gossip import Capacity, Demand, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import JobSpec
+from meshgpu.model.receipt import Proof
 from meshgpu.model.records import (
     AttemptRecord,
     JobRecord,
@@ -115,6 +119,9 @@ class Node:
         )
         self._instance = InstanceLife(config.instance, now) if config.instance else None
         self._is_drained = False
+        self.audits = AuditWatch()
+        self._told_audit: AuditHead | None = None
+        self._notary = notary
         self._inventory = Inventory(0, 0)
         self._readings: tuple[GpuReading, ...] = ()
         self._addresses: tuple[Address, ...] = ()
@@ -209,6 +216,7 @@ class Node:
         for record in self._records:
             if isinstance(record, PauseRecord):
                 self.owner.restore(now, record)
+        effects += self.attempts.audit.restore(self._records)
         effects += self.attempts.restore(now, (r for r in self._records if isinstance(r, AttemptRecord)))
         effects += self.stewardship.restore(now, (r for r in self._records if isinstance(r, JobRecord)))
         self.stewardship.obeyed.restore(r for r in self._records if isinstance(r, ObeyedRecord))
@@ -231,11 +239,17 @@ class Node:
         effects += self.burst.step(now)
         effects += self._live_on(now)
         effects = self._loop_back(now, effects)
+        if self.attempts.audit.head != self._told_audit:
+            self._say_record(now)
         self._say_capacity(now, force=False)
         self._say_demand(now)
         return [effect for effect in effects if isinstance(effect, Persist)] + [
             effect for effect in effects if not isinstance(effect, Persist)
         ]
+
+    def examine(self, proof: Proof) -> Examined:
+        """What a receipt is worth, by the mesh log that this node holds."""
+        return examine(proof, self.rules, self.log, self._notary)
 
     def deadline(self) -> float | None:
         return earliest(
@@ -335,7 +349,9 @@ class Node:
             case ev.AttemptBegan():
                 return self.attempts.began(event.job, event.epoch, event.started_wall_s)
             case ev.AttemptFinished():
-                return self.attempts.finished(now, event.job, event.epoch, event.ended_wall_s, event.result)
+                return self.attempts.finished(
+                    now, event.job, event.epoch, event.ended_wall_s, event.result, event.evidence
+                )
             case (
                 ev.BurstConfigured()
                 | ev.CloudSurveyed()
@@ -467,6 +483,9 @@ class Node:
                 self._kept_addresses[owner] = record.addresses
                 self._links.learn(now, owner, record.addresses, is_signed=True)
                 effects.append(Persist("peer", owner, PeerRecord(owner, record.addresses)))
+            fault = self.audits.heard(owner, record.audit) if record is not None else None
+            if fault is not None:
+                effects.append(Warn(owner, fault.reason))
         if changed:
             self.stewardship.room_changed(now)
             self.burst.mesh_changed(now)
@@ -504,6 +523,7 @@ class Node:
 
     def _say_record(self, now: Now) -> None:
         config = self._config
+        self._told_audit = self.attempts.audit.head
         self._gossip.say(
             now,
             NodeRecord(
@@ -518,6 +538,7 @@ class Node:
                 config.policy.needs_image,
                 self.owner.pause,
                 config.sealing_key,
+                self._told_audit,
             ),
         )
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from meshgpu.model.audit import AuditHead
 from meshgpu.model.ids import Address, JobId, MeshId, NodeId, UserName
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.lending import Lending, Pause
@@ -33,6 +34,7 @@ class NodeRecord:
     lends: False where the owner keeps every job away. trusts: users whose jobs run here without a fence.
     needs_image: whether a job that names no container image is refused. pause: while the owner lends nothing.
     sealing_key: X25519 public key, 32 bytes, that secrets are sealed to; empty where it can take no jobs with secrets.
+    audit: head of the node's audit chain, None before its first entry.
     """
 
     agent_version: str
@@ -46,6 +48,7 @@ class NodeRecord:
     needs_image: bool = False
     pause: Pause | None = None
     sealing_key: bytes = b""
+    audit: AuditHead | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,9 @@ MeshId = NewType("MeshId", str)
 Digest = NewType("Digest", str)
 """64 hexadecimal characters: SHA-256 of some bytes."""
 
+NO_DIGEST: Final = Digest("")
+"""Of nothing: there is nothing before the first entry of a chain."""
+
 JobId = NewType("JobId", str)
 """26 lower-case base32 characters: 128 bits that only one user's key can have chosen (`job_id`)."""
 

@@ -7,6 +7,7 @@ from typing import Final
 from meshgpu.model.ids import Digest, HoldId, JobId, KeyId, MeshId, NodeId, UserName
 from meshgpu.model.resources import GpuShare, Resources
 from meshgpu.model.sweep import Metric, Objective, Space, Trial
+from meshgpu.model.trust import Signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,13 +220,17 @@ class Register:
 class JobView:
     """A job as its user may see it: what was asked for, and the register as one steward holds it.
 
-    trial: which point of the space of `sweep` it is; both None for a job of its own.
+    trial: which point of the space of `sweep` it is; both None for a job of its own. signed: the spec, a trial's
+    sweep's, as its user signed it. receipt: where it was asked for, what the node of the newest attempt that has ended
+    signed.
     """
 
     spec: JobSpec
     register: Register
     trial: Trial | None = None
     sweep: JobSpec | None = None
+    signed: Signed | None = None
+    receipt: Signed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +255,7 @@ class Action(StrEnum):
     KILL = "kill"
     LOGS = "logs"
     FILES = "files"
+    RECEIPT = "receipt"
 
 
 @dataclass(frozen=True, slots=True)

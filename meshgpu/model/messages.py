@@ -146,7 +146,10 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class AttemptReport:
-    """Node to steward, on every change and every few seconds: how the attempt stands; `result` once it has ended."""
+    """Node to steward, on every change and every few seconds: how the attempt stands; `result` once it has ended.
+
+    receipt: then, signed by the node; None for an attempt that it never accepted.
+    """
 
     job: JobId
     epoch: int
@@ -156,6 +159,7 @@ class AttemptReport:
     ended_wall_s: float | None
     result: Result | None = None
     metric: Metric | None = None
+    receipt: Signed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +202,14 @@ class SignedView:
     """A job as its steward holds it; spec is signed by its user, so that no steward can invent a job.
 
     trial: for one trial, with the sweep's spec. trials: for a sweep in a list, all that have begun.
+    receipt: of the newest attempt that has ended, only where it was asked for.
     """
 
     spec: Signed
     register: Register
     trial: Trial | None = None
     trials: tuple[TrialView, ...] = ()
+    receipt: Signed | None = None
 
 
 @dataclass(frozen=True, slots=True)

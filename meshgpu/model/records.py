@@ -41,12 +41,14 @@ class JobRecord:
     """A job whose register this node holds as a steward; spec as the user signed it.
 
     cancel: the user's signed JobRequest to stop or kill it, None without one. trial: which of a sweep, None for none.
+    receipt: of the newest attempt that has ended.
     """
 
     spec: Signed
     register: Register
     cancel: Signed | None
     trial: Trial | None = None
+    receipt: Signed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,8 @@ class ObeyedRecord:
 class AttemptRecord:
     """An attempt of this node, from the moment it is accepted; that its record exists means that its epoch is spent.
 
-    preempted: why its owner wants the machine back; empty where he does not.
+    preempted: why its owner wants the machine back; empty where he does not. fenced: whether it is shut in.
+    receipt: what this node signed when it ended.
     """
 
     job: JobId
@@ -77,6 +80,8 @@ class AttemptRecord:
     ended_wall_s: float | None = None
     preempted: str = ""
     trial: Trial | None = None
+    fenced: bool = False
+    receipt: Signed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,21 @@ class PauseRecord:
     """That the owner lends nothing."""
 
     pause: Pause
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRecord:
+    """Entry `seq` of this node's audit chain, as the node signed it."""
+
+    seq: int
+    entry: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class AuditStartRecord:
+    """Where the kept part of the audit chain begins: a signed AuditStart. Without this record it begins at 0."""
+
+    start: Signed
 
 
 class LaunchState(StrEnum):
@@ -149,6 +169,8 @@ Record = (
     | ObeyedRecord
     | AttemptRecord
     | PauseRecord
+    | AuditRecord
+    | AuditStartRecord
     | LaunchRecord
     | SpendRecord
     | BurstRecord

@@ -28,6 +28,7 @@ from meshgpu.model.job import (
 from meshgpu.model.messages import GossipDelta, GossipDigest
 from meshgpu.model.records import AttemptRecord, JobRecord, ObeyedRecord
 from meshgpu.model.resources import GpuShare
+from meshgpu.sim import evidence
 from meshgpu.sim.machine import Machine
 
 STORY_LENGTH: Final = 40
@@ -341,6 +342,8 @@ class Invariants:
                 self._fail(f"{machine.setup.name} knows users that nobody linked")
         for job in sorted(self.ledger.confirmed):
             self._check_held(job)
+        for fault in evidence.faults(machines, self.ledger.accepted):
+            self._fail(fault)
 
     def _job_unsettled(self, job: JobId, away: set[NodeId]) -> str:
         spec = self.ledger.submitted[job]

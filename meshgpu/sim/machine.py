@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Final, Protocol, assert_never
 
 from meshgpu.core import effects as fx
+from meshgpu.core.audit import AUDIT
 from meshgpu.core.events import Event, MachineRead, Ticked, TreeArrived, TreeFailed, TreeProgressed
 from meshgpu.core.node import Node, NodeConfig
 from meshgpu.core.owner import OwnerPolicy
@@ -113,13 +114,14 @@ class Machine:
         self.wanted: set[GpuId] = set()
         self.crash_at: CrashPoint | None = None
         self.rejected = 0
+        self.warnings: list[str] = []
         self.steps = 0
         self.announce: Callable[[Machine], None] = lambda _machine: None
         self.crashed: Callable[[Machine], None] = lambda _machine: None
         self.cloud: SimCloud | None = None
         self._timeline = timeline
         self._network = network
-        self._notary = notary
+        self.notary = notary
         self._watcher = watcher
         self._config = config
         self._seed = seed
@@ -173,9 +175,14 @@ class Machine:
         self._starts += 1
         self.instance = self._starts
         rng = random.Random(f"{self._seed} {self.setup.name} {self._starts}")  # noqa: S311 - a reproducible world
-        self.agent = Node(self.node, self.now(), self._notary, rng, self._config, self.disk.values())
+        self.agent = Node(self.node, self.now(), self.notary, rng, self._config, self._loaded())
         self._stepped(None, self.agent.start(self.now()))
         self._read_gpus(self.instance)
+
+    def _loaded(self) -> list[Record]:
+        """What an agent reads at its start: everything but the audit, and of that the newest entry."""
+        audit = [key for key in self.disk if key[0] == AUDIT]
+        return [record for key, record in self.disk.items() if key[0] != AUDIT or key == max(audit)]
 
     def crash_agent(self, at: CrashPoint = CrashPoint.BEFORE_PERSIST) -> None:
         """Memory is gone. What was being written is on disk or not, as a whole; what should have followed never was."""
@@ -349,6 +356,8 @@ class Machine:
                 self._watcher.answered(effect)
             case fx.Reject():
                 self.rejected += 1
+            case fx.Warn(reason=reason):
+                self.warnings.append(reason)
             case fx.SurveyCloud() | fx.PrepareLaunch() | fx.Launch() | fx.Terminate() | fx.Enrol() | fx.Welcome():
                 self._rent(effect)
             case fx.PowerOff():

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
+from meshgpu.core.audit import AUDIT
 from meshgpu.model import messages as msg
 from meshgpu.model.ids import NodeId
 from meshgpu.model.records import AttemptRecord, JobRecord
@@ -92,6 +93,8 @@ class Story:
                 return f"keeps job {self._job(register.job)}/{register.epoch} {register.state}{where}{reason}"
             case fx.Persist(record=AttemptRecord() as record):
                 return f"keeps attempt {self._job(record.job)}/{record.epoch} {record.state}"
+            case fx.Persist(kind=kind) if kind == AUDIT:
+                return "keeps an entry of its audit"
             case fx.Send(peer=peer, message=message):
                 said = self._message(message)
                 return f"→ {self._name(peer)}: {said}" if said else ""

@@ -17,6 +17,7 @@ from google.protobuf.message import Message as Proto
 
 from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model import (
+    audit,
     bulk,
     cloud,
     enrolment,
@@ -26,6 +27,7 @@ from meshgpu.model import (
     lending,
     messages,
     pairing,
+    receipt,
     records,
     resources,
     sweep,
@@ -33,6 +35,7 @@ from meshgpu.model import (
 )
 from meshgpu.model.ids import Digest, JobId, MeshId
 from meshgpu.wire.v1 import (
+    audit_pb2,
     bulk_pb2,
     cloud_pb2,
     enrolment_pb2,
@@ -43,6 +46,7 @@ from meshgpu.wire.v1 import (
     lending_pb2,
     messages_pb2,
     pairing_pb2,
+    receipt_pb2,
     records_pb2,
     resources_pb2,
     sweep_pb2,
@@ -59,6 +63,7 @@ T = TypeVar("T")
 
 _MODULES: Final = (
     (trust, trust_pb2),
+    (audit, audit_pb2),
     (resources, resources_pb2),
     (inventory, inventory_pb2),
     (gossip, gossip_pb2),
@@ -68,6 +73,7 @@ _MODULES: Final = (
     (messages, messages_pb2),
     (pairing, pairing_pb2),
     (records, records_pb2),
+    (receipt, receipt_pb2),
     (bulk, bulk_pb2),
     (cloud, cloud_pb2),
     (enrolment, enrolment_pb2),

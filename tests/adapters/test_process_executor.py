@@ -811,6 +811,7 @@ async def test_fenced_job_runs_and_leaves_its_outputs(fenced_rig: Rig, tmp_path:
         "guard.json",
         "log",
         "outputs.json",
+        "staged.json",
         "work",
     ]
     assert (fenced_rig.attempt("job") / "guard.err").read_text() == ""

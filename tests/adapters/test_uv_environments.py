@@ -165,7 +165,7 @@ async def test_nothing_asked_for_gives_a_bare_python(bench: Bench, environments:
     for program in ("python", "python3"):
         assert run(environment, program, "-c", "import sys; print(sys.prefix)") == str(environment.bin_path.parent)
     assert not imports(environment, "pip")
-    assert environment.tag == environment.bin_path.parent.name[:4]
+    assert environment.key == environment.bin_path.parent.name
 
 
 async def test_requirements_are_installed_with_scripts_that_run(bench: Bench, environments: UvEnvironments) -> None:
@@ -364,7 +364,7 @@ async def test_a_known_environment_is_found_without_a_process(bench: Bench) -> N
     first = await bench.build(bench.fake(), plan_for())
     again = await bench.build(UvEnvironments(bench.home, Path("/nonexistent/uv")), plan_for())
     assert not first.cached
-    assert again == Environment(first.bin_path, first.tag, True, "requirements.txt", first.interpreter)
+    assert again == Environment(first.bin_path, first.key, True, "requirements.txt", first.interpreter)
 
 
 async def test_other_words_for_the_same_packages_share_an_environment(bench: Bench) -> None:

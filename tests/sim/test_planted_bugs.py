@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from meshgpu.core.audit import AuditChain
 from meshgpu.core.effects import Effect, Persist, Send
 from meshgpu.core.jobs import attempts as attempts_module
-from meshgpu.core.jobs import sweeps
+from meshgpu.core.jobs import steward, sweeps
 from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.jobs.attempts import Attempts
 from meshgpu.core.jobs.held_job import HeldJob
@@ -22,11 +24,13 @@ from meshgpu.core.sweep import expand
 from meshgpu.core.trust.freshness import Challenges, Obeyed
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import BrokenInvariant
+from meshgpu.model.audit import AuditEvent
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import GossipEntry
 from meshgpu.model.ids import JobId, NodeId
 from meshgpu.model.job import AttemptState, JobRequest, JobState, Register, Result
 from meshgpu.model.messages import Activate, AttemptReport, CommitAnswer, ReportAck, SubmitAnswer
+from meshgpu.model.receipt import Evidence, Receipt
 from meshgpu.model.records import JobRecord
 from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import Role, Signed
@@ -187,8 +191,10 @@ def test_node_that_sees_owners_where_none_are_is_caught(monkeypatch: pytest.Monk
 def test_steward_that_takes_a_preempted_job_for_a_finished_one_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Attempts.finished
 
-    def forgetful(self: Attempts, now: Now, job: JobId, epoch: int, ended: float, result: Result) -> list[Effect]:
-        effects = original(self, now, job, epoch, ended, result)
+    def forgetful(
+        self: Attempts, now: Now, job: JobId, epoch: int, ended: float, result: Result, evidence: Evidence
+    ) -> list[Effect]:
+        effects = original(self, now, job, epoch, ended, result, evidence)
         for attempt in (self._live.get((job, epoch)),):
             if attempt is not None and attempt.result is not None and attempt.preempted:
                 attempt.result = replace(attempt.result, outcome=AttemptState.EXITED, reason=result.reason)
@@ -222,7 +228,7 @@ def test_steward_that_forgets_its_sweeps_at_restart_is_caught(monkeypatch: pytes
         return effects
 
     monkeypatch.setattr(Stewardship, "restore", forgetful)
-    find("epochs of .* jump|begins beside|not at rest", scenario=SWEEPS)
+    find("epochs of .* jump|begins beside|not at rest|the final register of", scenario=SWEEPS)
 
 
 def test_instance_that_takes_any_job_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,3 +352,53 @@ def test_submitter_that_is_not_challenged_cannot_submit(monkeypatch: pytest.Monk
     monkeypatch.setattr(Submissions, "_sign_again", lambda *_args: [])
     with pytest.raises(AssertionError, match="nobody could submit"):
         check_wrong_clocks(1)
+
+
+def test_machine_that_begins_its_audit_anew_at_restart_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AuditChain, "restore", lambda *_args: [])
+    find("cannot trust the audit|its audit")
+
+
+def test_machine_that_leaves_an_end_out_of_its_audit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = AuditChain.wrote
+
+    def discreet(self: AuditChain, event: AuditEvent, attempt: Attempt, at_wall_s: float) -> list[Effect]:
+        return [] if event is AuditEvent.ENDED else original(self, event, attempt, at_wall_s)
+
+    monkeypatch.setattr(AuditChain, "wrote", discreet)
+    find("but its audit says")
+
+
+def test_machine_that_writes_the_audit_after_the_attempt_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another transaction, between which the agent may crash."""
+    original, stepped = AuditChain.wrote, Attempts.step
+    late: dict[AuditChain, list[Effect]] = {}
+    due: dict[AuditChain, list[Effect]] = {}
+
+    def later(self: AuditChain, event: AuditEvent, attempt: Attempt, at_wall_s: float) -> list[Effect]:
+        late.setdefault(self, []).extend(original(self, event, attempt, at_wall_s))
+        return []
+
+    def step(self: Attempts, now: Now) -> list[Effect]:
+        written, due[self.audit] = due.get(self.audit, []), late.pop(self.audit, [])
+        return [*written, *stepped(self, now)]
+
+    monkeypatch.setattr(AuditChain, "wrote", later)
+    monkeypatch.setattr(Attempts, "step", step)
+    find("cannot trust the audit|but its audit says")
+
+
+def test_receipt_of_another_attempt_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Attempt.account
+
+    def wrong(self: Attempt, *args: Any) -> Receipt:
+        return replace(original(self, *args), epoch=self.epoch + 1)
+
+    monkeypatch.setattr(Attempt, "account", wrong)
+    find("without a receipt")
+
+
+def test_steward_that_keeps_any_receipt_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    test_receipt_of_another_attempt_is_not_kept(monkeypatch)
+    monkeypatch.setattr(steward, "check_told", lambda *_args: None)
+    find("has the receipt of attempt")

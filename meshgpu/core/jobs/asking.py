@@ -179,6 +179,7 @@ class Asking:
             try:
                 asked = self._rules.verify_spec(view.spec)
                 own = JobView(asked, view.register) if view.trial is None else _trial(asked, view.trial, view.register)
+                own = replace(own, signed=view.spec, receipt=view.receipt)
                 trials = [_trial(asked, trial.trial, trial.register) for trial in view.trials]
             except TrustError:
                 continue

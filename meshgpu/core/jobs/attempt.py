@@ -8,7 +8,8 @@ from meshgpu.core.effects import Persist, Send
 from meshgpu.core.jobs.placement import wanted_cpus
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.gossip import Allocation
-from meshgpu.model.ids import HoldId, NodeId
+from meshgpu.model.ids import Digest, HoldId, NodeId
+from meshgpu.model.inventory import Inventory
 from meshgpu.model.job import (
     ATTEMPT_ORDER,
     ENDED_ATTEMPT_STATES,
@@ -19,6 +20,7 @@ from meshgpu.model.job import (
     StopMode,
 )
 from meshgpu.model.messages import AttemptReport
+from meshgpu.model.receipt import Evidence, Receipt
 from meshgpu.model.records import AttemptRecord
 from meshgpu.model.resources import GpuShare
 from meshgpu.model.sweep import Metric, Trial
@@ -33,6 +35,7 @@ class Attempt:
 
     trial: which of a sweep, None for a job of its own. metric: what the job has reported of its objective.
     preempted: why the machine's owner wants it gone, empty where he does not. kill_at: `boot_s` at which it must be.
+    fenced: whether it is shut in. receipt: what this node signed when it ended.
     """
 
     spec: JobSpec
@@ -54,6 +57,8 @@ class Attempt:
     result: Result | None = None
     started_wall_s: float | None = None
     ended_wall_s: float | None = None
+    fenced: bool = False
+    receipt: Signed | None = None
     story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
 
     @property
@@ -97,8 +102,33 @@ class Attempt:
             self.ended_wall_s,
             self.preempted,
             self.trial,
+            self.fenced,
+            self.receipt,
         )
         return Persist("attempt", f"{self.spec.job}/{self.epoch}", record)
+
+    def account(self, node: NodeId, spec: Digest, inventory: Inventory, evidence: Evidence) -> Receipt:
+        """What `node` vouches for, once it has ended. spec: digest of what the user signed."""
+        assert self.result is not None
+        assert self.ended_wall_s is not None
+        return Receipt(
+            self.spec.mesh,
+            self.spec.job,
+            self.epoch,
+            node,
+            spec,
+            self.spec.tree,
+            self.fenced,
+            tuple(share.uuid for share in self.gpus),
+            inventory.driver_version if self.gpus else "",
+            evidence.environment,
+            evidence.image,
+            evidence.log,
+            self.result.outcome,
+            self.result.exit_code,
+            self.started_wall_s,
+            self.ended_wall_s,
+        )
 
     def report(self) -> Send:
         report = AttemptReport(
@@ -110,5 +140,6 @@ class Attempt:
             self.ended_wall_s,
             self.result,
             self.metric,
+            self.receipt,
         )
         return Send(self.steward, report)

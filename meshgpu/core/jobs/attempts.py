@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
+from meshgpu.core.audit import AuditChain
 from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttempt, Persist, Reject, Send, StartAttempt
 from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.jobs.placement import find_room, out_of_bounds
@@ -19,9 +20,10 @@ from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import STOPPED, RequestRules
 from meshgpu.core.trust.sealing import NO_WRAP
 from meshgpu.errors import TrustError
+from meshgpu.model.audit import AuditEvent
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Allocation
-from meshgpu.model.ids import RANDOM_ID_BYTES, HoldId, JobId, NodeId, random_id
+from meshgpu.model.ids import RANDOM_ID_BYTES, HoldId, JobId, KeyId, NodeId, random_id
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import Action, AttemptPlan, AttemptState, JobSpec, Phase, PlacingVote, Result, StopMode
 from meshgpu.model.messages import (
@@ -36,6 +38,7 @@ from meshgpu.model.messages import (
     Release,
     ReportAck,
 )
+from meshgpu.model.receipt import NO_EVIDENCE, Evidence
 from meshgpu.model.records import AttemptRecord
 from meshgpu.model.sweep import Metric
 from meshgpu.model.trust import LENDING_ROLES, Member, Notary, Role
@@ -81,6 +84,7 @@ class Attempts:
         self._rng = rng
         self._owner = owner
         self._timing = timing
+        self.audit = AuditChain(node, notary)
         self._live: dict[tuple[JobId, int], Attempt] = {}
         self._delivered: dict[tuple[JobId, int], Attempt] = {}
         self._spent: dict[JobId, int] = {}
@@ -128,6 +132,7 @@ class Attempts:
         attempt.stop, attempt.result = record.stop, record.result
         attempt.preempted, attempt.kill_at = record.preempted, now.boot_s + GRACE_S if record.preempted else None
         attempt.started_wall_s, attempt.ended_wall_s = record.started_wall_s, record.ended_wall_s
+        attempt.fenced, attempt.receipt = record.fenced, record.receipt
         return attempt
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -215,8 +220,10 @@ class Attempts:
         self._spend(*key)
         attempt.accepted_at = now.boot_s
         attempt.due = now.boot_s + self._timing.ask_s
+        attempt.fenced = self._permission(attempt.spec).needs_fence
         attempt.advance(AttemptState.ACCEPTED)
-        return [attempt.persist(), Send(steward, CommitAnswer(*key, accepted=True))]
+        written = self.audit.wrote(AuditEvent.ACCEPTED, attempt, now.wall_s)
+        return [attempt.persist(), *written, Send(steward, CommitAnswer(*key, accepted=True))]
 
     def _verify_ticket(self, attempt: Attempt, commit: Commit) -> None:
         spec = attempt.spec
@@ -235,6 +242,7 @@ class Attempts:
         attempt = self._of_steward(steward, activate.job, activate.epoch)
         if attempt is None or attempt.state is not AttemptState.ACCEPTED:
             return []
+        attempt.fenced = self._permission(attempt.spec).needs_fence
         attempt.advance(AttemptState.STAGING)
         attempt.phase = Phase.STAGING
         attempt.due = now.boot_s + self._timing.report_s
@@ -249,9 +257,8 @@ class Attempts:
             del self._live[fence.job, fence.epoch]
             return []
         if attempt.state is AttemptState.ACCEPTED:
-            attempt.result = Result(AttemptState.FENCED, None, "another attempt of the job was chosen")
-            attempt.ended_wall_s = now.wall_s
-            attempt.advance(AttemptState.FENCED)
+            result = Result(AttemptState.FENCED, None, "another attempt of the job was chosen")
+            return [*self._conclude(attempt, result, now.wall_s), *self._settle(attempt)]
         if attempt.occupies:
             return self._end(attempt, StopMode.KILL)
         return self._settle(attempt)
@@ -330,22 +337,24 @@ class Attempts:
         attempt = self._live.get((job, epoch))
         if attempt is None or attempt.state not in MAY_LIVE:
             return []
+        is_new = attempt.started_wall_s is None  # an adopted one began before
         attempt.started_wall_s = started_wall_s
         if attempt.state is AttemptState.STAGING:
             attempt.advance(AttemptState.RUNNING)
         attempt.phase = Phase.STOPPING if attempt.state is AttemptState.STOPPING else Phase.RUNNING
-        return [attempt.persist(), attempt.report()]
+        written = self.audit.wrote(AuditEvent.STARTED, attempt, started_wall_s) if is_new else []
+        return [attempt.persist(), *written, attempt.report()]
 
-    def finished(self, now: Now, job: JobId, epoch: int, ended_wall_s: float, result: Result) -> list[Effect]:
+    def finished(
+        self, now: Now, job: JobId, epoch: int, ended_wall_s: float, result: Result, evidence: Evidence = NO_EVIDENCE
+    ) -> list[Effect]:
         attempt = self._live.get((job, epoch))
         if attempt is None or attempt.state not in MAY_LIVE:
             return []
         if attempt.preempted:  # also with exit code 0: it may have been asked to leave just before its end, or obeyed
             result = replace(result, outcome=AttemptState.PREEMPTED, reason=attempt.preempted)
-        attempt.result, attempt.ended_wall_s, attempt.phase = result, ended_wall_s, None
         attempt.due = now.boot_s + self._timing.ask_s
-        attempt.advance(result.outcome)
-        return [attempt.persist(), attempt.report()]
+        return [*self._conclude(attempt, result, ended_wall_s, evidence), attempt.report()]
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -383,10 +392,19 @@ class Attempts:
         return self._log.members.get(self._node) or self._log.former[self._node]
 
     def _plan(self, attempt: Attempt) -> AttemptPlan:
-        fenced = self._permission(attempt.spec).needs_fence
         image = self._owner.policy.image(attempt.spec.image)
         name, key = self._me().name, attempt.signed.key
-        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, fenced, name, image, key)
+        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, attempt.fenced, name, image, key)
+
+    def _conclude(
+        self, attempt: Attempt, result: Result, ended_wall_s: float, evidence: Evidence = NO_EVIDENCE
+    ) -> list[Effect]:
+        """It has ended: record, receipt and audit say so in one step, and so in one transaction."""
+        attempt.result, attempt.ended_wall_s, attempt.phase = result, ended_wall_s, None
+        attempt.advance(result.outcome)
+        receipt = attempt.account(self._node, self._notary.digest(attempt.signed), self._inventory, evidence)
+        attempt.receipt = self._notary.sign(KeyId(self._node), receipt)
+        return [attempt.persist(), *self.audit.wrote(AuditEvent.ENDED, attempt, ended_wall_s)]
 
     def _of_steward(self, steward: NodeId, job: JobId, epoch: int) -> Attempt | None:
         """A live attempt, if it is `steward`'s to command."""
@@ -398,11 +416,8 @@ class Attempts:
 
     def _never(self, now: Now, attempt: Attempt, outcome: AttemptState, reason: str) -> list[Effect]:
         """Give back what was accepted and never started: only its own node may say so."""
-        attempt.result = Result(outcome, None, reason)
-        attempt.ended_wall_s = now.wall_s
         attempt.due = now.boot_s + self._timing.ask_s
-        attempt.advance(outcome)
-        return [attempt.persist(), attempt.report()]
+        return [*self._conclude(attempt, Result(outcome, None, reason), now.wall_s), attempt.report()]
 
     def _give_back(self, now: Now) -> list[Effect]:
         """End what stands in the owner's way: asked first, killed GRACE_S later."""

@@ -20,7 +20,7 @@ class HeldJob:
     offers, ranked, round, refused: the offers under way, belonging to `Offering`. cancel: the user's signed request to
     end it. unstarted: attempts that died before they started. watchers: {peer: boot_s until which it is told}.
     waits_since: Unix time since when it is known that no machine has room for it.
-    trial, sweep: which of which sweep it is; None for a job of its own.
+    trial, sweep: which of which sweep it is; None for a job of its own. receipt: of the newest attempt that has ended.
     """
 
     spec: JobSpec
@@ -37,6 +37,7 @@ class HeldJob:
     waits_since: float | None = None
     trial: Trial | None = None
     sweep: JobSpec | None = None
+    receipt: Signed | None = None
 
     @property
     def state(self) -> JobState:
@@ -53,7 +54,9 @@ class HeldJob:
         effects: list[Effect] = []
         if durable:
             effects.append(
-                Persist("job", self.spec.job, JobRecord(self.signed, self.register, self.cancel, self.trial))
+                Persist(
+                    "job", self.spec.job, JobRecord(self.signed, self.register, self.cancel, self.trial, self.receipt)
+                )
             )
         self.watchers = {peer: until for peer, until in self.watchers.items() if until > now.boot_s}
         effects.extend(Send(peer, JobUpdate(self.register)) for peer in self.watchers)

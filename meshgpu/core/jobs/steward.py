@@ -19,6 +19,7 @@ from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import check_space, trial_spec
 from meshgpu.core.trust.freshness import Obeyed
 from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.core.trust.receipts import check_about, check_told, read_receipt
 from meshgpu.core.trust.requests import STOPPED, RequestRules
 from meshgpu.errors import MeshgpuError, StaleRequest, TrustError
 from meshgpu.model.clock import Now
@@ -130,6 +131,7 @@ class Stewardship:
                 effects.append(Reject(self._node, error.message))
                 continue
             job = HeldJob(spec, record.spec, record.register, now.boot_s, cancel=record.cancel, trial=record.trial)
+            job.receipt = record.receipt
             if record.trial is not None:
                 job.sweep = asked
                 self._trials.setdefault(asked.job, {})[record.trial.number] = job
@@ -333,8 +335,9 @@ class Stewardship:
         if job is None or job.register.node != node or job.register.epoch != report.epoch:
             return self._answer_stale(node, report)
         if report.result is not None:
+            rejects = self._keep_receipt(job, report, report.result)
             effects = self._ended(now, job, report, report.result)
-            return [*effects, Send(node, ReportAck(report.job, report.epoch))]
+            return [*rejects, *effects, Send(node, ReportAck(report.job, report.epoch))]
         if job.state is JobState.QUEUED:  # spent before it was activated; it must not go on
             return [Send(node, Fence(report.job, report.epoch))]
         if job.state not in (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING):
@@ -354,6 +357,20 @@ class Stewardship:
             heard_wall_s=now.wall_s,
             metric=report.metric,
         )
+
+    def _keep_receipt(self, job: HeldJob, report: AttemptReport, result: Result) -> list[Effect]:
+        """Only what can be shown later: a receipt of this very attempt, which says what the report says."""
+        if report.receipt is None:
+            return []  # it was never accepted there
+        try:
+            receipt = read_receipt(report.receipt, self._log, self._notary)
+            check_about(receipt, job.spec, self._notary.digest(job.signed))
+            check_told(receipt, job.register, report, result)
+        except TrustError as error:
+            assert job.register.node is not None
+            return [Reject(job.register.node, error.message)]
+        job.receipt = report.receipt
+        return []
 
     def _answer_stale(self, node: NodeId, report: AttemptReport) -> list[Effect]:
         """A report of an epoch that is not the register's (any more), or of a job that was forgotten long ago."""
@@ -437,6 +454,8 @@ class Stewardship:
                 effects += self.obeyed.note(now, signed.key, request.nonce)
             case Action.STOP | Action.KILL:
                 pass
+            case Action.RECEIPT:
+                return (replace(job.view(), receipt=job.receipt),), []
             case Action.LOGS | Action.FILES:
                 raise TrustError("not-allowed", f"cannot answer {request.action} over a Link: it is a bulk stream")
         return (job.view(),), effects

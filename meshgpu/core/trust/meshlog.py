@@ -61,6 +61,8 @@ class MeshLog:
         self.frozen: tuple[KeyId, ...] = ()
         self.refused: tuple[str, ...] = ()
         """Why the newest entries that were refused were."""
+        self.rented: dict[NodeId, Member] = {}
+        """Every instance that was ever let in, for what it signed meanwhile."""
         self.may_leave = False
         """Whether jobs may leave the office for rented instances."""
         self._heads: tuple[Head, ...] = ()
@@ -131,7 +133,7 @@ class MeshLog:
             if node not in office and node not in ended and node not in revoked:
                 inside.setdefault(node, member)
         self.members = _with_unique_names(inside)
-        self.ended = frozenset(ended)
+        self.ended, self.rented = frozenset(ended), rented
         self._first_expiry_wall_s = min(map(_expiry_wall_s, self.members.values()), default=math.inf)
         admins = frozenset(chains.admins())
         every = {key: UserKey(b.user, key, b.public_key, b.node, b.uid, key in admins) for key, b in links.items()}
@@ -191,9 +193,13 @@ class MeshLog:
         user = self.users.get(key)
         return user.user if user else None
 
+    def known(self, node: NodeId) -> Member | None:
+        """A machine of now or before, rented ones too: whose key signed what it says it signed."""
+        return self.members.get(node) or self.former.get(node) or self.rented.get(node)
+
     def name_of(self, node: NodeId) -> str:
         """What people call a machine of now or before."""
-        member = self.members.get(node) or self.former.get(node)
+        member = self.known(node)
         return member.name if member else f"the machine {node[:8]}"
 
     def admins(self) -> tuple[UserKey, ...]:

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from meshgpu.wire.v1 import audit_pb2 as _audit_pb2
 from meshgpu.wire.v1 import inventory_pb2 as _inventory_pb2
 from meshgpu.wire.v1 import lending_pb2 as _lending_pb2
 from meshgpu.wire.v1 import resources_pb2 as _resources_pb2
@@ -64,6 +65,7 @@ class NodeRecord(_message.Message):
     NEEDS_IMAGE_FIELD_NUMBER: _builtins.int
     PAUSE_FIELD_NUMBER: _builtins.int
     SEALING_KEY_FIELD_NUMBER: _builtins.int
+    AUDIT_FIELD_NUMBER: _builtins.int
     agent_version: _builtins.str
     """Version of the agent."""
     fence: _builtins.str
@@ -94,6 +96,10 @@ class NodeRecord(_message.Message):
     def pause(self) -> _lending_pb2.Pause:
         """Present while the owner lends nothing."""
 
+    @_builtins.property
+    def audit(self) -> _audit_pb2.AuditHead:
+        """Head of the node's audit chain; absent before its first entry."""
+
     def __init__(
         self,
         *,
@@ -108,13 +114,19 @@ class NodeRecord(_message.Message):
         needs_image: _builtins.bool = ...,
         pause: _lending_pb2.Pause | None = ...,
         sealing_key: _builtins.bytes = ...,
+        audit: _audit_pb2.AuditHead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_pause", b"_pause", "inventory", b"inventory", "pause", b"pause"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_audit", b"_audit", "_pause", b"_pause", "audit", b"audit", "inventory", b"inventory", "pause", b"pause"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pause", b"_pause", "addresses", b"addresses", "agent_version", b"agent_version", "fence", b"fence", "inventory", b"inventory", "lending", b"lending", "lends", b"lends", "may_steward", b"may_steward", "needs_image", b"needs_image", "pause", b"pause", "sealing_key", b"sealing_key", "trusts", b"trusts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_audit", b"_audit", "_pause", b"_pause", "addresses", b"addresses", "agent_version", b"agent_version", "audit", b"audit", "fence", b"fence", "inventory", b"inventory", "lending", b"lending", "lends", b"lends", "may_steward", b"may_steward", "needs_image", b"needs_image", "pause", b"pause", "sealing_key", b"sealing_key", "trusts", b"trusts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__audit: _TypeAlias = _typing.Literal["audit"]  # noqa: Y015
+    _WhichOneofArgType__audit: _TypeAlias = _typing.Literal["_audit", b"_audit"]  # noqa: Y015
     _WhichOneofReturnType__pause: _TypeAlias = _typing.Literal["pause"]  # noqa: Y015
     _WhichOneofArgType__pause: _TypeAlias = _typing.Literal["_pause", b"_pause"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__audit) -> _WhichOneofReturnType__audit | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pause) -> _WhichOneofReturnType__pause | None: ...
 
 Global___NodeRecord: _TypeAlias = NodeRecord  # noqa: Y015

@@ -534,7 +534,7 @@ class JobRequest(_message.Message):
     user: _builtins.str
     """User who asks."""
     action: _builtins.str
-    """list, watch, stop, kill, logs, files."""
+    """list, watch, stop, kill, logs, files, receipt."""
     node: _builtins.str
     """Id of the node that is asked."""
     issued_wall_s: _builtins.float

@@ -489,6 +489,7 @@ class AttemptReport(_message.Message):
     ENDED_WALL_S_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     METRIC_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     epoch: _builtins.int
@@ -509,6 +510,10 @@ class AttemptReport(_message.Message):
     def metric(self) -> _sweep_pb2.Metric:
         """What the job has reported of its objective; absent for nothing."""
 
+    @_builtins.property
+    def receipt(self) -> _trust_pb2.Signed:
+        """Receipt, signed by the node; absent before the end, and for an attempt that it never accepted."""
+
     def __init__(
         self,
         *,
@@ -520,10 +525,11 @@ class AttemptReport(_message.Message):
         ended_wall_s: _builtins.float | None = ...,
         result: _job_pb2.Result | None = ...,
         metric: _sweep_pb2.Metric | None = ...,
+        receipt: _trust_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_metric", b"_metric", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "ended_wall_s", b"ended_wall_s", "metric", b"metric", "phase", b"phase", "result", b"result", "started_wall_s", b"started_wall_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_metric", b"_metric", "_phase", b"_phase", "_receipt", b"_receipt", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "ended_wall_s", b"ended_wall_s", "metric", b"metric", "phase", b"phase", "receipt", b"receipt", "result", b"result", "started_wall_s", b"started_wall_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_metric", b"_metric", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "detail", b"detail", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "job", b"job", "metric", b"metric", "phase", b"phase", "result", b"result", "started_wall_s", b"started_wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_metric", b"_metric", "_phase", b"_phase", "_receipt", b"_receipt", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "detail", b"detail", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "job", b"job", "metric", b"metric", "phase", b"phase", "receipt", b"receipt", "result", b"result", "started_wall_s", b"started_wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ended_wall_s: _TypeAlias = _typing.Literal["ended_wall_s"]  # noqa: Y015
     _WhichOneofArgType__ended_wall_s: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s"]  # noqa: Y015
@@ -531,6 +537,8 @@ class AttemptReport(_message.Message):
     _WhichOneofArgType__metric: _TypeAlias = _typing.Literal["_metric", b"_metric"]  # noqa: Y015
     _WhichOneofReturnType__phase: _TypeAlias = _typing.Literal["phase"]  # noqa: Y015
     _WhichOneofArgType__phase: _TypeAlias = _typing.Literal["_phase", b"_phase"]  # noqa: Y015
+    _WhichOneofReturnType__receipt: _TypeAlias = _typing.Literal["receipt"]  # noqa: Y015
+    _WhichOneofArgType__receipt: _TypeAlias = _typing.Literal["_receipt", b"_receipt"]  # noqa: Y015
     _WhichOneofReturnType__result: _TypeAlias = _typing.Literal["result"]  # noqa: Y015
     _WhichOneofArgType__result: _TypeAlias = _typing.Literal["_result", b"_result"]  # noqa: Y015
     _WhichOneofReturnType__started_wall_s: _TypeAlias = _typing.Literal["started_wall_s"]  # noqa: Y015
@@ -541,6 +549,8 @@ class AttemptReport(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__metric) -> _WhichOneofReturnType__metric | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__phase) -> _WhichOneofReturnType__phase | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__receipt) -> _WhichOneofReturnType__receipt | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__result) -> _WhichOneofReturnType__result | None: ...
     @_typing.overload
@@ -688,6 +698,7 @@ class SignedView(_message.Message):
     REGISTER_FIELD_NUMBER: _builtins.int
     TRIAL_FIELD_NUMBER: _builtins.int
     TRIALS_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> _trust_pb2.Signed:
         """JobSpec, signed by its user; required."""
@@ -704,6 +715,10 @@ class SignedView(_message.Message):
     def trials(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrialView]:
         """For a sweep in a list: the trials that have begun."""
 
+    @_builtins.property
+    def receipt(self) -> _trust_pb2.Signed:
+        """Receipt of the newest attempt that has ended, signed by its node; only where it was asked for."""
+
     def __init__(
         self,
         *,
@@ -711,13 +726,19 @@ class SignedView(_message.Message):
         register: _job_pb2.Register | None = ...,
         trial: _sweep_pb2.Trial | None = ...,
         trials: _abc.Iterable[Global___TrialView] | None = ...,
+        receipt: _trust_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_receipt", b"_receipt", "_trial", b"_trial", "receipt", b"receipt", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "register", b"register", "spec", b"spec", "trial", b"trial", "trials", b"trials"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_receipt", b"_receipt", "_trial", b"_trial", "receipt", b"receipt", "register", b"register", "spec", b"spec", "trial", b"trial", "trials", b"trials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__receipt: _TypeAlias = _typing.Literal["receipt"]  # noqa: Y015
+    _WhichOneofArgType__receipt: _TypeAlias = _typing.Literal["_receipt", b"_receipt"]  # noqa: Y015
     _WhichOneofReturnType__trial: _TypeAlias = _typing.Literal["trial"]  # noqa: Y015
     _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__receipt) -> _WhichOneofReturnType__receipt | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__trial) -> _WhichOneofReturnType__trial | None: ...
 
 Global___SignedView: _TypeAlias = SignedView  # noqa: Y015

@@ -116,6 +116,7 @@ class JobRecord(_message.Message):
     REGISTER_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     TRIAL_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> _trust_pb2.Signed:
         """JobSpec, signed by its user; required."""
@@ -132,6 +133,10 @@ class JobRecord(_message.Message):
     def trial(self) -> _sweep_pb2.Trial:
         """Present for a trial of a sweep."""
 
+    @_builtins.property
+    def receipt(self) -> _trust_pb2.Signed:
+        """Receipt of the newest attempt that has ended, signed by its node; absent without one."""
+
     def __init__(
         self,
         *,
@@ -139,17 +144,22 @@ class JobRecord(_message.Message):
         register: _job_pb2.Register | None = ...,
         cancel: _trust_pb2.Signed | None = ...,
         trial: _sweep_pb2.Trial | None = ...,
+        receipt: _trust_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_trial", b"_trial", "cancel", b"cancel", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_receipt", b"_receipt", "_trial", b"_trial", "cancel", b"cancel", "receipt", b"receipt", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_trial", b"_trial", "cancel", b"cancel", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_receipt", b"_receipt", "_trial", b"_trial", "cancel", b"cancel", "receipt", b"receipt", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cancel: _TypeAlias = _typing.Literal["cancel"]  # noqa: Y015
     _WhichOneofArgType__cancel: _TypeAlias = _typing.Literal["_cancel", b"_cancel"]  # noqa: Y015
+    _WhichOneofReturnType__receipt: _TypeAlias = _typing.Literal["receipt"]  # noqa: Y015
+    _WhichOneofArgType__receipt: _TypeAlias = _typing.Literal["_receipt", b"_receipt"]  # noqa: Y015
     _WhichOneofReturnType__trial: _TypeAlias = _typing.Literal["trial"]  # noqa: Y015
     _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cancel) -> _WhichOneofReturnType__cancel | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__receipt) -> _WhichOneofReturnType__receipt | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__trial) -> _WhichOneofReturnType__trial | None: ...
 
@@ -203,6 +213,8 @@ class AttemptRecord(_message.Message):
     ENDED_WALL_S_FIELD_NUMBER: _builtins.int
     PREEMPTED_FIELD_NUMBER: _builtins.int
     TRIAL_FIELD_NUMBER: _builtins.int
+    FENCED_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     epoch: _builtins.int
@@ -221,6 +233,8 @@ class AttemptRecord(_message.Message):
     """Unix time in seconds; absent while a process lives."""
     preempted: _builtins.str
     """Why the machine's owner wants it back; empty where he does not."""
+    fenced: _builtins.bool
+    """Whether the job is shut in."""
     @_builtins.property
     def spec(self) -> _trust_pb2.Signed:
         """JobSpec, signed by its user; required."""
@@ -237,6 +251,10 @@ class AttemptRecord(_message.Message):
     def trial(self) -> _sweep_pb2.Trial:
         """Present for a trial of a sweep."""
 
+    @_builtins.property
+    def receipt(self) -> _trust_pb2.Signed:
+        """Receipt, signed by this node; absent before the end."""
+
     def __init__(
         self,
         *,
@@ -252,13 +270,17 @@ class AttemptRecord(_message.Message):
         ended_wall_s: _builtins.float | None = ...,
         preempted: _builtins.str = ...,
         trial: _sweep_pb2.Trial | None = ...,
+        fenced: _builtins.bool = ...,
+        receipt: _trust_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "_trial", b"_trial", "ended_wall_s", b"ended_wall_s", "result", b"result", "spec", b"spec", "started_wall_s", b"started_wall_s", "stop", b"stop", "trial", b"trial"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_receipt", b"_receipt", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "_trial", b"_trial", "ended_wall_s", b"ended_wall_s", "receipt", b"receipt", "result", b"result", "spec", b"spec", "started_wall_s", b"started_wall_s", "stop", b"stop", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "_trial", b"_trial", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "gpus", b"gpus", "hold", b"hold", "job", b"job", "preempted", b"preempted", "result", b"result", "spec", b"spec", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop", "trial", b"trial"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_receipt", b"_receipt", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "_trial", b"_trial", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "fenced", b"fenced", "gpus", b"gpus", "hold", b"hold", "job", b"job", "preempted", b"preempted", "receipt", b"receipt", "result", b"result", "spec", b"spec", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ended_wall_s: _TypeAlias = _typing.Literal["ended_wall_s"]  # noqa: Y015
     _WhichOneofArgType__ended_wall_s: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s"]  # noqa: Y015
+    _WhichOneofReturnType__receipt: _TypeAlias = _typing.Literal["receipt"]  # noqa: Y015
+    _WhichOneofArgType__receipt: _TypeAlias = _typing.Literal["_receipt", b"_receipt"]  # noqa: Y015
     _WhichOneofReturnType__result: _TypeAlias = _typing.Literal["result"]  # noqa: Y015
     _WhichOneofArgType__result: _TypeAlias = _typing.Literal["_result", b"_result"]  # noqa: Y015
     _WhichOneofReturnType__started_wall_s: _TypeAlias = _typing.Literal["started_wall_s"]  # noqa: Y015
@@ -269,6 +291,8 @@ class AttemptRecord(_message.Message):
     _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ended_wall_s) -> _WhichOneofReturnType__ended_wall_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__receipt) -> _WhichOneofReturnType__receipt | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__result) -> _WhichOneofReturnType__result | None: ...
     @_typing.overload
@@ -303,6 +327,58 @@ class PauseRecord(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PauseRecord: _TypeAlias = PauseRecord  # noqa: Y015
+
+@_typing.final
+class AuditRecord(_message.Message):
+    """One entry of this node's audit chain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQ_FIELD_NUMBER: _builtins.int
+    ENTRY_FIELD_NUMBER: _builtins.int
+    seq: _builtins.int
+    """Number of the entry, from 0."""
+    @_builtins.property
+    def entry(self) -> _trust_pb2.Signed:
+        """AuditEntry, signed by the node; required."""
+
+    def __init__(
+        self,
+        *,
+        seq: _builtins.int = ...,
+        entry: _trust_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditRecord: _TypeAlias = AuditRecord  # noqa: Y015
+
+@_typing.final
+class AuditStartRecord(_message.Message):
+    """Where the kept part of the audit chain begins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def start(self) -> _trust_pb2.Signed:
+        """AuditStart, signed by the node; required."""
+
+    def __init__(
+        self,
+        *,
+        start: _trust_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditStartRecord: _TypeAlias = AuditStartRecord  # noqa: Y015
 
 @_typing.final
 class LaunchRecord(_message.Message):

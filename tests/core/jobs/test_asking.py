@@ -60,7 +60,7 @@ class Bench:
 def bench(office: Office, log: MeshLog, at: Clock, signed: Sign) -> Bench:
     spec, envelope = signed()
     register = Register(spec.job, JobState.QUEUED)
-    return Bench(office, log, at, JobView(spec, register), SignedView(envelope, register))
+    return Bench(office, log, at, JobView(spec, register, signed=envelope), SignedView(envelope, register))
 
 
 def test_all_live_members_are_asked_each_with_a_request_of_its_own(bench: Bench) -> None:

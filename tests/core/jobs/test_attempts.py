@@ -130,7 +130,8 @@ def all_of(effects: list[Effect], kind: type[T]) -> list[T]:
 
 
 def record_of(effects: list[Effect]) -> AttemptRecord:
-    (record,) = [effect.record for effect in effects if isinstance(effect, Persist)]
+    """The attempt's record as the effects leave it."""
+    *_, record = [effect.record for effect in effects if isinstance(effect, Persist) and effect.kind == "attempt"]
     assert isinstance(record, AttemptRecord)
     return record
 
