@@ -14,8 +14,9 @@ from meshgpu.adapters.fences import Fence
 from meshgpu.adapters.guarded import GuardedExecutor
 from meshgpu.adapters.process_executor import ProcessExecutor
 from meshgpu.agent.executors import Executors
-from meshgpu.model.ids import JobId, NodeId
+from meshgpu.model.ids import JobId, NodeId, digest
 from meshgpu.model.job import AttemptPlan, AttemptState, Result, StopMode
+from meshgpu.model.receipt import NO_EVIDENCE
 from meshgpu.ports import AttemptEnded, AttemptStarted, Environment
 from tests.adapters.test_docker_executor import JOB, Rig, engine, node, plan
 from tests.images.busybox import IMAGE
@@ -71,6 +72,40 @@ async def test_attempt_is_told_once_with_its_code_and_outputs(kind: Kind) -> Non
     assert json.loads((rig.attempt / "outputs.json").read_text()) == [["result", 5]]
     told = [event for event in rig.events if isinstance(event, AttemptStarted | AttemptEnded)]
     assert [type(event) for event in told] == [AttemptStarted, AttemptEnded]
+
+
+async def test_end_brings_what_can_be_vouched_for(kind: Kind) -> None:
+    rig = await kind.rig()
+    rig.submit(kind.plan("echo out; exit 7"))
+    await rig.ended()
+    evidence = next(event.evidence for event in rig.events if isinstance(event, AttemptEnded))
+    assert evidence.log == digest((rig.attempt / "log").read_bytes())
+    if kind.name == "process":
+        assert (evidence.environment, evidence.image) == ("k7qd", "")
+    else:
+        assert evidence.environment == ""
+        assert evidence.image.startswith("sha256:")
+
+
+async def test_end_that_another_agent_sees_brings_the_same(kind: Kind) -> None:
+    rig = await kind.rig()
+    rig.submit(kind.plan("echo out; sleep 1"))
+    await rig.until(AttemptStarted)
+    await rig.executor.close()
+    fresh = await kind.rig()
+    fresh.executor.adopt(kind.plan("echo out; sleep 1"))
+    await fresh.ended()
+    evidence = next(event.evidence for event in fresh.events if isinstance(event, AttemptEnded))
+    assert evidence.log == digest((rig.attempt / "log").read_bytes())
+    assert evidence.environment or evidence.image
+
+
+async def test_what_never_ran_brings_no_evidence(kind: Kind) -> None:
+    rig = await kind.rig()
+    plan = kind.plan("true")
+    rig.executor.adopt(plan)
+    await rig.ended()
+    assert [event.evidence for event in rig.events if isinstance(event, AttemptEnded)] == [NO_EVIDENCE]
 
 
 async def test_second_run_of_an_attempt_is_ignored(kind: Kind) -> None:

@@ -50,6 +50,16 @@ def test_a_new_store_is_empty_and_only_its_owner_can_read_it(store: SqliteStore,
     assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o600}
 
 
+def test_one_kind_is_left_out_or_read_in_parts(store: SqliteStore) -> None:
+    store.write([("audit", f"{number:03d}", b"%d" % number) for number in (2, 0, 1, 10)])
+    store.write([("job", "a", b"x"), ("zoo", "005", b"y")])
+    assert store.load(but="audit") == {("job", "a"): b"x", ("zoo", "005"): b"y"}
+    assert store.read("audit", "", 2) == [("000", b"0"), ("001", b"1")]
+    assert store.read("audit", "001\0", 9) == [("002", b"2"), ("010", b"10")]
+    assert store.last("audit", 2) == [("002", b"2"), ("010", b"10")]
+    assert store.last("none", 2) == store.read("none", "", 2) == []
+
+
 def test_what_was_written_is_there_after_a_restart(store: SqliteStore, path: Path) -> None:
     store.write([("job", "a", b"1"), ("job", "b", b"\x00\xff"), ("mesh", "a", b"")])
     store.write([("job", "a", b"2"), ("job", "b", None), ("job", "never-there", None)])

@@ -13,7 +13,7 @@ from meshgpu.core.owner import GRACE_S, Owner, OwnerPolicy
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import GpuId, HoldId, JobId, KeyId, NodeId, UserName
+from meshgpu.model.ids import GpuId, HoldId, JobId, KeyId, NodeId, UserName, digest
 from meshgpu.model.inventory import GpuProcess, GpuReading, ProcessKind
 from meshgpu.model.job import (
     Action,
@@ -40,6 +40,7 @@ from meshgpu.model.messages import (
     Release,
     ReportAck,
 )
+from meshgpu.model.receipt import Evidence, Receipt
 from meshgpu.model.records import AttemptRecord
 from meshgpu.model.trust import Signed
 from meshgpu.sim.office import Office
@@ -593,3 +594,72 @@ def test_sealed_box_and_its_users_key_go_to_the_executor_only_on_activation(benc
     (start,) = [effect for effect in bench.activate() if isinstance(effect, StartAttempt)]
     assert start.plan.spec.secrets == box
     assert start.plan.key == bench.signed.key
+
+
+# -- audit and receipt -------------------------------------------------------------------------------------------------
+
+
+def audited(effects: list[Effect]) -> list[str]:
+    """What the audit is told, in the same effects, and so in the same transaction, as the attempt's record."""
+    kinds = {effect.kind for effect in effects if isinstance(effect, Persist)}
+    assert kinds in ({"attempt", "audit"}, {"attempt"}, set())
+    return [
+        effect.key.lstrip("0") or "0" for effect in effects if isinstance(effect, Persist) and effect.kind == "audit"
+    ]
+
+
+def test_audit_is_written_with_acceptance_start_and_end(bench: Bench) -> None:
+    assert audited(bench.accept()) == ["0"]
+    assert audited(bench.activate()) == []
+    assert audited(bench.attempts.began(bench.spec.job, 1, 100.0)) == ["1"]
+    assert audited(bench.attempts.began(bench.spec.job, 1, 100.0)) == []  # an agent that took it up again
+    assert audited(bench.attempts.finished(bench.at(9), bench.spec.job, 1, 109.0, DONE)) == ["2"]
+
+
+def test_receipt_says_what_ran_and_what_came_of_it(bench: Bench) -> None:
+    bench.attempts.machine_read(replace(bench.office.setups[3].inventory, driver_version="580.1"), ())
+    bench.run()
+    evidence = Evidence("k" * 32, "sha256:1", digest(b"log"))
+    effects = bench.attempts.finished(bench.at(9), bench.spec.job, 1, 109.0, DONE, evidence)
+    record, report = record_of(effects), only(effects, AttemptReport)
+    assert record.receipt is not None
+    assert record.receipt == report.receipt
+    node, notary = bench.office.setups[3].node, bench.office.notaries[3]
+    receipt = notary.read(record.receipt, bench.office.ring.public(KeyId(node)), Receipt)
+    assert receipt == Receipt(
+        bench.office.mesh,
+        bench.spec.job,
+        1,
+        node,
+        notary.digest(bench.signed),
+        bench.spec.tree,
+        False,
+        tuple(share.uuid for share in record.gpus),
+        "580.1",
+        "k" * 32,
+        "sha256:1",
+        digest(b"log"),
+        AttemptState.EXITED,
+        0,
+        100.0,
+        109.0,
+    )
+
+
+def test_what_never_ran_has_a_receipt_that_says_so(bench: Bench) -> None:
+    bench.accept()
+    report = only(bench.cancel(), AttemptReport)
+    assert report.receipt is not None
+    node = bench.office.setups[3].node
+    receipt = bench.office.notaries[3].read(report.receipt, bench.office.ring.public(KeyId(node)), Receipt)
+    assert (receipt.outcome, receipt.exit_code, receipt.started_wall_s) == (AttemptState.ABANDONED, None, None)
+
+
+def test_receipt_and_fence_are_the_same_after_a_restart(bench: Bench) -> None:
+    bench.run()
+    record = record_of(bench.attempts.finished(bench.at(9), bench.spec.job, 1, 109.0, DONE))
+    again = make(bench.office)
+    again.restore(bench.at(0), [record])
+    latest = again.latest(bench.spec.job)
+    assert latest is not None
+    assert (latest.receipt, latest.fenced) == (record.receipt, record.fenced)

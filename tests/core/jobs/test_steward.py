@@ -17,7 +17,7 @@ from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
 from meshgpu.model.gossip import Capacity, NodeRecord
-from meshgpu.model.ids import HoldId, JobId, NodeId, UserName, key_id
+from meshgpu.model.ids import Digest, HoldId, JobId, KeyId, NodeId, UserName, key_id
 from meshgpu.model.job import (
     Action,
     AttemptState,
@@ -50,6 +50,7 @@ from meshgpu.model.messages import (
     Submit,
     SubmitAnswer,
 )
+from meshgpu.model.receipt import Receipt
 from meshgpu.model.records import JobRecord, ObeyedRecord
 from meshgpu.model.trust import LinkUser, Signed
 from meshgpu.sim.office import Office
@@ -904,3 +905,86 @@ def test_requests_that_are_remembered_are_limited_for_each_key(bench: Bench, mon
     ((_, answer),) = sent(bench.ask(Action.STOP, nonce="x" * 65), Answer)
     assert isinstance(answer, Answer)
     assert answer.code == "bad-request"
+
+
+# -- receipts ----------------------------------------------------------------------------------------------------------
+
+
+def signed_receipt(bench: Bench, result: Result, **changes: object) -> Signed:
+    """What the machine of the register signs for a run that took from 1 s to 2 s."""
+    register = bench.register
+    receipt = Receipt(
+        bench.office.mesh,
+        bench.spec.job,
+        register.epoch,
+        bench.node,
+        bench.office.notaries[0].digest(bench.signed),
+        bench.spec.tree,
+        True,
+        tuple(share.uuid for share in register.gpus),
+        "",
+        "",
+        "",
+        Digest(""),
+        result.outcome,
+        result.exit_code,
+        1.0,
+        2.0,
+    )
+    seat = next(n for n, setup in enumerate(bench.office.setups) if setup.node == bench.node)
+    receipt = replace(receipt, **changes)  # type: ignore[arg-type]  # names and types are Receipt's
+    return bench.office.notaries[seat].sign(KeyId(bench.node), receipt)
+
+
+def end(bench: Bench, result: Result, receipt: Signed | None) -> list[Effect]:
+    message = AttemptReport(bench.spec.job, bench.register.epoch, None, "", 1.0, 2.0, result, receipt=receipt)
+    return bench.stewardship.reported(bench.at(2), bench.node, message)
+
+
+def told_receipts(effects: list[Effect]) -> list[Signed | None]:
+    return [view.receipt for _, a in sent(effects, Answer) if isinstance(a, Answer) for view in a.views]
+
+
+def test_receipt_is_kept_with_the_job_and_told_where_it_is_asked_for(bench: Bench) -> None:
+    bench.activate()
+    result = Result(AttemptState.EXITED, 3)
+    receipt = signed_receipt(bench, result)
+    record = record_of(end(bench, result, receipt))
+    assert record.receipt == receipt
+    assert told_receipts(bench.ask(Action.RECEIPT)) == [receipt]
+    assert told_receipts(bench.ask(Action.LIST)) == [None]
+    bench.restart(record)
+    assert told_receipts(bench.ask(Action.RECEIPT)) == [receipt]
+
+
+def test_receipt_is_not_for_who_pretends_to_be_another(bench: Bench) -> None:
+    bench.activate()
+    bench.ask(Action.RECEIPT)
+    (answer,) = [a for _, a in sent(bench.ask(Action.RECEIPT, user="bob"), Answer) if isinstance(a, Answer)]
+    assert (answer.views, answer.code) == ((), "not-allowed")
+
+
+def test_receipt_that_does_not_hold_is_dropped_aloud_and_the_job_ends(bench: Bench) -> None:
+    bench.activate()
+    result = Result(AttemptState.EXITED, 0)
+    effects = end(bench, result, signed_receipt(bench, result, exit_code=1))
+    assert [e.reason for e in effects if isinstance(e, Reject)] == [
+        "cannot trust a receipt: it says something else than the report it came with"
+    ]
+    record = record_of(effects)
+    assert (record.receipt, record.register.state) == (None, JobState.SUCCEEDED)
+
+
+def test_receipt_of_a_newer_attempt_takes_the_place_of_an_older_one(bench: Bench) -> None:
+    bench.activate()
+    gone = Result(AttemptState.PREEMPTED, None, "its owner plays")
+    first = signed_receipt(bench, gone)
+    assert record_of(end(bench, gone, first)).receipt == first
+    bench.stewardship.step(bench.at(5))
+    for candidate in bench.candidates:
+        bench.answer(candidate.node, now_s=5.1, epoch=2)
+    bench.accept(5.2, epoch=2)
+    assert bench.register.epoch == 2
+    done = Result(AttemptState.EXITED, 0)
+    second = signed_receipt(bench, done)
+    assert record_of(end(bench, done, second)).receipt == second
