@@ -48,7 +48,7 @@ class AuditChain:
         self.head: AuditHead | None = None
 
     def restore(self, records: Iterable[Record]) -> list[Effect]:
-        """Go on after the newest of the entries among `records`, whether it can be trusted or not: to begin again
+        """Go on after the newest entry, the only one among `records`, whether it can be trusted or not: to begin again
         would hide that somebody was here. A start that cannot be read is told, and counts as 0."""
         effects: list[Effect] = []
         for record in records:
@@ -58,7 +58,7 @@ class AuditChain:
                     self._first = self._notary.read_pinned(record.start, digest, AuditStart).seq
                 except TrustError as error:
                     effects.append(Warn(self._node, f"the start of the audit cannot be read: {error.message}"))
-            elif isinstance(record, AuditRecord) and (self.head is None or record.seq > self.head.seq):
+            elif isinstance(record, AuditRecord):
                 self.head = AuditHead(record.seq, self._notary.digest(record.entry))
         return effects
 
@@ -146,8 +146,6 @@ class AuditWalk:
             raise is_broken(seq, f"does not hold: {error.message}") from error
         if entry.node != self._node or entry.seq != seq:
             raise is_broken(seq, f"was signed as entry {entry.seq} of {entry.node[:12]}")
-        if seq == 0 and entry.previous:
-            raise is_broken(seq, "names an entry before it")
         if self.head is not None and entry.previous != self.head.entry:
             raise is_broken(seq, "does not follow from the entry before it")
         self.head = AuditHead(seq, self._notary.digest(record.entry))

@@ -244,6 +244,13 @@ def test_every_character_of_a_proof_matters(rig: Rig) -> None:
             checked(rig, document | {"proof": altered})
 
 
+def test_proof_that_says_more_than_a_proof_does_is_none(rig: Rig) -> None:
+    document = kept(rig)
+    longer = base64.b64encode(base64.b64decode(document["proof"]) + b"\xa0\x06\x01").decode()  # a field of tomorrow
+    with pytest.raises(MeshgpuError, match="its proof is not written as a proof is"):
+        checked(rig, document | {"proof": longer})
+
+
 def test_every_fact_beside_the_proof_is_compared(rig: Rig) -> None:
     document = kept(rig)
     for name, value in document["facts"].items():

@@ -975,6 +975,16 @@ def test_receipt_that_does_not_hold_is_dropped_aloud_and_the_job_ends(bench: Ben
     assert (record.receipt, record.register.state) == (None, JobState.SUCCEEDED)
 
 
+def test_receipt_of_another_request_is_dropped_aloud(bench: Bench) -> None:
+    bench.activate()
+    result = Result(AttemptState.EXITED, 0)
+    effects = end(bench, result, signed_receipt(bench, result, tree=Digest("f" * 64)))
+    assert [e.reason for e in effects if isinstance(e, Reject)] == [
+        "cannot trust a receipt: it is of another working directory"
+    ]
+    assert record_of(effects).receipt is None
+
+
 def test_receipt_of_a_newer_attempt_takes_the_place_of_an_older_one(bench: Bench) -> None:
     bench.activate()
     gone = Result(AttemptState.PREEMPTED, None, "its owner plays")
