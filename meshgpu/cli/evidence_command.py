@@ -120,6 +120,7 @@ def _print_receipt(receipt: ReceiptView, *, as_json: bool) -> None:
         for check in receipt["checks"]:
             print(_check_line(check))
     if not receipt["holds"]:
+        show_error(MeshgpuError("bad-receipt", "this receipt does not hold"))
         raise typer.Exit(EXIT_FAILED_CHECK)
 
 
