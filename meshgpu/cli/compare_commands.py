@@ -11,10 +11,11 @@ from meshgpu.cli.render import note, plain
 from meshgpu.cli.words import EXIT_FAILED_CHECK
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.views import AdmitEvent, DigitsEvent, JoinedView, SightingView
+from meshgpu.core.trust.joining import GIVEN_ROLES
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.ids import is_name
+from meshgpu.model.trust import Role
 
-ROLES: Final = ("rig", "submitter", "viewer")
 WAIT_S: Final = 600.0
 """How long `join` waits for a window: as long as one stays open."""
 
@@ -32,12 +33,18 @@ def admit(
             raise MeshgpuError(
                 "bad-request", f"cannot use {text!r} as {flag}: expected 1 to 40 of a-z, 0-9 and hyphens"
             )
-    if role not in ROLES:
-        raise MeshgpuError("bad-request", f"there is no role {role!r}: expected rig, submitter or viewer")
+    checked_role(role)
     if not is_attended():
         raise MeshgpuError("bad-request", "cannot compare digits: no person sits at a terminal here", "meshgpu invite")
     client = AgentClient.found()
     _follow_window(client, client.admit(name, user, role), name)
+
+
+def checked_role(text: str) -> Role:
+    """A role that newcomers may get. Raises MeshgpuError `bad-request`."""
+    if text not in GIVEN_ROLES:
+        raise MeshgpuError("bad-request", f"there is no role {text!r}: expected {', '.join(GIVEN_ROLES)}")
+    return Role(text)
 
 
 def _follow_window(client: AgentClient, events: Iterator[AdmitEvent], wanted: str | None) -> None:

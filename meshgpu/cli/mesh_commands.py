@@ -6,18 +6,22 @@ import pwd
 import socket
 import sys
 import time
-from typing import Annotated, Final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Final
 
 import typer
 
-from meshgpu.cli.compare_commands import compare, open_window
+from meshgpu.cli.compare_commands import checked_role, compare, open_window
 from meshgpu.cli.launch import confirmed, ensure_agent, is_attended, listening_s
 from meshgpu.cli.render import ago, note, plain, print_table
+from meshgpu.cli.spans import parse_span
 from meshgpu.cli.watch import Json
 from meshgpu.cli.words import EXIT_FAILED_CHECK
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.views import AgentView, JoinedView, SightingView
-from meshgpu.core.trust.joining import read_invite
+from meshgpu.core.trust.joining import check_grant, read_invite
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import as_name, is_name
 
@@ -123,18 +127,60 @@ def _join_by_digits(machine: str, person: str, seeds: list[str], *, yes: bool) -
 
 def invite(
     user: Annotated[
-        str | None, typer.Option("--user", metavar="NAME", help="Whom the new machine belongs to (whoever joins).")
+        str | None, typer.Option("--user", metavar="NAME", help="Whom the new machines belong to (you).")
+    ] = None,
+    uses: Annotated[int, typer.Option("--uses", metavar="N", help="How many machines may join: 1 to 100.")] = 1,
+    life: Annotated[str, typer.Option("--for", metavar="TIME", help="For how long: 1m to 7d.")] = "10m",
+    role: Annotated[str, typer.Option("--role", metavar="ROLE", help="rig, submitter or viewer.")] = "rig",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the string there, for your account alone.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print a string with which one machine may join; it is a secret."""
-    view = AgentClient.found().invite(None if user is None else checked_name(user, "--user"))
+    """Print a string with which a machine may join; it is a secret."""
+    person = None if user is None else checked_name(user, "--user")
+    life_s = parse_span(life, "meshgpu invite --for 8h")
+    check_grant(checked_role(role), uses, life_s)
+    client = AgentClient.found()
+    if out is None:
+        view = client.invite(person, role, uses, life_s)
+    else:
+        with new_secret_file(out) as file:
+            view = client.invite(person, role, uses, life_s)
+            file.write(f"{view['invite']}\n")
     if as_json:
-        print(json.dumps(view))
+        print(json.dumps(view if out is None else view | {"invite": None}))
         return
-    whom = f" for {view['user']}" if view["user"] else ""
-    note(f"Good for one machine{whom}, for {ago(view['expires_at'] - time.time())}. On that machine: meshgpu join …")
-    print(view["invite"])
+    machines = "one machine" if view["uses"] == 1 else f"{view['uses']} machines"
+    rights = "" if view["role"] == "rig" else f" as {view['role']}"
+    good = f"Good for {machines} of {view['user']}{rights}, for {ago(view['expires_at'] - time.time())}"
+    if out is None:
+        note(plain(f"{good}. On that machine: meshgpu join …"))
+        print(view["invite"])
+    else:
+        note(plain(f"{good}, while this agent runs. It is in {out}: a secret."))
+        note("On those machines: meshgpu join < FILE, or put it in /etc/meshgpu/join before the agent starts")
+
+
+@contextmanager
+def new_secret_file(path: Path) -> Iterator[IO[str]]:
+    """A file that was not there, for this account alone; gone again where the block fails.
+
+    Raises MeshgpuError `bad-request`.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        found = "it is there already" if isinstance(error, FileExistsError) else error.strerror
+        raise MeshgpuError(
+            "bad-request", f"cannot write the invite to {path}: {found}", "meshgpu invite --out ANOTHER-FILE"
+        ) from error
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            yield file
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def discover(as_json: Json = False) -> None:

@@ -41,9 +41,13 @@ class FoundedView(TypedDict):
 
 
 class InviteView(TypedDict):
+    """invite: a secret. uses: how many machines it lets in."""
+
     invite: str
     expires_at: float
-    user: str | None
+    user: str
+    role: str
+    uses: int
 
 
 class JoinedView(TypedDict):

@@ -170,11 +170,54 @@ def test_names_default_to_host_and_account(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_invite_prints_the_string_alone_on_stdout(cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", lambda: 1000.0)
-    stub.on("POST /v1/invites", {"invite": "mgpu1-abc", "expires_at": 1600.0, "user": "bob"})
+    stub.on("POST /v1/invites", invited(user="bob"))
     result = cli("invite", "--user", "bob")
     assert result.stdout == "mgpu1-abc\n"
-    assert result.stderr == "Good for one machine for bob, for 10 m. On that machine: meshgpu join …\n"
-    assert stub.body("POST /v1/invites") == {"user": "bob"}
+    assert result.stderr == "Good for one machine of bob, for 10 m. On that machine: meshgpu join …\n"
+    assert stub.body("POST /v1/invites") == {"user": "bob", "role": "rig", "uses": 1, "life_s": 600.0}
+
+
+def invited(**changes: Any) -> dict[str, Any]:
+    return {"invite": "mgpu1-abc", "expires_at": 1600.0, "user": "ada", "role": "rig", "uses": 1} | changes
+
+
+def test_invite_in_a_file_is_for_its_account_alone_and_on_no_screen(
+    cli: Cli, stub: "StubAgent", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    stub.on("POST /v1/invites", invited(expires_at=1000.0 + 8 * 3600, role="viewer", uses=20))
+    out = tmp_path / "join"
+    result = cli("invite", "--uses", "20", "--for", "8h", "--role", "viewer", "--out", str(out))
+    assert (out.read_text(), out.stat().st_mode & 0o777) == ("mgpu1-abc\n", 0o600)
+    assert result.stdout == ""
+    assert "mgpu1" not in result.stderr
+    assert result.stderr.startswith("Good for 20 machines of ada as viewer, for 8 h 0 m, while this agent runs.")
+    assert stub.body("POST /v1/invites") == {"user": None, "role": "viewer", "uses": 20, "life_s": 28800.0}
+    shown = cli("invite", "--out", str(tmp_path / "other"), "--json").stdout
+    assert json.loads(shown)["invite"] is None
+
+
+def test_invite_overwrites_no_file_and_leaves_none_where_it_fails(cli: Cli, stub: "StubAgent", tmp_path: Path) -> None:
+    out = tmp_path / "join"
+    out.write_text("mine")
+    result = cli("invite", "--out", str(out))
+    assert (result.exit_code, out.read_text(), stub.seen) == (2, "mine", [])
+    assert f"cannot write the invite to {out}: it is there already" in result.stderr
+    stub.on_failure("POST /v1/invites", 403, "not-an-admin", "no admin")
+    assert cli("invite", "--out", str(tmp_path / "new")).exit_code == 125
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--uses", "0"), ("--uses", "101"), ("--for", "59s"), ("--for", "8d"), ("--for", "soon"), ("--role", "burst")],
+)
+def test_invite_out_of_bounds_is_refused_before_anything_happens(
+    cli: Cli, stub: "StubAgent", arguments: tuple[str, str], tmp_path: Path
+) -> None:
+    result = cli("invite", *arguments, "--out", str(tmp_path / "join"))
+    assert (result.exit_code, stub.seen, list(tmp_path.glob("join"))) == (2, [], [])
+    assert "expected" in result.stderr
 
 
 def test_join_says_what_is_lent_before_it_joins(cli: Cli, stub: "StubAgent") -> None:

@@ -1,0 +1,514 @@
+"""Inviting, admitting and joining between agents of one process, which talk through a listener of the test's own."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from meshgpu import ports
+from meshgpu.adapters.key_files import KeyFiles, RecoveryKey
+from meshgpu.agent.comparing import Admitted, Comparing, Failed, Shown
+from meshgpu.agent.pairing import Joined, Pairing
+from meshgpu.core import events as ev
+from meshgpu.core.node import Node, NodeConfig
+from meshgpu.core.trust import comparing, joining
+from meshgpu.core.trust.comparing import Knock
+from meshgpu.core.trust.strangers import FAILURES_LIMIT
+from meshgpu.errors import MeshgpuError, TrustError
+from meshgpu.model.clock import Now
+from meshgpu.model.ids import Address, Digest, NodeId, UserName, digest, key_id, node_id
+from meshgpu.model.pairing import (
+    Application,
+    CompareKnock,
+    ComparePress,
+    CompareReveal,
+    CompareTerms,
+    Greeting,
+    Introduction,
+    Newcomer,
+    Possession,
+)
+from meshgpu.model.trust import Role
+from meshgpu.wire.codec import PROTOCOL, decode, encode
+from meshgpu.wire.notary import WireNotary
+
+UID = 1000
+DEADLINE_S = 20.0
+
+
+@dataclass
+class Clock:
+    passed_s: float = 0.0
+
+    def now(self) -> Now:
+        return Now(self.passed_s, 1_800_000_000.0 + self.passed_s, "boot")
+
+
+@dataclass
+class Listener:
+    """A ports.PairingTransport without a network."""
+
+    door: ports.PairingDoor | None = None
+
+    async def open(self, door: ports.PairingDoor) -> int:
+        assert self.door is None
+        self.door = door
+        return 7444
+
+    async def close(self) -> None:
+        self.door = None
+
+    def is_open(self) -> bool:
+        return self.door is not None
+
+    def fingerprint(self) -> Digest:
+        assert self.door is not None
+        return digest(b"certificate")
+
+
+@dataclass
+class Dialog:
+    """A ports.PairingDialog with it, from the address `host`."""
+
+    listener: Listener
+    host: str = "10.0.0.7"
+
+    @property
+    def fingerprint(self) -> Digest:
+        return self.listener.fingerprint()
+
+    async def call(self, step: str, request: bytes) -> bytes:
+        door = self.listener.door
+        if door is None:
+            raise MeshgpuError("no-answer", "the listener is closed")
+        door.check(self.host)
+        return await door.answer(self.host, step, request)
+
+    async def close(self) -> None:
+        return
+
+
+@dataclass
+class Machine:
+    """The part of an agent that pairs."""
+
+    name: str
+    directory: Path
+    clock: Clock
+    tasks: asyncio.TaskGroup
+    listener: Listener = field(default_factory=Listener)
+    announced: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.keys = KeyFiles(self.directory / self.name)
+        self.notary = WireNotary(self.keys.sign, self.keys.verify)
+        rng = random.Random(self.name)
+        me = node_id(self.keys.node_key())
+        self.node = Node(me, self.clock.now(), self.notary, rng, NodeConfig("1"), ())
+        self.pairing = Pairing(
+            self.node, self.keys, self.notary, self.clock, rng, self.listener, self.settle,
+            lambda: [Address("10.0.0.1:7443")], self.announced.append, self.tasks, RecoveryKey, asyncio.Lock(),
+        )  # fmt: skip
+        self.comparing = Comparing(self.pairing)
+
+    async def settle(self, event: ev.Event) -> None:
+        await asyncio.sleep(0)  # as a disk does, it lets others run
+        self.node.step(self.clock.now(), event)
+
+    def newcomer(self, name: str | None = None) -> Newcomer:
+        return Newcomer(self.keys.node_key(), self.keys.device_ca(), self.keys.user_key(UID), UID, name or self.name)
+
+    async def join(self, invite: str, at: Listener, name: str | None = None, host: str = "10.0.0.7") -> Joined:
+        async def dial(_: Address) -> Dialog:
+            return Dialog(at, host)
+
+        return await self.pairing.join(UID, invite, name or self.name, (), dial)
+
+    def names(self) -> set[str]:
+        return {member.name for member in self.node.log.members.values()}
+
+
+class _Over(Exception):  # no error: it ends the TaskGroup
+    pass
+
+
+@dataclass
+class Lab:
+    """ada's machine, which is the mesh, and others that want in."""
+
+    ada: Machine
+    make: Callable[[str], Machine]
+
+    async def invite(self, uses: int = 1, role: Role = Role.RIG, user: str | None = None) -> str:
+        text, _ = await self.ada.pairing.invite(UID, user, role, uses, 600.0)
+        return text
+
+
+@asynccontextmanager
+async def lab(directory: Path) -> AsyncIterator[Lab]:
+    clock = Clock()
+    try:
+        async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
+            ada = Machine("ada", directory, clock, tasks)
+            await ada.pairing.found(UID, "lab", "ada", "ada")
+            yield Lab(ada, lambda name: Machine(name, directory, clock, tasks))
+            raise _Over
+    except* _Over:
+        pass
+
+
+# -- invites -----------------------------------------------------------------------------------------------------------
+
+
+async def test_invite_of_two_uses_lets_in_two_of_three_that_come_at_once(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        invite = await office.invite(uses=2)
+        machines = [office.make(name) for name in ("bob", "cyd", "dan")]
+        outcomes = await asyncio.gather(
+            *(machine.join(invite, office.ada.listener) for machine in machines), return_exceptions=True
+        )
+        refused = [outcome for outcome in outcomes if isinstance(outcome, TrustError)]
+        assert ([error.code for error in refused], len(office.ada.names())) == (["bad-invite"], 3)
+
+
+async def test_last_use_is_given_back_where_the_newcomer_is_refused(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        invite = await office.invite()
+        bob, eve = office.make("bob"), office.make("eve")
+        apply = await greeted(eve, invite, office.ada.listener)
+        application, transcript = apply(eve.newcomer())
+        stolen = replace(application, by_user=bob.notary.sign(key_id(bob.keys.user_key(UID)), Possession(transcript)))
+        with pytest.raises(TrustError):
+            await Dialog(office.ada.listener).call("apply", encode(stolen))
+        assert (await bob.join(invite, office.ada.listener)).mesh_name == "lab"
+        assert office.ada.names() == {"ada", "bob"}
+
+
+async def test_newcomer_gets_the_role_and_user_that_the_inviter_wrote(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        invite = await office.invite(role=Role.SUBMITTER, user="bob")
+        assert (await office.make("new").join(invite, office.ada.listener)).user == "bob"
+        member = office.ada.node.log.member_named("new")
+        assert member is not None
+        assert (member.role, member.owner) == (Role.SUBMITTER, "bob")
+
+
+async def test_listener_stays_for_uses_that_are_left_and_closes_after_the_last_welcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshgpu.agent.pairing.LAST_WORD_S", 0.0)
+    async with lab(tmp_path) as office:
+        invite = await office.invite(uses=2)
+        await office.make("bob").join(invite, office.ada.listener)
+        await idle()
+        assert office.ada.listener.is_open()
+        await office.make("cyd").join(invite, office.ada.listener)
+        await idle()
+        assert not office.ada.listener.is_open()
+        assert office.ada.announced[-1] == 0
+
+
+async def test_listener_does_not_close_on_a_machine_that_is_being_admitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last use is taken, the entries are not yet written, and an earlier welcome's time is over."""
+    monkeypatch.setattr("meshgpu.agent.pairing.LAST_WORD_S", 0.0)
+    async with lab(tmp_path) as office:
+        invite = await office.invite()
+        written, may_end = asyncio.Event(), asyncio.Event()
+
+        async def slow(event: ev.Event) -> None:
+            written.set()
+            await may_end.wait()
+            await office.ada.settle(event)
+
+        office.ada.pairing.settle = slow
+        bob = asyncio.ensure_future(office.make("bob").join(invite, office.ada.listener))
+        await written.wait()
+        await office.ada.pairing.close_listener()
+        assert office.ada.listener.is_open()
+        may_end.set()
+        await bob
+
+
+async def greeted(
+    machine: Machine, invite: str, listener: Listener
+) -> Callable[[Newcomer], tuple[Application, Digest]]:
+    """A newcomer's first step by hand; what is returned makes its second, and the digest that it has to sign."""
+    words, dialog = joining.read_invite(invite), Dialog(listener)
+    greeting = joining.greet(words, PROTOCOL, b"n" * 32, dialog.fingerprint)
+    introduction = decode(Introduction, await dialog.call("greet", encode(greeting)))
+
+    def apply(newcomer: Newcomer) -> tuple[Application, Digest]:
+        about = joining.transcript(introduction, greeting, dialog.fingerprint, newcomer)
+        made = joining.apply(machine.notary, words, introduction, greeting, dialog.fingerprint, newcomer)
+        return made, digest(about)
+
+    return apply
+
+
+async def test_keys_of_a_member_do_not_join_again_by_an_invite(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        invite = await office.invite(uses=2)
+        bob = office.make("bob")
+        await bob.join(invite, office.ada.listener)
+        apply = await greeted(bob, invite, office.ada.listener)
+        with pytest.raises(TrustError, match="keys is a member's already"):
+            await Dialog(office.ada.listener).call("apply", encode(apply(bob.newcomer("bob-2"))[0]))
+        assert office.ada.names() == {"ada", "bob"}
+
+
+async def test_name_of_a_machine_is_not_taken_by_an_invite(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        invite, eve = await office.invite(), office.make("eve")
+        apply = await greeted(eve, invite, office.ada.listener)
+        with pytest.raises(TrustError, match="has a machine of that name"):
+            await Dialog(office.ada.listener).call("apply", encode(apply(eve.newcomer("ada"))[0]))
+        assert (await eve.join(invite, office.ada.listener)).mesh_name == "lab"
+
+
+# -- strangers ---------------------------------------------------------------------------------------------------------
+
+
+async def test_address_with_bad_proofs_is_muted_and_others_still_join(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        invite = await office.invite()
+        stranger = Dialog(office.ada.listener, "10.0.0.66")
+        bad = encode(Greeting(PROTOCOL, b"n" * 32, b"p" * 32))
+        for request in [bad] * (FAILURES_LIMIT - 1) + [b"\xff\xff"]:
+            with pytest.raises(MeshgpuError, match=r"was used before|cannot read"):
+                await stranger.call("greet", request)
+        bob = office.make("bob")
+        with pytest.raises(MeshgpuError, match=r"too many tries .* from 10\.0\.0\.66"):
+            await bob.join(invite, office.ada.listener, host="10.0.0.66")
+        await bob.join(invite, office.ada.listener, host="10.0.0.7")
+        assert office.ada.names() == {"ada", "bob"}
+
+
+async def test_mistakes_of_honest_people_mute_nobody(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        invite, bob = await office.invite(), office.make("bob")
+        apply = await greeted(bob, invite, office.ada.listener)
+        for _ in range(FAILURES_LIMIT + 1):
+            with pytest.raises(TrustError, match="has a machine of that name"):
+                await Dialog(office.ada.listener).call("apply", encode(apply(bob.newcomer("ada"))[0]))
+            with pytest.raises(TrustError, match="no admin compares digits"):
+                await Dialog(office.ada.listener).call("compare-knock", b"")
+        await bob.join(invite, office.ada.listener)
+
+
+@pytest.mark.parametrize("step", ["apply", "compare-knock"])
+async def test_certificate_of_another_key_is_refused_and_held_against_the_address(tmp_path: Path, step: str) -> None:
+    async with lab(tmp_path) as office, window(office) as _:
+        invite, eve, other = await office.invite(), office.make("eve"), office.make("other")
+        false = replace(eve.newcomer(), device_ca=other.keys.device_ca())
+        for _ in range(FAILURES_LIMIT):
+            if step == "apply":
+                apply = await greeted(eve, invite, office.ada.listener)
+                request = encode(apply(false)[0])
+            else:
+                request = encode(CompareKnock(PROTOCOL, false, UserName("eve"), digest(b"commitment")))
+            with pytest.raises(TrustError, match="certificate belongs to another key"):
+                await Dialog(office.ada.listener).call(step, request)
+        with pytest.raises(MeshgpuError, match="too many tries"):
+            await Dialog(office.ada.listener).call(step, request)
+        assert office.ada.names() == {"ada"}
+
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Open:
+    """ada's window. told: what her screen shows, one after the other."""
+
+    task: "asyncio.Task[Admitted]"
+    told: "asyncio.Queue[Shown | Failed]"
+
+
+@asynccontextmanager
+async def window(office: Lab, said: str | None = None) -> AsyncIterator[Open]:
+    told: asyncio.Queue[Shown | Failed] = asyncio.Queue()
+
+    async def tell(what: Shown | Failed | None) -> None:
+        if what is not None:
+            told.put_nowait(what)
+
+    task = asyncio.ensure_future(office.ada.comparing.admit(UID, None, said, Role.RIG, tell))
+    while office.ada.pairing._compare is None:  # noqa: ASYNC110  # the loop's own turns, no time
+        await asyncio.sleep(0)
+    try:
+        yield Open(task, told)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@dataclass
+class Joiner:
+    """A machine that joins by digits. shown: what its person sees."""
+
+    machine: Machine
+    task: "asyncio.Task[Joined]"
+    shown: "asyncio.Queue[Shown]"
+
+    async def digits(self) -> str:
+        return (await self.shown.get()).digits
+
+
+def joins(machine: Machine, at: Listener, name: str | None = None, user: str = "bob") -> Joiner:
+    shown: asyncio.Queue[Shown] = asyncio.Queue()
+
+    async def tell(what: Shown | None) -> None:
+        if what is not None:
+            shown.put_nowait(what)
+
+    async def dial(_: Address) -> Dialog:
+        return Dialog(at)
+
+    join = machine.comparing.join(UID, [Address("10.0.0.1:7444")], name or machine.name, user, dial, tell)
+    return Joiner(machine, asyncio.ensure_future(join), shown)
+
+
+async def idle() -> None:
+    """Let everything run that can, without waiting for time."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def test_digits_of_an_earlier_comparison_answer_no_later_one(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office, window(office) as there:
+        first = joins(office.make("bob"), office.ada.listener)
+        stale = await first.digits()
+        first.machine.comparing.press(UID, stale, same=False)
+        with pytest.raises(TrustError, match="not confirmed here"):
+            await first.task
+        second = joins(office.make("eve"), office.ada.listener)
+        fresh = await second.digits()
+        assert fresh != stale
+        with pytest.raises(TrustError, match="not compared any more"):
+            office.ada.comparing.press(UID, stale, same=True)
+        second.machine.comparing.press(UID, fresh, same=True)
+        await idle()
+        assert (office.ada.names(), there.task.done()) == ({"ada"}, False)
+        office.ada.comparing.press(UID, fresh, same=True)
+        assert (await second.task).mesh_name == "lab"
+        assert (await there.task).name == "eve"
+
+
+async def test_digits_are_answered_only_by_the_account_that_opened_the_window(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office, window(office):
+        bob = joins(office.make("bob"), office.ada.listener)
+        shown = await bob.digits()
+        with pytest.raises(TrustError, match="not compared any more"):
+            office.ada.comparing.press(UID + 1, shown, same=True)
+        bob.task.cancel()
+        await asyncio.wait([bob.task])
+
+
+async def test_keys_of_a_member_do_not_join_again_by_digits(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        bob = office.make("bob")
+        await bob.join(await office.invite(), office.ada.listener)
+        again = replace(bob.newcomer("bob-2"))
+        for stolen in (again, replace(office.make("eve").newcomer(), user_key=again.user_key)):
+            async with window(office):
+                request = CompareKnock(PROTOCOL, stolen, UserName("bob"), digest(stolen.public_key))
+                with pytest.raises(TrustError, match="keys is a member's already"):
+                    await Dialog(office.ada.listener).call("compare-knock", encode(request))
+
+
+async def test_name_of_a_machine_is_not_taken_by_digits(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office, window(office) as there:
+        eve = joins(office.make("eve"), office.ada.listener, name="ada")
+        with pytest.raises(TrustError, match="has a machine of that name"):
+            await eve.task
+        assert there.told.empty()
+
+
+async def test_two_that_take_one_name_at_once_are_one_member(tmp_path: Path) -> None:
+    """Both were told that the name is free; whoever is written second is looked at again, under the lock."""
+    async with lab(tmp_path) as office, window(office) as there:
+        invite = await office.invite()
+        bob, eve = joins(office.make("bob"), office.ada.listener), office.make("eve")
+        shown = await bob.digits()
+        apply = await greeted(eve, invite, office.ada.listener)
+        async with office.ada.pairing.writing:
+            bob.machine.comparing.press(UID, shown, same=True)
+            office.ada.comparing.press(UID, shown, same=True)
+            taken = asyncio.ensure_future(
+                Dialog(office.ada.listener).call("apply", encode(apply(eve.newcomer("bob"))[0]))
+            )
+            await idle()
+            assert office.ada.names() == {"ada"}
+        outcomes = await asyncio.gather(bob.task, taken, return_exceptions=True)
+        refused = [outcome for outcome in outcomes if isinstance(outcome, TrustError)]
+        assert [error.code for error in refused] == ["name-taken"]
+        assert office.ada.names() == {"ada", "bob"}
+        await asyncio.wait([there.task])
+
+
+async def test_two_invites_that_take_one_name_at_once_make_one_member(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        calls = []
+        async with office.ada.pairing.writing:
+            for machine in (office.make("one"), office.make("two")):
+                apply = await greeted(machine, await office.invite(), office.ada.listener)
+                request = encode(apply(machine.newcomer("bob"))[0])
+                calls.append(asyncio.ensure_future(Dialog(office.ada.listener).call("apply", request)))
+            await idle()
+        _, refused = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(refused, TrustError)
+        assert (refused.code, office.ada.names()) == ("name-taken", {"ada", "bob"})
+
+
+async def test_keys_that_joined_by_invite_meanwhile_are_not_written_again(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office, window(office) as there:
+        invite, bob = await office.invite(), office.make("bob")
+        by_digits = joins(bob, office.ada.listener, name="bob-2")
+        shown = await by_digits.digits()
+        apply = await greeted(bob, invite, office.ada.listener)
+        await Dialog(office.ada.listener).call("apply", encode(apply(bob.newcomer())[0]))
+        bob.comparing.press(UID, shown, same=True)
+        office.ada.comparing.press(UID, shown, same=True)
+        with pytest.raises(TrustError, match="keys is a member's already"):
+            await by_digits.task
+        assert office.ada.names() == {"ada", "bob"}
+        with pytest.raises(TrustError):
+            await there.task
+
+
+async def test_stranger_who_shows_digits_and_hangs_up_does_not_close_the_window(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office, window(office) as there:
+        for number in range(FAILURES_LIMIT):
+            await show_and_hang_up(office.make(f"x{number}"), Dialog(office.ada.listener, "10.0.0.66"))
+        with pytest.raises(MeshgpuError, match="too many tries"):
+            await show_and_hang_up(office.make("x"), Dialog(office.ada.listener, "10.0.0.66"))
+        bob = joins(office.make("bob"), office.ada.listener)
+        shown = await bob.digits()
+        bob.machine.comparing.press(UID, shown, same=True)
+        office.ada.comparing.press(UID, shown, same=True)
+        await bob.task
+        assert (await there.task).name == "bob"
+
+
+async def show_and_hang_up(machine: Machine, dialog: Dialog) -> None:
+    knock = Knock(machine.newcomer(), UserName(machine.name), dialog.fingerprint)
+    commitment = comparing.commit(knock, b"j" * 32)
+    answer = await dialog.call(
+        "compare-knock", encode(CompareKnock(PROTOCOL, knock.newcomer, knock.as_user, commitment))
+    )
+    said = decode(CompareTerms, answer)
+    terms = comparing.Terms(
+        said.mesh, said.mesh_name, NodeId(said.node), said.public_key, said.device_ca, said.role, said.user
+    )
+    possession = Possession(digest(comparing.transcript(knock, terms, b"j" * 32, said.nonce)))
+    by_node, by_user = (
+        machine.notary.sign(key_id(key), possession) for key in (knock.newcomer.public_key, knock.newcomer.user_key)
+    )
+    await dialog.call("compare-reveal", encode(CompareReveal(commitment, b"j" * 32, by_node, by_user)))
+    await dialog.call("compare-press", encode(ComparePress(commitment, same=False)))
