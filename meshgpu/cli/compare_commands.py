@@ -78,37 +78,65 @@ def _answer(client: AgentClient, event: DigitsEvent) -> bool:
     return same
 
 
-def open_window(client: AgentClient, listening_s: float) -> str:
+def open_window(client: AgentClient, listening_s: float, mesh: str | None) -> str:
     """The node id of a machine that takes in others now; waits for one, and asks where there are several.
 
-    Raises MeshgpuError `no-answer` after ten minutes.
+    mesh: the name or the tag of the only mesh that is meant, None for any. Raises MeshgpuError `no-answer` after ten
+    minutes, `ambiguous` where there are several and nobody says which.
     """
     deadline, told = time.monotonic() + WAIT_S, False
     while True:
         others = [machine for machine in client.discover(listening_s) if machine["mesh_tag"] and not machine["self"]]
-        doors = [machine for machine in others if machine["pairing"]]
+        doors = [machine for machine in others if machine["pairing"] and mesh in (None, *mesh_names(machine))]
         if doors:
             return _chosen(doors)["node"]
         if time.monotonic() > deadline:
             break
         if not told:
             told = True
-            meshes = sorted({machine["mesh_name"] or machine["mesh_tag"] or "" for machine in others})
-            note(plain(f"Meshes seen here: {', '.join(meshes) or 'none yet'}. No machine takes in others now."))
+            meshes = sorted({_mesh_of(machine) for machine in others})
+            into = f"No machine takes in others{'' if mesh is None else f' into {mesh}'} now."
+            note(plain(f"Meshes seen here: {', '.join(meshes) or 'none yet'}. {into}"))
             note("Waiting for ten minutes at most. On an admin's machine: meshgpu admit")
     raise MeshgpuError(
         "no-answer",
-        "cannot join: no machine took in others for ten minutes",
+        f"cannot join{'' if mesh is None else f' {mesh}'}: no machine took in others for ten minutes",
         "meshgpu join --seed HOST, or meshgpu invite",
     )
+
+
+def open_meshes(machines: list[SightingView]) -> list[str]:
+    """The names of the meshes that take in machines now; of two that are named alike, with their tags."""
+    names = {machine["mesh_tag"]: machine["mesh_name"] for machine in machines if machine["pairing"]}
+    alike = [name for name in names.values() if [*names.values()].count(name) > 1]
+    return sorted(f"{name} ({tag})" if name in alike else name or tag or "" for tag, name in names.items())
+
+
+def mesh_names(machine: SightingView) -> tuple[str | None, str | None]:
+    """What people may call the mesh of a machine: its name, its tag."""
+    return machine["mesh_name"], machine["mesh_tag"]
+
+
+def _mesh_of(machine: SightingView) -> str:
+    return machine["mesh_name"] or machine["mesh_tag"] or ""
 
 
 def _chosen(doors: list[SightingView]) -> SightingView:
     if len(doors) == 1:
         return doors[0]
     for number, door in enumerate(doors, 1):
-        note(plain(f"  {number}  {door['mesh_name'] or door['mesh_tag']}, at {', '.join(door['addresses'][:1])}"))
-    answer = input("Which? ").strip()
+        shown = f"{_mesh_of(door)} ({door['mesh_tag']}), at {', '.join(door['addresses'][:1])}"
+        note(plain(f"  {number}  {shown}"))
+    try:
+        answer = input("Which? ").strip()
+    except EOFError:
+        meshes = open_meshes(doors)
+        which = f"into {', '.join(meshes)}" if len(meshes) > 1 else f"of {meshes[0]}"
+        raise MeshgpuError(
+            "ambiguous",
+            f"cannot join: several machines take in others now, {which}, and nobody said which",
+            f"meshgpu join --mesh {doors[0]['mesh_tag']}" if len(meshes) > 1 else "meshgpu join --seed HOST",
+        ) from None
     if not answer.isdigit() or not 1 <= int(answer) <= len(doors):
         raise typer.Exit(EXIT_FAILED_CHECK)
     return doors[int(answer) - 1]

@@ -7,13 +7,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Annotated, Final
 
 import typer
 
-from meshgpu.cli.compare_commands import checked_role, compare, open_window
+from meshgpu.cli.compare_commands import checked_role, compare, open_meshes, open_window
 from meshgpu.cli.launch import confirmed, ensure_agent, is_attended, listening_s
 from meshgpu.cli.render import ago, note, plain, print_table
 from meshgpu.cli.spans import parse_span
@@ -77,6 +77,9 @@ def join(
         list[str] | None,
         typer.Option("--seed", metavar="HOST[:PORT]", help="Where a member answers, if it is not found by itself."),
     ] = None,
+    mesh: Annotated[
+        str | None, typer.Option("--mesh", metavar="NAME", help="Which mesh, where several take in machines.")
+    ] = None,
     as_user: Annotated[
         str | None, typer.Option("--as", metavar="NAME", help="Your name, without an invite (your account's).")
     ] = None,
@@ -87,13 +90,18 @@ def join(
     machine = checked_name(host_name() if name is None else name, "--name")
     if invite is None and not as_json and is_attended():
         person = checked_name(account_name() if as_user is None else as_user, "--as")
-        _join_by_digits(machine, person, seed or [], yes=yes)
+        _join_by_digits(machine, person, seed or [], mesh, yes=yes)
         return
     if as_user is not None:
         raise MeshgpuError(
             "bad-request", "cannot choose a user's name: the invite says it", "meshgpu invite --user NAME"
         )
-    invite = asked_invite() if invite is None else invite
+    if invite is None:
+        invite = asked_invite()
+        if not invite.strip():
+            raise _nobody_can_compare()
+    if mesh is not None:
+        raise MeshgpuError("bad-request", "cannot choose a mesh: the invite says it", "meshgpu join --mesh NAME")
     check_invite(invite)
     if not (yes or as_json or is_attended()):
         raise MeshgpuError("bad-request", "cannot ask whether to lend this machine: no terminal is here", "--yes")
@@ -110,7 +118,23 @@ def join(
         print(plain(line))
 
 
-def _join_by_digits(machine: str, person: str, seeds: list[str], *, yes: bool) -> None:
+def _nobody_can_compare() -> MeshgpuError:
+    """Why `join` does nothing where it got no string and no person sits at a terminal."""
+    found = ""
+    with suppress(MeshgpuError):  # what is around helps, and is not what was asked for
+        client = AgentClient.found()
+        meshes = open_meshes(client.discover(listening_s(client.agent())))
+        found = f"; these take in machines now: {', '.join(meshes)}" if meshes else ""
+    return MeshgpuError(
+        "bad-request",
+        f"cannot join: no invite came, and no person sits at a terminal to compare digits{found}",
+        "meshgpu join < FILE, which `meshgpu invite --out FILE` wrote; or meshgpu join --mesh NAME at a terminal",
+    )
+
+
+def _join_by_digits(machine: str, person: str, seeds: list[str], mesh: str | None, *, yes: bool) -> None:
+    if seeds and mesh is not None:
+        raise MeshgpuError("bad-request", "cannot look for a mesh and at --seed: one says where to ask", "--seed alone")
     client, agent = ensure_agent()
     if agent["mesh"] is not None:
         raise MeshgpuError(
@@ -120,7 +144,7 @@ def _join_by_digits(machine: str, person: str, seeds: list[str], *, yes: bool) -
         note(line)
     if not confirmed("Join?", yes=yes):
         raise typer.Exit(EXIT_FAILED_CHECK)
-    node = None if seeds else open_window(client, listening_s(agent))
+    node = None if seeds else open_window(client, listening_s(agent), mesh)
     for line in welcome(compare(client, node, seeds, machine, person)):
         print(plain(line))
 

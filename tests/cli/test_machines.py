@@ -245,6 +245,70 @@ def test_join_reads_the_invite_where_no_other_account_sees_it(cli: Cli, stub: "S
     assert cli("join", "--yes", input="").exit_code == 2
 
 
+def two_windows(stub: "StubAgent", *more: dict[str, Any]) -> None:
+    doors = [sighting("ada", pairing=True), sighting("bob", pairing=True, mesh_name="office", mesh_tag="b7c2")]
+    stub.on("GET /v1/agent", AGENT)
+    stub.on("GET /v1/discover", {"machines": [sighting("cyd"), *doors, *more]})
+
+
+def compared(stub: "StubAgent", mesh: str) -> None:
+    joined = {"type": "joined", "mesh": mesh, "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada"}
+    stub.on_stream("POST /v1/join/compare", joined | {"fence": "bubblewrap", "gpus": []})
+
+
+def test_join_goes_to_the_mesh_that_is_named(cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh_commands, "is_attended", lambda: True)
+    two_windows(stub)
+    compared(stub, "office")
+    for mesh in ("office", "b7c2"):
+        result = cli("join", "--yes", "--name", "rig-b", "--as", "bob", "--mesh", mesh)
+        assert result.exit_code == 0
+        assert stub.body("POST /v1/join/compare")["node"] == "bob" * 8
+
+
+def test_join_asks_which_of_several_meshes_is_meant(
+    cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mesh_commands, "is_attended", lambda: True)
+    two_windows(stub)
+    compared(stub, "office")
+    result = cli("join", "--yes", "--name", "rig-b", "--as", "bob", input="2\n")
+    assert result.stderr.splitlines()[-2:] == [
+        "  1  lab (a3f9), at 10.0.0.7:7443",
+        "  2  office (b7c2), at 10.0.0.7:7443",
+    ]
+    assert stub.body("POST /v1/join/compare")["node"] == "bob" * 8
+
+
+def test_join_names_the_meshes_where_nobody_says_which(
+    cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mesh_commands, "is_attended", lambda: True)
+    two_windows(stub)
+    result = cli("join", "--yes", "--name", "rig-b", "--as", "bob", input="")
+    assert (result.exit_code, "into lab, office, and nobody said which" in result.stderr) == (125, True)
+    assert "hint: meshgpu join --mesh a3f9" in result.stderr
+    assert "POST /v1/join/compare" not in stub.targets()
+
+
+def test_join_without_a_person_or_a_string_names_the_meshes_that_are_open(cli: Cli, stub: "StubAgent") -> None:
+    two_windows(stub, sighting("dan", pairing=True, mesh_tag="c0de"))
+    result = cli("join", "--yes", "--name", "rig-b", input="")
+    assert result.exit_code == 2
+    assert "these take in machines now: lab (a3f9), lab (c0de), office\n" in result.stderr
+    assert "POST /v1/join" not in stub.targets()
+
+
+@pytest.mark.parametrize("arguments", [(INVITE,), ("--seed", "10.0.0.1", "--as", "bob")])
+def test_mesh_is_not_chosen_where_something_else_says_it(
+    cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(mesh_commands, "is_attended", lambda: True)
+    result = cli("join", "--yes", "--name", "rig-b", "--mesh", "lab", *arguments)
+    assert (result.exit_code, stub.seen) == (2, [])
+    assert "mesh" in result.stderr
+
+
 def test_errors_of_others_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     show_error(MeshgpuError("failed", "cannot do it: \x1b]0;owned\x07\x1b[2J\n  second line\r", "pay\x9b31m"))
     assert capsys.readouterr().err.splitlines() == [
