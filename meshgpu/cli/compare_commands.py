@@ -8,6 +8,7 @@ import typer
 
 from meshgpu.cli.launch import is_attended
 from meshgpu.cli.render import note, plain
+from meshgpu.cli.trust_commands import advise_second_admin
 from meshgpu.cli.words import EXIT_FAILED_CHECK
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.views import AdmitEvent, DigitsEvent, JoinedView, SightingView
@@ -62,6 +63,7 @@ def _follow_window(client: AgentClient, events: Iterator[AdmitEvent], wanted: st
             note(plain(f"Not admitted: {event['why']}. Waiting for another try."))
         elif event["type"] == "admitted":
             print(plain(f"{event['name']} is a member now: a {event['role']} of {event['user']}."))
+            advise_second_admin(client)
 
 
 def _answer(client: AgentClient, event: DigitsEvent) -> bool:

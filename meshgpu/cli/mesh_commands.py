@@ -17,6 +17,7 @@ from meshgpu.cli.compare_commands import checked_role, compare, open_meshes, ope
 from meshgpu.cli.launch import confirmed, ensure_agent, is_attended, listening_s
 from meshgpu.cli.render import ago, note, plain, print_table
 from meshgpu.cli.spans import parse_span
+from meshgpu.cli.trust_commands import advise_second_admin
 from meshgpu.cli.watch import Json
 from meshgpu.cli.words import EXIT_FAILED_CHECK
 from meshgpu.client.agent import AgentClient
@@ -184,6 +185,7 @@ def invite(
     else:
         note(plain(f"{good}, while this agent runs. It is in {out}: a secret."))
         note("On those machines: meshgpu join < FILE, or put it in /etc/meshgpu/join before the agent starts")
+    advise_second_admin(client)
 
 
 @contextmanager

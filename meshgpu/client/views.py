@@ -115,7 +115,10 @@ class AdminView(TypedDict):
 
 
 class AdminsView(TypedDict):
+    """candidates: who could become one, on other machines; first who would be the wisest choice."""
+
     admins: list[AdminView]
+    candidates: list[AdminView]
 
 
 class LeftView(TypedDict):

@@ -130,6 +130,34 @@ def test_machines_show_one_line_per_gpu(cli: Cli, stub: "StubAgent") -> None:
     ]
 
 
+def test_machines_show_what_a_machine_is_where_it_is_no_plain_rig(cli: Cli, stub: "StubAgent") -> None:
+    stub.on(
+        "GET /v1/machines",
+        {
+            "machines": [
+                machine("ada", gpu(0), self=True, roles=["burst"]),
+                machine("bob", gpu(0), roles=["submitter"]),
+                machine("cyd", roles=["viewer"], self=True),
+                machine("dan", gpu(0), gpu(1), roles=["cloud"]),
+                machine("eve", gpu(0), roles=["viewer"], state="down", down_s=185.0),
+                machine("fay", gpu(0)),
+            ]
+        },
+    )
+    assert cli("machines").stdout.splitlines() == [
+        "MACHINE             GPU              TEMP  UTIL     MEMORY  STATE",
+        "ada (this, burst)   RTX 4090 24 GB  38 °C   0 %  0 / 24 GB  free",
+        "bob (submitter)     RTX 4090 24 GB  38 °C   0 %  0 / 24 GB  not lent",
+        "cyd (this, viewer)  no GPU              -     -          -  not lent",
+        "dan (cloud) [0]     RTX 4090 24 GB  38 °C   0 %  0 / 24 GB  free",
+        "            [1]     RTX 4090 24 GB  38 °C   0 %  0 / 24 GB  free",
+        "eve (viewer)        RTX 4090 24 GB      -     -          -  out of touch 3 m",
+        "fay                 RTX 4090 24 GB  38 °C   0 %  0 / 24 GB  free",
+    ]
+    shown = json.loads(cli("machines", "--json").stdout)["machines"]
+    assert [machine["roles"] for machine in shown[:2]] == [["burst"], ["submitter"]]
+
+
 def test_machines_json_is_the_contract(cli: Cli, stub: "StubAgent") -> None:
     view = {"machines": [machine("ada", gpu(0))]}
     stub.on("GET /v1/machines", view | {"more": 1})
@@ -195,6 +223,34 @@ def test_invite_in_a_file_is_for_its_account_alone_and_on_no_screen(
     assert stub.body("POST /v1/invites") == {"user": None, "role": "viewer", "uses": 20, "life_s": 28800.0}
     shown = cli("invite", "--out", str(tmp_path / "other"), "--json").stdout
     assert json.loads(shown)["invite"] is None
+
+
+ADA = {"user": "ada", "machine": "nas", "key": "k"}
+BOB = {"user": "bob", "machine": "rig-b", "key": "l"}
+
+
+@pytest.mark.parametrize(
+    ("admins", "candidates", "advised"),
+    [([ADA], [BOB, ADA], True), ([ADA], [], False), ([ADA, BOB], [BOB], False)],
+)
+def test_only_admin_is_told_how_to_make_a_second(
+    cli: Cli, stub: "StubAgent", admins: list[Any], candidates: list[Any], advised: bool
+) -> None:
+    stub.on("POST /v1/invites", invited())
+    stub.on("GET /v1/admins", {"admins": admins, "candidates": candidates})
+    result = cli("invite")
+    assert ("A second is wise, should this machine be lost: meshgpu admin add bob@rig-b\n" in result.stderr) is advised
+    assert result.stdout == "mgpu1-abc\n"
+    assert "second" not in cli("invite", "--json").stderr
+
+
+def test_only_admin_is_told_so_after_an_admission(cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshgpu.cli.compare_commands.is_attended", lambda: True)
+    stub.on_stream("POST /v1/admit", {"type": "admitted", "name": "rig-b", "user": "bob", "role": "rig"})
+    stub.on("GET /v1/admins", {"admins": [ADA], "candidates": [BOB]})
+    result = cli("admit")
+    assert result.stdout == "rig-b is a member now: a rig of bob.\n"
+    assert result.stderr.endswith("meshgpu admin add bob@rig-b\n")
 
 
 def test_invite_overwrites_no_file_and_leaves_none_where_it_fails(cli: Cli, stub: "StubAgent", tmp_path: Path) -> None:
