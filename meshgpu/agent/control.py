@@ -209,6 +209,7 @@ class Control:
                 "node": me["node"],
                 "user": joined.user,
                 "inviter": joined.inviter,
+                "role": joined.role.value,
                 "fence": me["fence"],
                 "gpus": self.status.gpu_names(),
             }

@@ -46,6 +46,7 @@ class Joined:
     mesh_name: str
     user: UserName
     inviter: str
+    role: Role
 
 
 @dataclass(slots=True)
@@ -308,7 +309,7 @@ class Pairing:
         met = ((invite.inviter, reachable(welcome.addresses, address)),)
         self.check_outside()  # somebody else may have entered one meanwhile
         await self.settle(ev.MeshEntered(invite.genesis, log.all_entries(), met))
-        return Joined(log.mesh_name, welcome.user, log.members[invite.inviter].name)
+        return Joined(log.mesh_name, welcome.user, log.members[invite.inviter].name, me.role)
 
 
 def reachable(addresses: Sequence[Address], answered: Address) -> tuple[Address, ...]:

@@ -100,6 +100,7 @@ class PairingControl:
                 "node": me["node"],
                 "user": joined.user,
                 "inviter": joined.inviter,
+                "role": joined.role.value,
                 "fence": me["fence"],
                 "gpus": self.status.gpu_names(),
             }

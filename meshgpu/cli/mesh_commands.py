@@ -276,12 +276,18 @@ def consent(machine: str, agent: AgentView) -> list[str]:
 
 
 def welcome(joined: JoinedView) -> list[str]:
+    """What a machine became by joining, and what to type next."""
     lent = ", ".join(joined["gpus"]) or "no GPU"
     fenced = f"fence: {joined['fence']}" if joined["fence"] else "for its owner's jobs only: no fence works here"
+    means = {
+        "submitter": ("It submits jobs and lends nothing.", ", meshgpu run -- python train.py"),
+        "viewer": ("It looks on: it lends nothing and submits nothing.", ""),
+    }
+    does, more = means.get(joined["role"], (f"It lends {lent} ({fenced}).", ", meshgpu run -- python train.py"))
     return [
         f"{joined['name']} is in {joined['mesh']}, let in by {joined['inviter']}; you are {joined['user']}.",
-        f"It lends {lent} ({fenced}).",
-        "next: meshgpu machines, meshgpu run -- python train.py",
+        does,
+        f"next: meshgpu machines{more}",
     ]
 
 

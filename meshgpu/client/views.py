@@ -56,6 +56,7 @@ class JoinedView(TypedDict):
     node: str
     user: str
     inviter: str
+    role: str
     fence: str
     gpus: list[str]
 

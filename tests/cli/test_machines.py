@@ -278,8 +278,8 @@ def test_invite_out_of_bounds_is_refused_before_anything_happens(
 
 def test_join_says_what_is_lent_before_it_joins(cli: Cli, stub: "StubAgent") -> None:
     stub.on("GET /v1/agent", AGENT | {"gpus": ["RTX 4090"]})
-    joined = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "fence": "bubblewrap"}
-    stub.on("POST /v1/join", joined | {"gpus": ["RTX 4090 24 GB"]})
+    joined = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "role": "rig"}
+    stub.on("POST /v1/join", joined | {"gpus": ["RTX 4090 24 GB"], "fence": "bubblewrap"})
     result = cli("join", f" {INVITE}\n", "--yes", "--name", "rig-b", "--seed", "10.0.0.1", "--seed", "ada:7443")
     assert result.stderr.splitlines() == [
         "rig-b will lend: RTX 4090",
@@ -292,10 +292,24 @@ def test_join_says_what_is_lent_before_it_joins(cli: Cli, stub: "StubAgent") -> 
     assert stub.body("POST /v1/join") == {"invite": INVITE, "name": "rig-b", "seeds": ["10.0.0.1", "ada:7443"]}
 
 
+@pytest.mark.parametrize(
+    ("role", "does"),
+    [
+        ("rig", "It lends no GPU (fence: bubblewrap)."),
+        ("submitter", "It submits jobs and lends nothing."),
+        ("viewer", "It looks on: it lends nothing and submits nothing."),
+    ],
+)
+def test_newcomer_reads_what_it_became(role: str, does: str) -> None:
+    joined: Any = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "role": role}
+    lines = mesh_commands.welcome(joined | {"fence": "bubblewrap", "gpus": []})
+    assert (lines[1], "meshgpu run" in lines[2]) == (does, role != "viewer")
+
+
 def test_join_reads_the_invite_where_no_other_account_sees_it(cli: Cli, stub: "StubAgent") -> None:
     stub.on("GET /v1/agent", AGENT | {"gpus": ["RTX 4090"]})
-    joined = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "fence": "bubblewrap"}
-    stub.on("POST /v1/join", joined | {"gpus": ["RTX 4090 24 GB"]})
+    joined = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "role": "rig"}
+    stub.on("POST /v1/join", joined | {"gpus": ["RTX 4090 24 GB"], "fence": "bubblewrap"})
     assert cli("join", "--yes", "--name", "rig-b", input=f"{INVITE}\nmore").exit_code == 0
     assert stub.body("POST /v1/join") == {"invite": INVITE, "name": "rig-b", "seeds": []}
     assert cli("join", "--yes", input="").exit_code == 2
@@ -309,7 +323,7 @@ def two_windows(stub: "StubAgent", *more: dict[str, Any]) -> None:
 
 def compared(stub: "StubAgent", mesh: str) -> None:
     joined = {"type": "joined", "mesh": mesh, "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada"}
-    stub.on_stream("POST /v1/join/compare", joined | {"fence": "bubblewrap", "gpus": []})
+    stub.on_stream("POST /v1/join/compare", joined | {"fence": "bubblewrap", "gpus": [], "role": "rig"})
 
 
 def test_join_goes_to_the_mesh_that_is_named(cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch) -> None:
