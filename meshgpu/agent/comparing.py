@@ -322,7 +322,7 @@ class Comparing:
         met = ((terms.node, reachable(welcome.addresses, address)),)
         self.pairing.check_outside()  # somebody else may have entered one meanwhile
         await self.pairing.settle(ev.MeshEntered(terms.mesh, log.all_entries(), met))
-        return Joined(log.mesh_name, terms.user, log.members[terms.node].name, terms.role)
+        return Joined(log.mesh_name, name, terms.user, log.members[terms.node].name, terms.role)
 
     async def _ask(self, shown: Shown, tell: Callable[[Shown | None], Awaitable[None]]) -> bool:
         pressed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()

@@ -205,7 +205,7 @@ class Control:
         return web.json_response(
             {
                 "mesh": joined.mesh_name,
-                "name": text_of(body, "name"),
+                "name": joined.name,
                 "node": me["node"],
                 "user": joined.user,
                 "inviter": joined.inviter,

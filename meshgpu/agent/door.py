@@ -8,7 +8,7 @@ from meshgpu import ports
 from meshgpu.core.trust.strangers import Strangers
 from meshgpu.errors import BadProof, MeshgpuError
 
-NONSENSE: Final = frozenset({"bad-message", "bad-request"})
+NONSENSE: Final = frozenset({"bad-message", "bad-name", "bad-request"})
 """Codes of what no agent of ours sends."""
 
 

@@ -12,6 +12,7 @@ from typing import Final
 
 from meshgpu import ports
 from meshgpu.agent.door import Door
+from meshgpu.config import DEFAULT_LINK_PORT, host_of, with_port
 from meshgpu.core import events as ev
 from meshgpu.core.node import Node
 from meshgpu.core.trust import joining
@@ -20,7 +21,7 @@ from meshgpu.core.trust.strangers import Strangers
 from meshgpu.errors import BadProof, MeshgpuError, TrustError
 from meshgpu.model.ids import Address, KeyId, UserName, base32, is_name, key_id, node_id
 from meshgpu.model.pairing import Application, Greeting, Introduction, InviteString, Newcomer, PairingBinding, Welcome
-from meshgpu.model.trust import AddNode, Genesis, Invite, LinkUser, Notary, Role, SetPolicy, SetRole, UserKey
+from meshgpu.model.trust import AddNode, Genesis, Invite, LinkUser, Member, Notary, Role, SetPolicy, SetRole, UserKey
 from meshgpu.wire.certificates import node_of_ca
 from meshgpu.wire.codec import PROTOCOL, decode, encode
 
@@ -44,6 +45,7 @@ class Founded:
 @dataclass(frozen=True, slots=True)
 class Joined:
     mesh_name: str
+    name: str
     user: UserName
     inviter: str
     role: Role
@@ -297,19 +299,23 @@ class Pairing:
         greeting = joining.greet(invite, PROTOCOL, self.rng.randbytes(32), dialog.fingerprint)
         introduction = decode(Introduction, await dialog.call("greet", encode(greeting)))
         log = joining.check_introduction(self.notary, invite, introduction, greeting, dialog.fingerprint)
+        newcomer = Newcomer(self.keys.node_key(), self.keys.device_ca(), self.keys.user_key(uid), uid, name)
+        me = joining.membership(log, newcomer)
+        if me is not None:  # an earlier welcome was lost on its way: nothing more is needed, and no use is taken
+            return await self._enter(invite, log, me, (with_port(host_of(address), DEFAULT_LINK_PORT),))
         joining.check_name(log, name)
-        public_key = self.keys.node_key()
-        newcomer = Newcomer(public_key, self.keys.device_ca(), self.keys.user_key(uid), uid, name)
         application = joining.apply(self.notary, invite, introduction, greeting, dialog.fingerprint, newcomer)
         welcome = decode(Welcome, await dialog.call("apply", encode(application)))
         log.add(welcome.log)
-        me = log.members.get(node_id(public_key))
+        me = joining.membership(log, newcomer)
         if me is None:
             raise MeshgpuError("wrong-mesh", "cannot join: the inviter did not add this machine to the mesh")
-        met = ((invite.inviter, reachable(welcome.addresses, address)),)
+        return await self._enter(invite, log, me, reachable(welcome.addresses, address))
+
+    async def _enter(self, invite: InviteString, log: MeshLog, me: Member, inviter_at: tuple[Address, ...]) -> Joined:
         self.check_outside()  # somebody else may have entered one meanwhile
-        await self.settle(ev.MeshEntered(invite.genesis, log.all_entries(), met))
-        return Joined(log.mesh_name, welcome.user, log.members[invite.inviter].name, me.role)
+        await self.settle(ev.MeshEntered(invite.genesis, log.all_entries(), ((invite.inviter, inviter_at),)))
+        return Joined(log.mesh_name, me.name, me.owner, log.members[invite.inviter].name, me.role)
 
 
 def reachable(addresses: Sequence[Address], answered: Address) -> tuple[Address, ...]:

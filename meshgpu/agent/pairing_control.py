@@ -96,7 +96,7 @@ class PairingControl:
             return {
                 "type": "joined",
                 "mesh": joined.mesh_name,
-                "name": name,
+                "name": joined.name,
                 "node": me["node"],
                 "user": joined.user,
                 "inviter": joined.inviter,

@@ -141,6 +141,28 @@ async def test_name_of_a_machine_is_not_taken_by_an_invite(tmp_path: Path) -> No
         assert (await eve.join(invite, office.ada.listener)).mesh_name == "lab"
 
 
+async def test_machine_whose_welcome_was_lost_enters_at_the_next_try_and_uses_nothing_up(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        invite, bob = await office.invite(uses=2), office.make("bob")
+        apply = await greeted(bob, invite, office.ada.listener)
+        await Dialog(office.ada.listener).call("apply", encode(apply(bob.newcomer())[0]))
+        assert (bob.node.log.mesh, office.ada.names()) == (None, {"ada", "bob"})
+        joined = await bob.join(invite, office.ada.listener, name="another")
+        assert (joined.name, joined.user, bob.names()) == ("bob", "ada", {"ada", "bob"})
+        await office.make("cyd").join(invite, office.ada.listener)
+        assert office.ada.names() == {"ada", "bob", "cyd"}
+
+
+@pytest.mark.parametrize("changed", ["device_ca", "user_key", "uid"])
+async def test_member_by_other_keys_is_no_member(tmp_path: Path, changed: str) -> None:
+    async with lab(tmp_path) as office:
+        me = office.ada.newcomer()
+        assert joining.membership(office.ada.node.log, me) is not None
+        other = replace(office.make("other").newcomer(), uid=UID + 1)
+        wrong = replace(me, **{changed: getattr(other, changed)})
+        assert joining.membership(office.ada.node.log, wrong) is None
+
+
 # -- strangers ---------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from meshgpu.model.pairing import (
     PairingBinding,
     Possession,
 )
-from meshgpu.model.trust import AddNode, Invite, LinkUser, Notary, Role, Signed
+from meshgpu.model.trust import AddNode, Invite, LinkUser, Member, Notary, Role, Signed
 
 INVITE_LIFE_S: Final = 600.0
 INVITE_LIFE_MIN_S: Final = 60.0
@@ -250,6 +250,15 @@ def check_possession(notary: Notary, log: MeshLog, application: Application, abo
             raise BadProof("bad-invite", "cannot admit a machine: its keys were not there when it asked")
     if node_id(newcomer.public_key) in log.members or key_id(newcomer.user_key) in log.users:
         raise TrustError("bad-invite", "cannot admit a machine: one of its keys is a member's already")
+
+
+def membership(log: MeshLog, newcomer: Newcomer) -> Member | None:
+    """What the newcomer is in this log, with these very keys; None where it is no member, or its account no user."""
+    member = log.members.get(node_id(newcomer.public_key))
+    if member is None or member.device_ca != newcomer.device_ca:
+        return None
+    account = log.account(member.node, newcomer.uid)
+    return member if account is not None and account.public_key == newcomer.user_key else None
 
 
 def check_name(log: MeshLog, name: str) -> None:
