@@ -14,7 +14,7 @@ from meshgpu import ports
 from meshgpu.agent.pairing import Joined, Pairing, check_ca, check_names, reachable
 from meshgpu.core import events as ev
 from meshgpu.core.trust import comparing, joining
-from meshgpu.core.trust.admitting import COMPARISON_LIFE_S, WINDOW_LIFE_S, Agreed, Window
+from meshgpu.core.trust.admitting import COMPARISON_LIFE_S, Agreed, Window
 from meshgpu.core.trust.comparing import Knock, Terms
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import Address, Digest, KeyId, UserName, digest, key_id, node_id
@@ -145,11 +145,7 @@ class Comparing:
                 if was_shown:
                     await tell(Failed(why))
             if not is_open and session.admitted is None:
-                raise TrustError(
-                    "bad-invite",
-                    f"no machine was admitted in {WINDOW_LIFE_S / 60:.0f} minutes, or too many comparisons failed",
-                    "meshgpu admit",
-                )
+                raise TrustError("bad-invite", session.window.why_closed(), "meshgpu admit")
             await tell(None)
         session.outcome.result()
         assert session.admitted is not None

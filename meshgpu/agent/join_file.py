@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from meshgpu import ports
@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 class FileJoiner:
     """uid: the account that runs the agent; it becomes the invited user's.
 
-    seeds: further addresses of pairing listeners to try. tell: what `doctor` is to say, None for nothing.
+    tell: what `doctor` is to say, None for nothing. Only the addresses in the string are tried: whoever answers
+    elsewhere does not know it, and would be taken for its maker, who knows it no more.
     """
 
     files: JoinFiles
@@ -29,7 +30,6 @@ class FileJoiner:
     dial: Callable[[Address], Awaitable[ports.PairingDialog]]
     uid: int
     host_name: str
-    seeds: Sequence[Address]
     rng: random.Random
     tell: Callable[[JoinNote | None], None]
 
@@ -75,11 +75,11 @@ class FileJoiner:
     async def _join(self, text: str) -> Joined:
         first, second = names_for(self.host_name, self.pairing.node.node)
         try:
-            return await self.pairing.join(self.uid, text, first, self.seeds, self.dial)
+            return await self.pairing.join(self.uid, text, first, (), self.dial)
         except MeshgpuError as error:
             if error.code != "name-taken":
                 raise
-        return await self.pairing.join(self.uid, text, second, self.seeds, self.dial)
+        return await self.pairing.join(self.uid, text, second, (), self.dial)
 
     def _refused(self, file: JoinFile, error: MeshgpuError) -> bool:
         """Whether this file is done with, so that another may be looked for."""

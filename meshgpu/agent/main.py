@@ -49,7 +49,7 @@ from meshgpu.agent.status import JoinNote, Status
 from meshgpu.agent.streams import Streams
 from meshgpu.agent.trees import Trees
 from meshgpu.agent.user_data import make_user_data
-from meshgpu.config import DEFAULT_PAIRING_PORT, Config, host_of, load_config, with_port
+from meshgpu.config import Config, load_config
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
 from meshgpu.core.node import Node, NodeConfig
@@ -348,7 +348,6 @@ class Agent:
             dial_pairing,
             os.geteuid(),
             self._status.host_name,
-            [with_port(host_of(seed), DEFAULT_PAIRING_PORT) for seed in self._config.seeds],
             self._rng,
             self._join_noted,
         )
@@ -357,7 +356,7 @@ class Agent:
         self._status.join_note = note
 
     def _pairing_opened(self, port: int) -> None:
-        """The pairing listener opened at `port`, or closed (0): mDNS says so."""
+        """A window of comparisons is open at `port`, or none any more (0): mDNS says so."""
         self._status.pairing_port = port
         self._tasks.create_task(self._runtime.announce())
 

@@ -140,25 +140,29 @@ class Pairing:
         return account
 
     async def open_listener(self, compare: Compare) -> None:
-        """Listen until `close_listener` for `compare` too, which answers the steps of a comparison."""
+        """Listen, and announce it, until `close_listener` for `compare` too, which answers the steps of a comparison.
+
+        Where only invites need the listener it is not announced: they say where it is, and whoever looks for a window
+        must not take it for one.
+        """
         self._compare = compare
         await self._listen()
+        self.announce_port(self._port)
 
     def hide_listener(self) -> None:
-        """Announce it no more where no invite needs it; whoever is in a conversation may still end that."""
-        if self._invites.is_empty:
-            self.announce_port(0)
+        """Announce it no more; whoever is in a conversation may still end that."""
+        self.announce_port(0)
 
     async def close_listener(self) -> None:
         """No comparison any more; the listener stays where an invite needs it."""
         self._compare = None
+        self.announce_port(0)
         await self._close_if_done()
 
     async def _listen(self) -> None:
         async with self._opening:
             if not self._port:
                 self._port = await self.listener.open(Door(self.clock, self.strangers, self._answer))
-        self.announce_port(self._port)
 
     async def _close_when_over(self, invite: Invite) -> None:
         """By the wall clock, as it is kept: a machine that slept or was set to another time closes late, not never."""
@@ -172,7 +176,6 @@ class Pairing:
     async def _close_if_done(self) -> None:
         if self._invites.is_empty and self._compare is None and not self._admissions and self._port:
             self._port = 0
-            self.announce_port(0)
             await self.listener.close()
 
     async def _answer(self, host: str, step: str, request: bytes) -> bytes:

@@ -46,7 +46,7 @@ class Rig:
         files = JoinFiles([self.path], self.directory / f"used-{self.machine.name}")
         luck, pairing = random.Random(1), self.machine.pairing
         own = self.path.stat().st_uid if self.path.exists() else 0
-        return FileJoiner(files, pairing, self.dial, own, self.machine.name, (), luck, self.said.append).run()
+        return FileJoiner(files, pairing, self.dial, own, self.machine.name, luck, self.said.append).run()
 
     @property
     def is_member(self) -> bool:

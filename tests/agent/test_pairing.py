@@ -79,7 +79,6 @@ async def test_listener_stays_for_uses_that_are_left_and_closes_after_the_last_w
         await office.make("cyd").join(invite, office.ada.listener)
         await idle()
         assert not office.ada.listener.is_open()
-        assert office.ada.announced[-1] == 0
 
 
 async def test_listener_does_not_close_on_a_machine_that_is_being_admitted(
@@ -181,6 +180,18 @@ async def test_address_with_bad_proofs_is_muted_and_others_still_join(tmp_path: 
         assert office.ada.names() == {"ada", "bob"}
 
 
+async def test_address_that_is_silent_again_and_again_is_muted(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        await office.invite()
+        door = office.ada.listener.door
+        assert door is not None
+        for _ in range(FAILURES_LIMIT):
+            door.check("10.0.0.66")
+            door.broke_off("10.0.0.66")
+        with pytest.raises(MeshgpuError, match="too many tries"):
+            door.check("10.0.0.66")
+
+
 async def test_mistakes_of_honest_people_mute_nobody(tmp_path: Path) -> None:
     async with lab(tmp_path) as office:
         invite, bob = await office.invite(), office.make("bob")
@@ -264,6 +275,17 @@ def joins(machine: Machine, at: Listener, name: str | None = None, user: str = "
 
     join = machine.comparing.join(UID, [Address("10.0.0.1:7444")], name or machine.name, user, dial, tell)
     return Joiner(machine, asyncio.ensure_future(join), shown)
+
+
+async def test_only_a_window_is_announced_and_an_invite_is_not_taken_for_one(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        invite = await office.invite()
+        assert office.ada.announced == []
+        async with window(office):
+            await idle()
+            assert office.ada.announced == [7444]
+        assert office.ada.announced[-1] == 0
+        await office.make("bob").join(invite, office.ada.listener)
 
 
 async def test_digits_of_an_earlier_comparison_answer_no_later_one(tmp_path: Path) -> None:

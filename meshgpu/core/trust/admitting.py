@@ -76,6 +76,16 @@ class Window:
         self._tick(now)
         return self._agreed is None and not self._is_worn_out and now.boot_s < self._ends_boot_s
 
+    def why_closed(self) -> str:
+        """What ended it without an admission, as its admin reads it."""
+        if self._declined >= DECLINED_LIMIT:
+            return f"the window closed: {DECLINED_LIMIT} comparisons were declined"
+        if len(self._ended) >= ANSWERED_LIMIT:
+            return (
+                f"the window closed: {ANSWERED_LIMIT} tries came to nothing: somebody here may be guessing"
+            )
+        return f"no machine was admitted in {WINDOW_LIFE_S / 60:.0f} minutes"
+
     def knock(self, now: Now, knock: Knock, commitment: Digest, terms: Terms, nonce: bytes, host: str) -> bytes:
         """Begin a conversation; returns `nonce`, 32 random bytes made for it alone, which may leave only now.
 

@@ -190,6 +190,7 @@ def test_window_closes_by_itself_and_ends_what_runs(window: Window, joiner: Join
     joiner.show(window, at(WINDOW_LIFE_S - 1))
     assert window.is_open(at(WINDOW_LIFE_S - 1))
     assert not window.is_open(at(WINDOW_LIFE_S))
+    assert window.why_closed() == "no machine was admitted in 10 minutes"
     with pytest.raises(TrustError, match="closed"):
         window.agree(at(WINDOW_LIFE_S), joiner.commitment)
 
@@ -210,6 +211,7 @@ def test_guesser_who_hangs_up_wears_the_window_out_from_however_many_addresses(
         guesser.begin(window, at(number), host=f"10.0.0.{number}")
         window.leave(at(number), guesser.commitment, "hung up")
     assert not window.is_open(at(ANSWERED_LIMIT))
+    assert "may be guessing" in window.why_closed()
     with pytest.raises(TrustError, match="nobody takes in machines"):
         joiner.begin(window, at(ANSWERED_LIMIT))
 
@@ -225,6 +227,7 @@ def test_admin_who_declines_again_and_again_closes_the_window(window: Window, of
         assert window.is_open(at(number))
         declined(window, Joiner(office, f"new-{number}"), at, number)
     assert not window.is_open(at(DECLINED_LIMIT))
+    assert "were declined" in window.why_closed()
 
 
 def test_admin_who_lets_the_time_pass_has_declined(office: Office, at: Clock) -> None:
