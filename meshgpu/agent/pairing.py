@@ -226,8 +226,8 @@ class Pairing:
         newcomer = application.newcomer
         check_names(machine=newcomer.name)
         check_ca(newcomer)
-        transcripts = self._greeted.transcripts(self.listener.fingerprint(), newcomer)
         async with self.writing:
+            transcripts = self._greeted.transcripts(self.listener.fingerprint(), newcomer)
             joining.check_name(self.node.log, newcomer.name)
             nonce, invite = self._invites.redeem(self.clock.now(), application.proof, transcripts)
             self._greeted.end(nonce)

@@ -58,6 +58,21 @@ async def test_last_use_is_given_back_where_the_newcomer_is_refused(tmp_path: Pa
         assert office.ada.names() == {"ada", "bob"}
 
 
+async def test_application_that_is_said_twice_counts_once(tmp_path: Path) -> None:
+    """Both wait for the lock; the conversation is over with the first, although that was refused."""
+    async with lab(tmp_path) as office:
+        invite, eve = await office.invite(), office.make("eve")
+        application, _ = (await greeted(eve, invite, office.ada.listener))(eve.newcomer())
+        request = encode(replace(application, by_user=application.by_node))
+        async with office.ada.pairing.writing:
+            calls = [asyncio.ensure_future(Dialog(office.ada.listener).call("apply", request)) for _ in range(2)]
+            await idle()
+        refusals = await asyncio.gather(*calls, return_exceptions=True)
+        assert [isinstance(refusal, TrustError) for refusal in refusals] == [True, True]
+        assert "was used before" in str(refusals[1])
+        await eve.join(invite, office.ada.listener)
+
+
 async def test_newcomer_gets_the_role_and_user_that_the_inviter_wrote(tmp_path: Path) -> None:
     async with lab(tmp_path) as office:
         invite = await office.invite(role=Role.SUBMITTER, user="bob")

@@ -81,9 +81,7 @@ class Window:
         if self._declined >= DECLINED_LIMIT:
             return f"the window closed: {DECLINED_LIMIT} comparisons were declined"
         if len(self._ended) >= ANSWERED_LIMIT:
-            return (
-                f"the window closed: {ANSWERED_LIMIT} tries came to nothing: somebody here may be guessing"
-            )
+            return f"the window closed: {ANSWERED_LIMIT} tries came to nothing: somebody here may be guessing"
         return f"no machine was admitted in {WINDOW_LIFE_S / 60:.0f} minutes"
 
     def knock(self, now: Now, knock: Knock, commitment: Digest, terms: Terms, nonce: bytes, host: str) -> bytes:

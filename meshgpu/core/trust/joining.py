@@ -34,9 +34,10 @@ INVITE_LIFE_MAX_S: Final = 7 * 86_400.0
 """A string that lies about for longer is forgotten by its maker and found by others."""
 USES_LIMIT: Final = 100
 """More than any office images at once."""
-CONVERSATIONS_LIMIT: Final = 64
-CONVERSATIONS_OF_ONE: Final = 16
-"""Of one address; each is over within a second, and many machines may stand behind one address."""
+CONVERSATIONS_LIMIT: Final = 256
+"""Each is over within a second. One that is forgotten looks like a bad proof, so all rigs of an image have room."""
+CONVERSATIONS_OF_ONE: Final = 64
+"""Of one address: many machines may stand behind one."""
 GIVEN_ROLES: Final = (Role.RIG, Role.SUBMITTER, Role.VIEWER)
 SECRET_BYTES: Final = 13
 """104 random bits, of which 20 base32 characters carry 100: beyond guessing, so failures need no lock-out."""
