@@ -28,6 +28,7 @@ class Config:
     fence: `auto` takes the best that works to shut in other users' jobs, `none` lets no other user's job run here.
     policy: who comes first on the GPUs: `polite` (the owner), `shared` (nobody), `dedicated` (the mesh).
     require_containers: True runs jobs in containers only; those that name no image in default_image, if there is one.
+    join_file: where a string may lie by which an agent in no mesh joins, before `join` in its home; empty: nowhere.
     keep_free_gb: chunks and results are refused below this much free disk; None: the larger of 10 GB and 5 %.
     """
 
@@ -42,6 +43,7 @@ class Config:
     policy: str = Lending.POLITE
     require_containers: bool = False
     default_image: str = ""
+    join_file: str = "/etc/meshgpu/join"
     keep_free_gb: float | None = None
 
     @property
@@ -112,6 +114,7 @@ _KINDS: dict[str, type] = {
     "policy": str,
     "require_containers": bool,
     "default_image": str,
+    "join_file": str,
     "keep_free_gb": float,
 }
 

@@ -2,7 +2,8 @@
 
 MeshgpuError            code, message, hint: somebody can act on it
 ├── TrustError          a signature, a right or a proof does not hold
-│   └── StaleRequest    it was signed at another time by the receiver's clock; may be signed again
+│   ├── StaleRequest    it was signed at another time by the receiver's clock; may be signed again
+│   └── BadProof        a stranger showed no right to join; counts against the address that it came from
 ├── AgentUnreachable    the control socket does not answer (the CLI suggests `meshgpu up`)
 └── BrokenInvariant     our own bug; carries the last events of the object it happened to
 """
@@ -39,6 +40,10 @@ class StaleRequest(TrustError):
         self.challenge = challenge
         self.wall_s = wall_s
         self.refused = refused
+
+
+class BadProof(TrustError):
+    """What a stranger sent at the pairing listener proves nothing."""
 
 
 class AgentUnreachable(MeshgpuError):

@@ -1,6 +1,6 @@
 """What the agent needs from the outside world, one Protocol each. An adapter implements one of them."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -142,11 +142,27 @@ class Transport(Protocol):
     async def stop(self) -> None: ...
 
 
+class PairingDoor(Protocol):
+    """Who stands behind the pairing listener. host: the caller's IP address, without port."""
+
+    def check(self, host: str) -> None:
+        """Raises MeshgpuError where `host` is not heard now; asked before anything of its step is read."""
+        ...
+
+    async def answer(self, host: str, step: str, request: bytes) -> bytes:
+        """The reply to one step. A MeshgpuError that it raises travels to the caller."""
+        ...
+
+    def broke_off(self, host: str) -> None:
+        """A step from there had no name, or its request did not come in time."""
+        ...
+
+
 class PairingTransport(Protocol):
     """The separate listener through which strangers join; open only while a window is."""
 
-    async def open(self, answer: Callable[[str, bytes], Awaitable[bytes]]) -> int:
-        """Listen on 7444 or a free port. `answer(step, request)` returns the reply; it may raise MeshgpuError."""
+    async def open(self, door: PairingDoor) -> int:
+        """Listen on 7444 or a free port, which is returned."""
         ...
 
     async def close(self) -> None: ...

@@ -4,19 +4,21 @@ Neither side knows the other yet: TLS only makes the conversation private and gi
 listener's certificate, to which what is said binds it.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
+from urllib.parse import unquote
 
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from meshgpu import ports
 from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model.ids import Address, Digest, digest
 from meshgpu.wire.certificates import ALWAYS_VALID_FROM, ALWAYS_VALID_UNTIL, der, make_leaf, pem
 from meshgpu.wire.endpoints import certificate_at, free_port, grpc_target, join_address
-from meshgpu.wire.grpc_calls import Context, answer_step, error_from, service
+from meshgpu.wire.grpc_calls import Context, abort, answer_step, error_from, service
 
 REQUEST_LIMIT_BYTES: Final = 64 * 1024
 """A device CA, a few keys and proofs: about 2 KiB."""
@@ -50,18 +52,15 @@ class GrpcPairing:
         self._server: grpc.aio.Server | None = None
         self._fingerprint: Digest | None = None
 
-    async def open(self, answer: Callable[[str, bytes], Awaitable[bytes]]) -> int:
-        """Listen; returns the port: the wanted one, or a free one if it is taken. Raises MeshgpuError `no-port`.
-
-        `answer(step, request)` returns the reply; a MeshgpuError that it raises travels to the caller.
-        """
+    async def open(self, door: ports.PairingDoor) -> int:
+        """Listen; returns the port: the wanted one, or a free one if it is taken. Raises MeshgpuError `no-port`."""
         if self._server is not None:
             raise BrokenInvariant("the pairing listener is open already")
         private, certificate = _new_leaf()
         credentials = grpc.ssl_server_credentials([(private, pem(certificate))])  # type: ignore[no-untyped-call]  # grpc has no types
 
         async def step(context: Context) -> None:
-            await answer_step(context, answer, "cannot pair", CALL_TIMEOUT_S)
+            await _answer(door, context)
 
         server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=CONCURRENT_STEPS)
         server.add_generic_rpc_handlers((service(_SERVICE, {"Step": step}),))
@@ -133,6 +132,32 @@ async def dial_pairing(address: Address) -> GrpcPairingDialog:
     except ValueError as error:
         raise MeshgpuError("no-answer", f"cannot pair with {address}: its certificate cannot be read") from error
     return GrpcPairingDialog(address, certificate)
+
+
+async def _answer(door: ports.PairingDoor, context: Context) -> None:
+    """One step, if its caller is heard: its place among the few at once is free again before it has said anything."""
+    host = host_of_peer(context.peer())
+    try:
+        door.check(host)
+    except MeshgpuError as error:
+        await abort(context, error)
+    was_asked = False
+
+    async def answer(step: str, request: bytes) -> bytes:
+        nonlocal was_asked
+        was_asked = True
+        return await door.answer(host, step, request)
+
+    try:
+        await answer_step(context, answer, "cannot pair", CALL_TIMEOUT_S)
+    finally:
+        if not was_asked:
+            door.broke_off(host)
+
+
+def host_of_peer(peer: str) -> str:
+    """The IP address in what gRPC calls a peer: `ipv4:10.0.0.7:40001`, `ipv6:%5Bfe80::1%5D:40001`."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
 def _new_leaf() -> tuple[bytes, x509.Certificate]:

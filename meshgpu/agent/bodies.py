@@ -20,6 +20,7 @@ from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest
 from meshgpu.model.resources import Resources, parse_gpus
 from meshgpu.model.sweep import Method, Objective, Space, parse_objective, parse_param
 from meshgpu.model.tree import Manifest
+from meshgpu.model.trust import Role
 
 SETTING_NAMES: Final = {
     "region": r"[a-z]{2}(-[a-z0-9]+)+",
@@ -74,6 +75,14 @@ def whole_of(body: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise MeshgpuError("bad-request", f"cannot read the request: {key} is no whole number from 0")
     return value
+
+
+def role_of(body: Mapping[str, Any]) -> Role:
+    """The role that a newcomer gets; a rig's where nothing is said."""
+    role = body.get("role", Role.RIG.value)
+    if role not in list(Role):
+        raise MeshgpuError("bad-request", f"there is no role {role!r}: expected rig, submitter or viewer")
+    return Role(role)
 
 
 def draft_of(body: Mapping[str, Any], tree: Digest, manifest: Manifest) -> Draft:

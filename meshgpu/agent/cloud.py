@@ -126,7 +126,8 @@ class CloudAgent(Agent):
     """An agent that can be reached and reaches nobody."""
 
     def __init__(self, home: Home, config: Config, room: Room, boot: Boot) -> None:
-        super().__init__(home, replace(config, seeds=(), advertise="off", link_port=boot.terms.port), room)
+        config = replace(config, seeds=(), advertise="off", link_port=boot.terms.port, join_file="")
+        super().__init__(home, config, room)
         self._boot = boot
         self._metadata: ports.InstanceMetadata = Imds(os.environ.get(ENDPOINT_VARIABLE, ENDPOINT))
         self._closing.push_async_callback(self._metadata.close)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from meshgpu import ports
-from meshgpu.agent.pairing import Joined, Pairing, check_names, reachable
+from meshgpu.agent.pairing import Joined, Pairing, check_ca, check_names, reachable
 from meshgpu.core import events as ev
 from meshgpu.core.trust import comparing, joining
-from meshgpu.core.trust.admitting import COMPARISON_LIFE_S, WINDOW_LIFE_S, Agreed, Window
+from meshgpu.core.trust.admitting import COMPARISON_LIFE_S, Agreed, Window
 from meshgpu.core.trust.comparing import Knock, Terms
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import Address, Digest, KeyId, UserName, digest, key_id, node_id
@@ -29,7 +29,7 @@ from meshgpu.model.pairing import (
     Possession,
     Welcome,
 )
-from meshgpu.model.trust import OFFICE_ROLES, AddNode, LinkUser, Notary, Role
+from meshgpu.model.trust import AddNode, LinkUser, Notary, Role
 from meshgpu.wire.certificates import node_of_ca
 from meshgpu.wire.codec import PROTOCOL, decode, encode
 
@@ -40,7 +40,6 @@ LAST_WORD_S: Final = 5.0
 """How long the listener stays for a joiner that asks for its welcome."""
 
 TICK_S: Final = 1.0
-ROLES: Final = frozenset(OFFICE_ROLES - {Role.BURST})
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +110,7 @@ class Comparing:
         it too. Then the listener is closed.
         """
         account = self.pairing.admin(uid, "admit a machine", "meshgpu admit")
-        if role not in ROLES:
+        if role not in joining.GIVEN_ROLES:
             raise MeshgpuError("bad-request", f"cannot admit a machine as {role}: expected rig, submitter or viewer")
         check_names(**({"machine": wanted} if wanted else {}), **({"user": said} if said else {}))
         if self._session is not None and self._session.outcome.done():
@@ -120,7 +119,7 @@ class Comparing:
             raise MeshgpuError(
                 "busy", "cannot admit: this machine's window is open already", "end that `meshgpu admit`"
             )
-        window = Window(self.pairing.notary, self.pairing.clock.now(), wanted)
+        window = Window(self.pairing.notary, self.pairing.strangers, self.pairing.clock.now(), wanted)
         outcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         user = None if said is None else UserName(said)
         session = _Session(window, uid, account.key, account.user, user, role, outcome)
@@ -146,11 +145,7 @@ class Comparing:
                 if was_shown:
                     await tell(Failed(why))
             if not is_open and session.admitted is None:
-                raise TrustError(
-                    "bad-invite",
-                    f"no machine was admitted in {WINDOW_LIFE_S / 60:.0f} minutes, or five comparisons failed",
-                    "meshgpu admit",
-                )
+                raise TrustError("bad-invite", session.window.why_closed(), "meshgpu admit")
             await tell(None)
         session.outcome.result()
         assert session.admitted is not None
@@ -166,26 +161,25 @@ class Comparing:
             self._session = None
             await self.pairing.close_listener()
 
-    async def _answer(self, step: str, request: bytes) -> bytes:
+    async def _answer(self, host: str, step: str, request: bytes) -> bytes:
         session = self._session
         if session is None:
             raise TrustError("bad-invite", "cannot join: nobody takes in machines there now", "meshgpu admit")
         if step == "compare-knock":
-            return encode(self._knock(session, decode(CompareKnock, request)))
+            return encode(self._knock(session, decode(CompareKnock, request), host))
         if step == "compare-reveal":
             return encode(self._reveal(session, decode(CompareReveal, request)))
         if step == "compare-press":
             return encode(await self._pressed_there(session, decode(ComparePress, request)))
         raise MeshgpuError("bad-request", f"cannot pair: there is no step {step!r}")
 
-    def _knock(self, session: _Session, said: CompareKnock) -> CompareTerms:
+    def _knock(self, session: _Session, said: CompareKnock, host: str) -> CompareTerms:
         pairing, newcomer = self.pairing, said.newcomer
         if said.protocol != PROTOCOL:
             message = f"cannot pair: this mesh speaks protocol {PROTOCOL}, the newcomer {said.protocol}"
             raise MeshgpuError("version", message, "install the same version of meshgpu on both machines")
         check_names(machine=newcomer.name, user=said.as_user)
-        if node_of_ca(newcomer.device_ca) != node_id(newcomer.public_key):
-            raise TrustError("bad-invite", "cannot admit a machine: its certificate belongs to another key")
+        check_ca(newcomer)
         certificate = pairing.listener.fingerprint()
         knock = Knock(newcomer, said.as_user, certificate)
         user = self._check_new(session, knock)
@@ -194,7 +188,7 @@ class Comparing:
         me = pairing.node.node
         terms = Terms(log.mesh, log.mesh_name, me, public_key, pairing.keys.device_ca(), session.role, user)
         nonce = session.window.knock(
-            pairing.clock.now(), knock, said.commitment, terms, pairing.rng.randbytes(comparing.NONCE_BYTES)
+            pairing.clock.now(), knock, said.commitment, terms, pairing.rng.randbytes(comparing.NONCE_BYTES), host
         )
         session.talk, session.digits = said.commitment, ""
         binding = CompareBinding(certificate, said.commitment, nonce, log.mesh)
@@ -322,8 +316,9 @@ class Comparing:
         welcome = await self._await_welcome(dialog, commitment, tell)
         log = comparing.check_welcome(notary, knock, terms, welcome.log)
         met = ((terms.node, reachable(welcome.addresses, address)),)
+        self.pairing.check_outside()  # somebody else may have entered one meanwhile
         await self.pairing.settle(ev.MeshEntered(terms.mesh, log.all_entries(), met))
-        return Joined(log.mesh_name, terms.user, log.members[terms.node].name)
+        return Joined(log.mesh_name, name, terms.user, log.members[terms.node].name, terms.role)
 
     async def _ask(self, shown: Shown, tell: Callable[[Shown | None], Awaitable[None]]) -> bool:
         pressed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -358,7 +353,7 @@ class Comparing:
 def check_terms(notary: Notary, said: CompareTerms, expected: CompareBinding) -> None:
     """The joiner's check, before it shows its nonce. Raises TrustError `wrong-mesh`."""
     its_own = node_id(said.public_key) == said.node == node_of_ca(said.device_ca)
-    if not its_own or said.role not in ROLES or len(said.nonce) != comparing.NONCE_BYTES:
+    if not its_own or said.role not in joining.GIVEN_ROLES or len(said.nonce) != comparing.NONCE_BYTES:
         raise TrustError("wrong-mesh", "cannot join: the admin's machine shows keys or terms that do not fit together")
     if notary.read(said.binding, said.public_key, CompareBinding) != expected:
         raise TrustError("wrong-mesh", "cannot join: somebody stands between this machine and the admin's")

@@ -15,7 +15,17 @@ from aiohttp import web
 
 from meshgpu.agent.admins import Admins
 from meshgpu.agent.audit import AuditTrail
-from meshgpu.agent.bodies import draft_of, number_of, read_body, secrets_of, settings_of, text_of, texts_of
+from meshgpu.agent.bodies import (
+    draft_of,
+    number_of,
+    read_body,
+    role_of,
+    secrets_of,
+    settings_of,
+    text_of,
+    texts_of,
+    whole_of,
+)
 from meshgpu.agent.callers import descends_from
 from meshgpu.agent.comparing import Comparing
 from meshgpu.agent.evidence_control import EvidenceControl
@@ -36,6 +46,7 @@ from meshgpu.agent.views import (
 )
 from meshgpu.config import DEFAULT_PAIRING_PORT, host_of, with_port
 from meshgpu.core import events as ev
+from meshgpu.core.trust.joining import INVITE_LIFE_S
 from meshgpu.errors import HTTP_STATUS, MeshgpuError, TrustError
 from meshgpu.model.cloud import BurstSettings, InstanceState
 from meshgpu.model.ids import Digest, KeyId, as_name, display_name
@@ -180,11 +191,24 @@ class Control:
         )
 
     async def _invite(self, request: web.Request) -> web.Response:
-        user = (await read_body(request)).get("user")
+        """user: whose the machines will be, null: the caller's. role, uses, life_s: as `joining.Grant`."""
+        body = await read_body(request)
+        user, life_s = body.get("user"), body.get("life_s", INVITE_LIFE_S)
         if user is not None and not isinstance(user, str):
             raise MeshgpuError("bad-request", "cannot invite: the user's name is no text")
-        text, invite = await self.pairing.invite(self._uid(request), user)
-        return web.json_response({"invite": text, "expires_at": invite.expires_wall_s, "user": invite.user})
+        if type(life_s) not in (int, float):
+            raise MeshgpuError("bad-request", "cannot invite: life_s is no number")
+        uses = whole_of(body, "uses") if "uses" in body else 1
+        text, invite = await self.pairing.invite(self._uid(request), user, role_of(body), uses, life_s)
+        return web.json_response(
+            {
+                "invite": text,
+                "expires_at": invite.expires_wall_s,
+                "user": invite.user,
+                "role": invite.role.value,
+                "uses": invite.uses,
+            }
+        )
 
     async def _join(self, request: web.Request) -> web.Response:
         uid = self._check_own(request, "join a mesh")
@@ -198,10 +222,11 @@ class Control:
         return web.json_response(
             {
                 "mesh": joined.mesh_name,
-                "name": text_of(body, "name"),
+                "name": joined.name,
                 "node": me["node"],
                 "user": joined.user,
                 "inviter": joined.inviter,
+                "role": joined.role.value,
                 "fence": me["fence"],
                 "gpus": self.status.gpu_names(),
             }

@@ -44,6 +44,16 @@ class Home:
         return self.jobs / job / str(epoch)
 
     @property
+    def join_file(self) -> Path:
+        """Where a string may lie by which the agent is to join; looked at after the system's."""
+        return self.directory / "join"
+
+    @property
+    def used_join_files(self) -> Path:
+        """Digests of strings that were used and could not be removed."""
+        return self.directory / "used-join-files"
+
+    @property
     def left(self) -> Path:
         """There once this machine has left its mesh: the next agent starts with nothing of it."""
         return self.directory / "left-mesh"

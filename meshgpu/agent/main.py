@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import resource
 import signal
@@ -25,6 +26,7 @@ from meshgpu.adapters.grpc_link import GrpcLink
 from meshgpu.adapters.grpc_pairing import GrpcPairing, dial_pairing
 from meshgpu.adapters.interfaces import lan_addresses
 from meshgpu.adapters.job_trees import remove_tree
+from meshgpu.adapters.join_files import JoinFiles
 from meshgpu.adapters.key_files import KeyFiles, RecoveryKey
 from meshgpu.adapters.mdns import Mdns
 from meshgpu.adapters.nvml_gpus import NvmlGpus
@@ -40,10 +42,11 @@ from meshgpu.agent.executors import Executors
 from meshgpu.agent.gpu_users import without_jobs
 from meshgpu.agent.home import Home
 from meshgpu.agent.jobs import Jobs
+from meshgpu.agent.join_file import FileJoiner
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.runtime import Outside, Runtime
 from meshgpu.agent.secrets import Opener, Vault
-from meshgpu.agent.status import Status
+from meshgpu.agent.status import JoinNote, Status
 from meshgpu.agent.streams import Streams
 from meshgpu.agent.trees import Trees
 from meshgpu.agent.user_data import make_user_data
@@ -339,9 +342,25 @@ class Agent:
         )
         runner: web.AppRunner = await serve(control.application(), self._home.socket)
         self._closing.push_async_callback(runner.cleanup)
+        self._tasks.create_task(self._file_joiner(pairing).run(), name="join file")
+
+    def _file_joiner(self, pairing: Pairing) -> FileJoiner:
+        system = [Path(self._config.join_file)] if self._config.join_file else []
+        return FileJoiner(
+            JoinFiles([*system, self._home.join_file], self._home.used_join_files),
+            pairing,
+            dial_pairing,
+            os.geteuid(),
+            self._status.host_name,
+            self._rng,
+            self._join_noted,
+        )
+
+    def _join_noted(self, note: JoinNote | None) -> None:
+        self._status.join_note = note
 
     def _pairing_opened(self, port: int) -> None:
-        """The pairing listener opened at `port`, or closed (0): mDNS says so."""
+        """A window of comparisons is open at `port`, or none any more (0): mDNS says so."""
         self._status.pairing_port = port
         self._tasks.create_task(self._runtime.announce())
 

@@ -8,21 +8,32 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from meshgpu import ports
+from meshgpu.agent.door import Door
+from meshgpu.config import DEFAULT_LINK_PORT, host_of, with_port
 from meshgpu.core import events as ev
 from meshgpu.core.node import Node
 from meshgpu.core.trust import joining
 from meshgpu.core.trust.meshlog import MeshLog, found
-from meshgpu.errors import MeshgpuError, TrustError
+from meshgpu.core.trust.strangers import Strangers
+from meshgpu.errors import BadProof, MeshgpuError, TrustError
 from meshgpu.model.ids import Address, KeyId, UserName, base32, is_name, key_id, node_id
 from meshgpu.model.pairing import Application, Greeting, Introduction, InviteString, Newcomer, PairingBinding, Welcome
-from meshgpu.model.trust import AddNode, Genesis, Invite, LinkUser, Notary, Role, SetPolicy, SetRole, UserKey
+from meshgpu.model.trust import AddNode, Genesis, Invite, LinkUser, Member, Notary, Role, SetPolicy, SetRole, UserKey
 from meshgpu.wire.certificates import node_of_ca
 from meshgpu.wire.codec import PROTOCOL, decode, encode
 
-GREETINGS_LIMIT = 64
-"""Conversations that wait for their second step: a stranger can open many, and the oldest are forgotten."""
+CLOCK_LOOK_S: Final = 60.0
+"""How often a wait for a moment of the wall clock looks at that again."""
+
+LAST_WORD_S: Final = 1.0
+"""How long the listener stays after a welcome, which is still on its way."""
+
+
+Compare = Callable[[str, str, bytes], Awaitable[bytes]]
+"""Answers one step of a comparison: (host, step, request)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +45,10 @@ class Founded:
 @dataclass(frozen=True, slots=True)
 class Joined:
     mesh_name: str
+    name: str
     user: UserName
     inviter: str
+    role: Role
 
 
 @dataclass(slots=True)
@@ -55,10 +68,12 @@ class Pairing:
     recovery: Callable[[str], ports.Signer]
     writing: asyncio.Lock
     _invites: joining.Invites = field(default_factory=joining.Invites)
-    _open: dict[bytes, tuple[Greeting, Introduction]] = field(default_factory=dict)
-    _compare: Callable[[str, bytes], Awaitable[bytes]] | None = None
+    _greeted: joining.Conversations = field(default_factory=joining.Conversations)
+    _compare: Compare | None = None
     _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _admissions: int = 0
     _port: int = 0
+    strangers: Strangers = field(default_factory=Strangers)
 
     # -- founding -----------------------------------------------------------------------------------------------------
 
@@ -89,16 +104,22 @@ class Pairing:
 
     # -- inviting -----------------------------------------------------------------------------------------------------
 
-    async def invite(self, uid: int, user: str | None) -> tuple[str, Invite]:
-        """Open the pairing listener for one more machine; it closes when the last invite is used or over."""
+    async def invite(self, uid: int, user: str | None, role: Role, uses: int, life_s: float) -> tuple[str, Invite]:
+        """Open the pairing listener for up to `uses` more machines of `user` (None: the caller's).
+
+        Raises MeshgpuError where the caller may not, or for what `joining.check_grant` refuses. The listener closes
+        when the last invite is used up or over.
+        """
         account = self.admin(uid, "invite", "meshgpu invite")
         log = self.node.log
         assert log.mesh is not None
         check_names(user=user or account.user)
+        joining.check_grant(role, uses, life_s)
         await self._listen()
         secret = joining.new_secret(self.rng.randbytes(joining.SECRET_BYTES))
-        invite = self._invites.create(self.clock.now(), secret, UserName(user or account.user), account.key)
-        self.tasks.create_task(self._close_when_over())
+        grant = joining.Grant(UserName(user or account.user), role, uses, life_s)
+        invite = self._invites.create(self.clock.now(), secret, grant, account.key)
+        self.tasks.create_task(self._close_when_over(invite))
         hosts = dict.fromkeys(address.rpartition(":")[0] for address in self.addresses())
         where = tuple(Address(f"{host}:{self._port}") for host in hosts)
         return joining.write_invite(InviteString(log.mesh, self.node.node, secret, where)), invite
@@ -118,56 +139,73 @@ class Pairing:
             )
         return account
 
-    async def open_listener(self, compare: Callable[[str, bytes], Awaitable[bytes]]) -> None:
-        """Listen until `close_listener` for `compare` too, which answers the steps of a comparison."""
+    async def open_listener(self, compare: Compare) -> None:
+        """Listen, and announce it, until `close_listener` for `compare` too, which answers the steps of a comparison.
+
+        Where only invites need the listener it is not announced: they say where it is, and whoever looks for a window
+        must not take it for one.
+        """
         self._compare = compare
         await self._listen()
+        self.announce_port(self._port)
 
     def hide_listener(self) -> None:
-        """Announce it no more where no invite needs it; whoever is in a conversation may still end that."""
-        if self._invites.is_empty:
-            self.announce_port(0)
+        """Announce it no more; whoever is in a conversation may still end that."""
+        self.announce_port(0)
 
     async def close_listener(self) -> None:
         """No comparison any more; the listener stays where an invite needs it."""
         self._compare = None
+        self.announce_port(0)
         await self._close_if_done()
 
     async def _listen(self) -> None:
         async with self._opening:
             if not self._port:
-                self._port = await self.listener.open(self._answer)
-        self.announce_port(self._port)
+                self._port = await self.listener.open(Door(self.clock, self.strangers, self._answer))
 
-    async def _close_when_over(self) -> None:
-        await asyncio.sleep(joining.INVITE_LIFE_S + 1.0)
+    async def _close_when_over(self, invite: Invite) -> None:
+        """By the wall clock, as it is kept: a machine that slept or was set to another time closes late, not never."""
+        left_s = invite.expires_wall_s - self.clock.now().wall_s
+        while left_s > 0:
+            await asyncio.sleep(min(left_s, CLOCK_LOOK_S))
+            left_s = invite.expires_wall_s - self.clock.now().wall_s
         self._invites.drop_expired(self.clock.now())
         await self._close_if_done()
 
     async def _close_if_done(self) -> None:
-        if self._invites.is_empty and self._compare is None and self._port:
+        if self._invites.is_empty and self._compare is None and not self._admissions and self._port:
             self._port = 0
-            self.announce_port(0)
             await self.listener.close()
 
-    async def _answer(self, step: str, request: bytes) -> bytes:
+    async def _answer(self, host: str, step: str, request: bytes) -> bytes:
         if step == "greet":
-            return encode(self._greet(decode(Greeting, request)))
+            return encode(self._greet(host, decode(Greeting, request)))
         if step == "apply":
-            welcome = encode(await self._admit(decode(Application, request)))
-            self.tasks.create_task(self._close_soon())
-            return welcome
+            return await self._apply(decode(Application, request))
         if self._compare is not None:
-            return await self._compare(step, request)
+            return await self._compare(host, step, request)
         if step.startswith("compare-"):
             raise TrustError("bad-invite", "cannot join: no admin compares digits there now", "meshgpu admit, there")
         raise MeshgpuError("bad-request", f"cannot pair: there is no step {step!r}")
 
+    async def _apply(self, application: Application) -> bytes:
+        """The listener stays until the welcome has left, although it may be an invite's last use."""
+        self._admissions += 1
+        try:
+            welcome = encode(await self._admit(application))
+        except BaseException:
+            self._admissions -= 1
+            raise
+        self.tasks.create_task(self._close_soon())
+        return welcome
+
     async def _close_soon(self) -> None:
-        await asyncio.sleep(1.0)  # the welcome is still on its way
+        await asyncio.sleep(LAST_WORD_S)
+        self._admissions -= 1
         await self._close_if_done()
 
-    def _greet(self, greeting: Greeting) -> Introduction:
+    def _greet(self, host: str, greeting: Greeting) -> Introduction:
         if greeting.protocol != PROTOCOL:
             message = f"cannot pair: this mesh speaks protocol {PROTOCOL}, the newcomer {greeting.protocol}"
             raise MeshgpuError("version", message, "install the same version of meshgpu on both machines")
@@ -176,28 +214,29 @@ class Pairing:
         binding = PairingBinding(self.listener.fingerprint(), greeting.nonce, nonce)
         signed = self.notary.sign(key_id(self.keys.node_key()), binding)
         introduction = Introduction(self.node.log.all_entries(), self.node.node, nonce, signed)
-        while len(self._open) >= GREETINGS_LIMIT:
-            del self._open[next(iter(self._open))]
-        self._open[nonce] = (greeting, introduction)
+        self._greeted.begin(host, greeting, introduction)
         return introduction
 
     async def _admit(self, application: Application) -> Welcome:
-        """Whoever proves an invite's secret over one of the open conversations is in."""
+        """Whoever proves an invite's secret over one of the open conversations is in.
+
+        A use is taken before the entries are written and given back where they are refused; one whose entries may
+        still reach the disk, after this conversation timed out, stays taken.
+        """
         newcomer = application.newcomer
         check_names(machine=newcomer.name)
-        if node_of_ca(newcomer.device_ca) != node_id(newcomer.public_key):
-            raise TrustError("bad-invite", "cannot admit a machine: its certificate belongs to another key")
-        certificate = self.listener.fingerprint()
-        transcripts = {
-            nonce: joining.transcript(introduction, greeting, certificate, newcomer)
-            for nonce, (greeting, introduction) in self._open.items()
-        }
+        check_ca(newcomer)
         async with self.writing:
+            transcripts = self._greeted.transcripts(self.listener.fingerprint(), newcomer)
             joining.check_name(self.node.log, newcomer.name)
             nonce, invite = self._invites.redeem(self.clock.now(), application.proof, transcripts)
-            del self._open[nonce]
-            joining.check_possession(self.notary, self.node.log, application, transcripts[nonce])
-            await self.settle(ev.LogWritten(joining.admit(self.node.log, invite, newcomer)))
+            self._greeted.end(nonce)
+            try:
+                joining.check_possession(self.notary, self.node.log, application, transcripts[nonce])
+                await self.settle(ev.LogWritten(joining.admit(self.node.log, invite, newcomer)))
+            except MeshgpuError:
+                self._invites.give_back(invite)
+                raise
         return Welcome(self.node.log.all_entries(), invite.user, tuple(self.addresses()))
 
     # -- renting ------------------------------------------------------------------------------------------------------
@@ -254,7 +293,7 @@ class Pairing:
         raise MeshgpuError(
             "no-answer",
             f"cannot join: nobody takes in machines there now ({'; '.join(failures) or 'no address'})",
-            "an invite is good for one machine and ten minutes: meshgpu invite; else check that both share a network",
+            "an invite ends with its time, its uses, or its maker's agent: meshgpu invite; else check the network",
         )
 
     async def _converse(
@@ -263,18 +302,23 @@ class Pairing:
         greeting = joining.greet(invite, PROTOCOL, self.rng.randbytes(32), dialog.fingerprint)
         introduction = decode(Introduction, await dialog.call("greet", encode(greeting)))
         log = joining.check_introduction(self.notary, invite, introduction, greeting, dialog.fingerprint)
+        newcomer = Newcomer(self.keys.node_key(), self.keys.device_ca(), self.keys.user_key(uid), uid, name)
+        me = joining.membership(log, newcomer)
+        if me is not None:  # an earlier welcome was lost on its way: nothing more is needed, and no use is taken
+            return await self._enter(invite, log, me, (with_port(host_of(address), DEFAULT_LINK_PORT),))
         joining.check_name(log, name)
-        public_key = self.keys.node_key()
-        newcomer = Newcomer(public_key, self.keys.device_ca(), self.keys.user_key(uid), uid, name)
         application = joining.apply(self.notary, invite, introduction, greeting, dialog.fingerprint, newcomer)
         welcome = decode(Welcome, await dialog.call("apply", encode(application)))
         log.add(welcome.log)
-        me = log.members.get(node_id(public_key))
+        me = joining.membership(log, newcomer)
         if me is None:
             raise MeshgpuError("wrong-mesh", "cannot join: the inviter did not add this machine to the mesh")
-        met = ((invite.inviter, reachable(welcome.addresses, address)),)
-        await self.settle(ev.MeshEntered(invite.genesis, log.all_entries(), met))
-        return Joined(log.mesh_name, welcome.user, log.members[invite.inviter].name)
+        return await self._enter(invite, log, me, reachable(welcome.addresses, address))
+
+    async def _enter(self, invite: InviteString, log: MeshLog, me: Member, inviter_at: tuple[Address, ...]) -> Joined:
+        self.check_outside()  # somebody else may have entered one meanwhile
+        await self.settle(ev.MeshEntered(invite.genesis, log.all_entries(), ((invite.inviter, inviter_at),)))
+        return Joined(log.mesh_name, me.name, me.owner, log.members[invite.inviter].name, me.role)
 
 
 def reachable(addresses: Sequence[Address], answered: Address) -> tuple[Address, ...]:
@@ -282,6 +326,12 @@ def reachable(addresses: Sequence[Address], answered: Address) -> tuple[Address,
     host = answered.rpartition(":")[0]
     ports_told = dict.fromkeys(address.rpartition(":")[2] for address in addresses)
     return tuple(dict.fromkeys((*addresses, *(Address(f"{host}:{port}") for port in ports_told))))
+
+
+def check_ca(newcomer: Newcomer) -> None:
+    """Raises BadProof where a newcomer's device CA is not of its key."""
+    if node_of_ca(newcomer.device_ca) != node_id(newcomer.public_key):
+        raise BadProof("bad-invite", "cannot admit a machine: its certificate belongs to another key")
 
 
 def check_names(**names: str) -> None:

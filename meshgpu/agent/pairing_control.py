@@ -6,14 +6,13 @@ from typing import Any
 
 from aiohttp import web
 
-from meshgpu.agent.bodies import read_body, text_of, texts_of
+from meshgpu.agent.bodies import read_body, role_of, text_of, texts_of
 from meshgpu.agent.comparing import Admitted, Comparing, Failed, Shown
 from meshgpu.agent.ndjson import error_document, stream, write
 from meshgpu.agent.status import Status
 from meshgpu.config import DEFAULT_PAIRING_PORT, host_of, with_port
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.ids import Address, NodeId
-from meshgpu.model.trust import Role
 from meshgpu.ports import PairingDialog
 
 
@@ -75,12 +74,10 @@ class PairingControl:
         """Hold a window open for as long as the client stays."""
         uid, body, lines = self.uid_of(request), await read_body(request), Lines(request)
         wanted, user = (None if body.get(key) is None else text_of(body, key) for key in ("name", "user"))
-        role = body.get("role", Role.RIG.value)
-        if role not in list(Role):
-            raise MeshgpuError("bad-request", f"there is no role {role!r}: expected rig, submitter or viewer")
+        role = role_of(body)
 
         async def work() -> dict[str, Any]:
-            admitted = await self.comparing.admit(uid, wanted, user, Role(role), lines.tell)
+            admitted = await self.comparing.admit(uid, wanted, user, role, lines.tell)
             return {"type": "admitted", **asdict(admitted)}
 
         return await lines.run(work)
@@ -99,10 +96,11 @@ class PairingControl:
             return {
                 "type": "joined",
                 "mesh": joined.mesh_name,
-                "name": name,
+                "name": joined.name,
                 "node": me["node"],
                 "user": joined.user,
                 "inviter": joined.inviter,
+                "role": joined.role.value,
                 "fence": me["fence"],
                 "gpus": self.status.gpu_names(),
             }

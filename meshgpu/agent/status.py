@@ -26,6 +26,15 @@ SIGHTINGS_KEPT = 512
 """Announcements remembered for `discover`."""
 
 
+@dataclass(frozen=True, slots=True)
+class JoinNote:
+    """What became of the file by which this machine was to join."""
+
+    ok: bool | None
+    found: str
+    hint: str | None = None
+
+
 @dataclass(slots=True)
 class Status:
     """Reads the node and what the adapters reported at start."""
@@ -44,6 +53,7 @@ class Status:
     pairing_port: int = 0
     fence_reason: str = ""
     wanted_port: int = 0
+    join_note: JoinNote | None = None
     started_wall_s: float = field(default_factory=time.time)
 
     def sighted(self, sighting: Sighting) -> None:
@@ -139,6 +149,7 @@ class Status:
         return [
             _check("agent", True, f"meshgpu {__version__}, home {self.home.directory}"),
             self._mesh_check(),
+            *self._join_file_check(),
             self._links_check(),
             self._audit_check(),
             self._discovery_check(),
@@ -161,6 +172,10 @@ class Status:
         if log.refused:
             return _check("mesh", False, f"an entry of the mesh log was refused: {log.refused[-1]}")
         return _check("mesh", True, f"{log.mesh_name} ({mesh_tag(log.mesh)}), {_count(len(log.members), 'machine')}")
+
+    def _join_file_check(self) -> list[Document]:
+        note = self.join_note
+        return [] if note is None else [_check("join file", note.ok, note.found, note.hint)]
 
     def _links_check(self) -> Document:
         machines = [view for view in self.node.machines(self.clock.now()) if not view.is_self]

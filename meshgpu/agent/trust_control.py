@@ -49,7 +49,9 @@ class TrustControl:
 
     async def _list(self, request: web.Request) -> web.Response:
         self.admins.account(self.uid_of(request))
-        return web.json_response({"admins": [self._document(user) for user in self.admins.node.log.admins()]})
+        log = self.admins.node.log
+        admins, candidates = ([self._document(user) for user in users] for users in (log.admins(), log.candidates()))
+        return web.json_response({"admins": admins, "candidates": candidates})
 
     async def _add(self, request: web.Request) -> web.Response:
         user = await self.admins.add_admin(self.uid_of(request), text_of(await read_body(request), "user"))

@@ -111,10 +111,11 @@ def all_gpus(machines: list[SightingView]) -> str:
 
 def machine_rows(machine: MachineView) -> Iterator[tuple[str, ...]]:
     """One row for each GPU, one for a machine without any."""
-    name = f"{machine['name']} (this)" if machine["self"] else machine["name"]
+    marks = [*(["this"] if machine["self"] else []), *(role for role in machine["roles"] if role != "rig")]
+    name = f"{machine['name']} ({', '.join(marks)})" if marks else machine["name"]
     gone = _absence(machine)
     if not machine["gpus"]:
-        yield name, "no GPU", "-", "-", "-", gone or machine["gpu_note"] or "ready"
+        yield name, "no GPU", "-", "-", "-", gone or machine["gpu_note"] or ("ready" if _lends(machine) else "not lent")
         return
     for row, gpu in enumerate(sorted(machine["gpus"], key=lambda gpu: gpu["index"])):
         label = name if row == 0 else ""
@@ -141,9 +142,16 @@ def _absence(machine: MachineView) -> str:
     return {"suspect": "does not answer", "left": "has left", "revoked": "was put out"}.get(machine["state"], "")
 
 
+def _lends(machine: MachineView) -> bool:
+    """Whether its role lets it run jobs at all."""
+    return not {"submitter", "viewer"} & set(machine["roles"])
+
+
 def _gpu_state(machine: MachineView, gpu: GpuView) -> str:
     if gpu["fault"]:
         return gpu["fault"]
+    if not _lends(machine) and not gpu["jobs"]:
+        return "not lent"
     if gpu["withheld"] and not gpu["jobs"]:
         return "in use by its owner"
     if gpu["jobs"]:

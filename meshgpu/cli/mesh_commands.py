@@ -6,18 +6,23 @@ import pwd
 import socket
 import sys
 import time
-from typing import Annotated, Final
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Annotated, Final
 
 import typer
 
-from meshgpu.cli.compare_commands import compare, open_window
+from meshgpu.cli.compare_commands import checked_role, compare, open_meshes, open_window
 from meshgpu.cli.launch import confirmed, ensure_agent, is_attended, listening_s
 from meshgpu.cli.render import ago, note, plain, print_table
+from meshgpu.cli.spans import parse_span
+from meshgpu.cli.trust_commands import advise_second_admin
 from meshgpu.cli.watch import Json
 from meshgpu.cli.words import EXIT_FAILED_CHECK
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.views import AgentView, JoinedView, SightingView
-from meshgpu.core.trust.joining import read_invite
+from meshgpu.core.trust.joining import check_grant, read_invite
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import as_name, is_name
 
@@ -73,6 +78,9 @@ def join(
         list[str] | None,
         typer.Option("--seed", metavar="HOST[:PORT]", help="Where a member answers, if it is not found by itself."),
     ] = None,
+    mesh: Annotated[
+        str | None, typer.Option("--mesh", metavar="NAME", help="Which mesh, where several take in machines.")
+    ] = None,
     as_user: Annotated[
         str | None, typer.Option("--as", metavar="NAME", help="Your name, without an invite (your account's).")
     ] = None,
@@ -83,13 +91,18 @@ def join(
     machine = checked_name(host_name() if name is None else name, "--name")
     if invite is None and not as_json and is_attended():
         person = checked_name(account_name() if as_user is None else as_user, "--as")
-        _join_by_digits(machine, person, seed or [], yes=yes)
+        _join_by_digits(machine, person, seed or [], mesh, yes=yes)
         return
     if as_user is not None:
         raise MeshgpuError(
             "bad-request", "cannot choose a user's name: the invite says it", "meshgpu invite --user NAME"
         )
-    invite = asked_invite() if invite is None else invite
+    if invite is None:
+        invite = asked_invite()
+        if not invite.strip():
+            raise _nobody_can_compare()
+    if mesh is not None:
+        raise MeshgpuError("bad-request", "cannot choose a mesh: the invite says it", "meshgpu join --mesh NAME")
     check_invite(invite)
     if not (yes or as_json or is_attended()):
         raise MeshgpuError("bad-request", "cannot ask whether to lend this machine: no terminal is here", "--yes")
@@ -106,7 +119,23 @@ def join(
         print(plain(line))
 
 
-def _join_by_digits(machine: str, person: str, seeds: list[str], *, yes: bool) -> None:
+def _nobody_can_compare() -> MeshgpuError:
+    """Why `join` does nothing where it got no string and no person sits at a terminal."""
+    found = ""
+    with suppress(MeshgpuError):  # what is around helps, and is not what was asked for
+        client = AgentClient.found()
+        meshes = open_meshes(client.discover(listening_s(client.agent())))
+        found = f"; these take in machines now: {', '.join(meshes)}" if meshes else ""
+    return MeshgpuError(
+        "bad-request",
+        f"cannot join: no invite came, and no person sits at a terminal to compare digits{found}",
+        "meshgpu join < FILE, which `meshgpu invite --out FILE` wrote; or meshgpu join --mesh NAME at a terminal",
+    )
+
+
+def _join_by_digits(machine: str, person: str, seeds: list[str], mesh: str | None, *, yes: bool) -> None:
+    if seeds and mesh is not None:
+        raise MeshgpuError("bad-request", "cannot look for a mesh and at --seed: one says where to ask", "--seed alone")
     client, agent = ensure_agent()
     if agent["mesh"] is not None:
         raise MeshgpuError(
@@ -116,25 +145,68 @@ def _join_by_digits(machine: str, person: str, seeds: list[str], *, yes: bool) -
         note(line)
     if not confirmed("Join?", yes=yes):
         raise typer.Exit(EXIT_FAILED_CHECK)
-    node = None if seeds else open_window(client, listening_s(agent))
+    node = None if seeds else open_window(client, listening_s(agent), mesh)
     for line in welcome(compare(client, node, seeds, machine, person)):
         print(plain(line))
 
 
 def invite(
     user: Annotated[
-        str | None, typer.Option("--user", metavar="NAME", help="Whom the new machine belongs to (whoever joins).")
+        str | None, typer.Option("--user", metavar="NAME", help="Whom the new machines belong to (you).")
+    ] = None,
+    uses: Annotated[int, typer.Option("--uses", metavar="N", help="How many machines may join: 1 to 100.")] = 1,
+    life: Annotated[str, typer.Option("--for", metavar="TIME", help="For how long: 1m to 7d.")] = "10m",
+    role: Annotated[str, typer.Option("--role", metavar="ROLE", help="rig, submitter or viewer.")] = "rig",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the string there, for your account alone.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print a string with which one machine may join; it is a secret."""
-    view = AgentClient.found().invite(None if user is None else checked_name(user, "--user"))
+    """Print a string with which a machine may join; it is a secret."""
+    person = None if user is None else checked_name(user, "--user")
+    life_s = parse_span(life, "meshgpu invite --for 8h")
+    check_grant(checked_role(role), uses, life_s)
+    client = AgentClient.found()
+    if out is None:
+        view = client.invite(person, role, uses, life_s)
+    else:
+        with new_secret_file(out) as file:
+            view = client.invite(person, role, uses, life_s)
+            file.write(f"{view['invite']}\n")
     if as_json:
-        print(json.dumps(view))
+        print(json.dumps(view if out is None else view | {"invite": None}))
         return
-    whom = f" for {view['user']}" if view["user"] else ""
-    note(f"Good for one machine{whom}, for {ago(view['expires_at'] - time.time())}. On that machine: meshgpu join …")
-    print(view["invite"])
+    machines = "one machine" if view["uses"] == 1 else f"{view['uses']} machines"
+    rights = "" if view["role"] == "rig" else f" as {view['role']}"
+    good = f"Good for {machines} of {view['user']}{rights}, for {ago(view['expires_at'] - time.time())}"
+    if out is None:
+        note(plain(f"{good}. On that machine: meshgpu join …"))
+        print(view["invite"])
+    else:
+        note(plain(f"{good}, while this agent runs. It is in {out}: a secret."))
+        note("On those machines: meshgpu join < FILE, or put it in /etc/meshgpu/join before the agent starts")
+    advise_second_admin(client)
+
+
+@contextmanager
+def new_secret_file(path: Path) -> Iterator[IO[str]]:
+    """A file that was not there, for this account alone; gone again where the block fails.
+
+    Raises MeshgpuError `bad-request`.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        found = "it is there already" if isinstance(error, FileExistsError) else error.strerror
+        raise MeshgpuError(
+            "bad-request", f"cannot write the invite to {path}: {found}", "meshgpu invite --out ANOTHER-FILE"
+        ) from error
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            yield file
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def discover(as_json: Json = False) -> None:
@@ -204,12 +276,18 @@ def consent(machine: str, agent: AgentView) -> list[str]:
 
 
 def welcome(joined: JoinedView) -> list[str]:
+    """What a machine became by joining, and what to type next."""
     lent = ", ".join(joined["gpus"]) or "no GPU"
     fenced = f"fence: {joined['fence']}" if joined["fence"] else "for its owner's jobs only: no fence works here"
+    means = {
+        "submitter": ("It submits jobs and lends nothing.", ", meshgpu run -- python train.py"),
+        "viewer": ("It looks on: it lends nothing and submits nothing.", ""),
+    }
+    does, more = means.get(joined["role"], (f"It lends {lent} ({fenced}).", ", meshgpu run -- python train.py"))
     return [
         f"{joined['name']} is in {joined['mesh']}, let in by {joined['inviter']}; you are {joined['user']}.",
-        f"It lends {lent} ({fenced}).",
-        "next: meshgpu machines, meshgpu run -- python train.py",
+        does,
+        f"next: meshgpu machines{more}",
     ]
 
 

@@ -96,6 +96,18 @@ def admin_ls(as_json: Json = False) -> None:
         note("only one: were it lost, only the recovery key would help. Make a second: meshgpu admin add USER")
 
 
+def advise_second_admin(client: AgentClient) -> None:
+    """One line for an admin who is the only one, where somebody could be another. Says nothing where it cannot ask."""
+    try:
+        view = client.admins()
+    except MeshgpuError:
+        return
+    if len(view["admins"]) == 1 and view["candidates"]:
+        who = view["candidates"][0]
+        command = f"meshgpu admin add {who['user']}@{who['machine']}"
+        note(plain(f"This mesh has one admin. A second is wise, should this machine be lost: {command}"))
+
+
 @admin.command("add")
 def admin_add(who: Person, as_json: Json = False) -> None:
     """Let an account change who is in the mesh."""

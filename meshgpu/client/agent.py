@@ -78,8 +78,10 @@ class AgentClient:
     def init(self, mesh: str, name: str, user: str) -> FoundedView:
         return cast(FoundedView, self._post("/v1/init", {"mesh": mesh, "name": name, "user": user}))
 
-    def invite(self, user: str | None) -> InviteView:
-        return cast(InviteView, self._post("/v1/invites", {"user": user}))
+    def invite(self, user: str | None, role: str, uses: int, life_s: float) -> InviteView:
+        """Let `uses` machines of `user` (None: the caller's) join, each as a `role`, within `life_s` seconds."""
+        body = {"user": user, "role": role, "uses": uses, "life_s": life_s}
+        return cast(InviteView, self._post("/v1/invites", body))
 
     def join(self, invite: str, name: str, seeds: list[str]) -> JoinedView:
         return cast(JoinedView, self._post("/v1/join", {"invite": invite, "name": name, "seeds": seeds}))

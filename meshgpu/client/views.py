@@ -41,9 +41,13 @@ class FoundedView(TypedDict):
 
 
 class InviteView(TypedDict):
+    """invite: a secret. uses: how many machines it lets in."""
+
     invite: str
     expires_at: float
-    user: str | None
+    user: str
+    role: str
+    uses: int
 
 
 class JoinedView(TypedDict):
@@ -52,6 +56,7 @@ class JoinedView(TypedDict):
     node: str
     user: str
     inviter: str
+    role: str
     fence: str
     gpus: list[str]
 
@@ -111,7 +116,10 @@ class AdminView(TypedDict):
 
 
 class AdminsView(TypedDict):
+    """candidates: who could become one, on other machines; first who would be the wisest choice."""
+
     admins: list[AdminView]
+    candidates: list[AdminView]
 
 
 class LeftView(TypedDict):

@@ -119,7 +119,7 @@ class Sighting:
     """A machine's announcement by mDNS, unverified: a hint to dial and a line on `discover`.
 
     mesh_tag: first characters of the mesh id, empty where the machine is in no mesh.
-    pairing_port: 0 unless an invite or join window is open there. gpus: `2x RTX 4090 24GB`, empty if hidden.
+    pairing_port: 0 unless a window of `meshgpu admit` is open there. gpus: `2x RTX 4090 24GB`, empty if hidden.
     """
 
     node: NodeId

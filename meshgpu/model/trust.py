@@ -227,7 +227,8 @@ class UserKey:
 class Invite:
     """The right to join, kept in the memory of the node that made it until it is used or `expires_wall_s` has passed.
 
-    secret: 100 random bits, 20 base32 characters. user: whom the new machine belongs to.
+    secret: 100 random bits, 20 base32 characters. user: whom the new machines belong to. role: what they may do.
+    uses: how many machines it still lets in.
     """
 
     secret: str
@@ -235,3 +236,4 @@ class Invite:
     role: Role
     inviter: KeyId
     expires_wall_s: float
+    uses: int = 1

@@ -12,14 +12,35 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from meshgpu.adapters import grpc_pairing
-from meshgpu.adapters.grpc_pairing import GrpcPairing, GrpcPairingDialog, dial_pairing
+from meshgpu.adapters.grpc_pairing import GrpcPairing, GrpcPairingDialog, dial_pairing, host_of_peer
 from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model.ids import Address, digest
 from meshgpu.wire.certificates import make_leaf, pem
 from meshgpu.wire.endpoints import certificate_at
 
 Answer = Callable[[str, bytes], Awaitable[bytes]]
-Open = Callable[[Answer], Awaitable[tuple[GrpcPairing, GrpcPairingDialog, Address]]]
+Open = Callable[["Answer | Door"], Awaitable[tuple[GrpcPairing, GrpcPairingDialog, Address]]]
+
+
+class Door:
+    """Hears everybody, and keeps what it is told. muted: hears nobody."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.respond = answer
+        self.hosts: list[str] = []
+        self.broken: list[str] = []
+        self.muted = False
+
+    def check(self, host: str) -> None:
+        if self.muted:
+            raise MeshgpuError("busy", f"cannot pair: too many tries from {host}")
+
+    async def answer(self, host: str, step: str, request: bytes) -> bytes:
+        self.hosts.append(host)
+        return await self.respond(step, request)
+
+    def broke_off(self, host: str) -> None:
+        self.broken.append(host)
 
 
 async def echo(step: str, request: bytes) -> bytes:
@@ -31,9 +52,12 @@ async def pair() -> AsyncIterator[Open]:
     """Opens a listener and a dialog with it; both are closed at the end, and nothing is left."""
     opened: list[tuple[GrpcPairing, GrpcPairingDialog]] = []
 
-    async def make(answer: Answer) -> tuple[GrpcPairing, GrpcPairingDialog, Address]:
+    def door(answer: Answer | Door) -> Door:
+        return answer if isinstance(answer, Door) else Door(answer)
+
+    async def make(answer: Answer | Door) -> tuple[GrpcPairing, GrpcPairingDialog, Address]:
         listener = GrpcPairing(["127.0.0.1"], 0)
-        address = Address(f"127.0.0.1:{await listener.open(answer)}")
+        address = Address(f"127.0.0.1:{await listener.open(door(answer))}")
         dialog = await dial_pairing(address)
         opened.append((listener, dialog))
         return listener, dialog, address
@@ -63,10 +87,10 @@ async def test_each_opening_has_a_certificate_of_its_own(pair: Open) -> None:
     await listener.close()
     with pytest.raises(BrokenInvariant):
         listener.fingerprint()
-    address = Address(f"127.0.0.1:{await listener.open(echo)}")
+    address = Address(f"127.0.0.1:{await listener.open(Door(echo))}")
     assert listener.fingerprint() != first
     with pytest.raises(BrokenInvariant):
-        await listener.open(echo)
+        await listener.open(Door(echo))
     again = await dial_pairing(address)
     assert again.fingerprint == listener.fingerprint()
     await again.close()
@@ -78,7 +102,7 @@ async def test_dialog_is_bound_to_the_certificate_it_began_with(pair: Open, monk
     await first.close()
     port = int(address.rpartition(":")[2])
     impostor = GrpcPairing(["127.0.0.1"], port)
-    assert await impostor.open(echo) == port
+    assert await impostor.open(Door(echo)) == port
     dialog = GrpcPairingDialog(address, shown)
     with pytest.raises(MeshgpuError) as raised:
         await dialog.call("hello", b"secret")
@@ -191,6 +215,43 @@ async def test_stranger_who_sends_nothing_gives_its_place_back(pair: Open, monke
     assert await raw_step(address, b"hello") == b"x:hello"
 
 
+async def test_silence_and_nonsense_are_held_against_the_address(pair: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_pairing, "CALL_TIMEOUT_S", 0.3)
+    door = Door(echo)
+    _, dialog, address = await pair(door)
+    await dialog.call("hello", b"")
+    assert (door.hosts, door.broken) == (["127.0.0.1"], [])
+    with pytest.raises(grpc.aio.AioRpcError):
+        await raw_step(address, b"", step=None)
+    certificate = x509.load_der_x509_certificate(await certificate_at(address, 3))
+    credentials = grpc.ssl_channel_credentials(pem(certificate))  # type: ignore[no-untyped-call]  # no types
+    options = [("grpc.ssl_target_name_override", "pairing.meshgpu.internal")]
+    async with grpc.aio.secure_channel(address, credentials, options) as channel:
+        silent: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream("/meshgpu.wire.v1.Pairing/Step")(
+            metadata=(("step", "x"),)
+        )
+        with pytest.raises(grpc.aio.AioRpcError):
+            await asyncio.wait_for(silent.read(), 3)
+    assert door.broken == ["127.0.0.1", "127.0.0.1"]
+
+
+async def test_address_that_is_not_heard_is_told_so_before_it_says_anything(pair: Open) -> None:
+    door = Door(echo)
+    door.muted = True
+    _, dialog, _ = await pair(door)
+    with pytest.raises(MeshgpuError, match=r"too many tries from 127\.0\.0\.1") as raised:
+        await dialog.call("hello", b"")
+    assert (raised.value.code, door.hosts, door.broken) == ("busy", [], [])
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [("ipv4:10.0.0.7:40001", "10.0.0.7"), ("ipv6:%5Bfe80::1%5D:40001", "fe80::1"), ("ipv6:[::1]:9", "::1")],
+)
+def test_address_of_a_caller_is_known_without_its_port(peer: str, host: str) -> None:
+    assert host_of_peer(peer) == host
+
+
 async def test_step_that_takes_too_long_is_no_answer(pair: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_pairing, "CALL_TIMEOUT_S", 0.3)
 
@@ -236,5 +297,5 @@ async def test_closing_breaks_what_goes_on(pair: Open) -> None:
 async def test_taken_port_gives_another() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listener = GrpcPairing(["127.0.0.1"], taken.getsockname()[1])
-        assert await listener.open(echo) != taken.getsockname()[1]
+        assert await listener.open(Door(echo)) != taken.getsockname()[1]
         await listener.close()

@@ -130,6 +130,34 @@ def test_machines_show_one_line_per_gpu(cli: Cli, stub: "StubAgent") -> None:
     ]
 
 
+def test_machines_show_what_a_machine_is_where_it_is_no_plain_rig(cli: Cli, stub: "StubAgent") -> None:
+    stub.on(
+        "GET /v1/machines",
+        {
+            "machines": [
+                machine("ada", gpu(0), self=True, roles=["burst"]),
+                machine("bob", gpu(0), roles=["submitter"]),
+                machine("cyd", roles=["viewer"], self=True),
+                machine("dan", gpu(0), gpu(1), roles=["cloud"]),
+                machine("eve", gpu(0), roles=["viewer"], state="down", down_s=185.0),
+                machine("fay", gpu(0)),
+            ]
+        },
+    )
+    assert cli("machines").stdout.splitlines() == [
+        "MACHINE             GPU              TEMP  UTIL     MEMORY  STATE",
+        "ada (this, burst)   RTX 4090 24 GB  38 °C   0 %  0 / 24 GB  free",
+        "bob (submitter)     RTX 4090 24 GB  38 °C   0 %  0 / 24 GB  not lent",
+        "cyd (this, viewer)  no GPU              -     -          -  not lent",
+        "dan (cloud) [0]     RTX 4090 24 GB  38 °C   0 %  0 / 24 GB  free",
+        "            [1]     RTX 4090 24 GB  38 °C   0 %  0 / 24 GB  free",
+        "eve (viewer)        RTX 4090 24 GB      -     -          -  out of touch 3 m",
+        "fay                 RTX 4090 24 GB  38 °C   0 %  0 / 24 GB  free",
+    ]
+    shown = json.loads(cli("machines", "--json").stdout)["machines"]
+    assert [machine["roles"] for machine in shown[:2]] == [["burst"], ["submitter"]]
+
+
 def test_machines_json_is_the_contract(cli: Cli, stub: "StubAgent") -> None:
     view = {"machines": [machine("ada", gpu(0))]}
     stub.on("GET /v1/machines", view | {"more": 1})
@@ -170,17 +198,88 @@ def test_names_default_to_host_and_account(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_invite_prints_the_string_alone_on_stdout(cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", lambda: 1000.0)
-    stub.on("POST /v1/invites", {"invite": "mgpu1-abc", "expires_at": 1600.0, "user": "bob"})
+    stub.on("POST /v1/invites", invited(user="bob"))
     result = cli("invite", "--user", "bob")
     assert result.stdout == "mgpu1-abc\n"
-    assert result.stderr == "Good for one machine for bob, for 10 m. On that machine: meshgpu join …\n"
-    assert stub.body("POST /v1/invites") == {"user": "bob"}
+    assert result.stderr == "Good for one machine of bob, for 10 m. On that machine: meshgpu join …\n"
+    assert stub.body("POST /v1/invites") == {"user": "bob", "role": "rig", "uses": 1, "life_s": 600.0}
+
+
+def invited(**changes: Any) -> dict[str, Any]:
+    return {"invite": "mgpu1-abc", "expires_at": 1600.0, "user": "ada", "role": "rig", "uses": 1} | changes
+
+
+def test_invite_in_a_file_is_for_its_account_alone_and_on_no_screen(
+    cli: Cli, stub: "StubAgent", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    stub.on("POST /v1/invites", invited(expires_at=1000.0 + 8 * 3600, role="viewer", uses=20))
+    out = tmp_path / "join"
+    result = cli("invite", "--uses", "20", "--for", "8h", "--role", "viewer", "--out", str(out))
+    assert (out.read_text(), out.stat().st_mode & 0o777) == ("mgpu1-abc\n", 0o600)
+    assert result.stdout == ""
+    assert "mgpu1" not in result.stderr
+    assert result.stderr.startswith("Good for 20 machines of ada as viewer, for 8 h 0 m, while this agent runs.")
+    assert stub.body("POST /v1/invites") == {"user": None, "role": "viewer", "uses": 20, "life_s": 28800.0}
+    shown = cli("invite", "--out", str(tmp_path / "other"), "--json").stdout
+    assert json.loads(shown)["invite"] is None
+
+
+ADA = {"user": "ada", "machine": "nas", "key": "k"}
+BOB = {"user": "bob", "machine": "rig-b", "key": "l"}
+
+
+@pytest.mark.parametrize(
+    ("admins", "candidates", "advised"),
+    [([ADA], [BOB, ADA], True), ([ADA], [], False), ([ADA, BOB], [BOB], False)],
+)
+def test_only_admin_is_told_how_to_make_a_second(
+    cli: Cli, stub: "StubAgent", admins: list[Any], candidates: list[Any], advised: bool
+) -> None:
+    stub.on("POST /v1/invites", invited())
+    stub.on("GET /v1/admins", {"admins": admins, "candidates": candidates})
+    result = cli("invite")
+    assert ("A second is wise, should this machine be lost: meshgpu admin add bob@rig-b\n" in result.stderr) is advised
+    assert result.stdout == "mgpu1-abc\n"
+    assert "second" not in cli("invite", "--json").stderr
+
+
+def test_only_admin_is_told_so_after_an_admission(cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshgpu.cli.compare_commands.is_attended", lambda: True)
+    stub.on_stream("POST /v1/admit", {"type": "admitted", "name": "rig-b", "user": "bob", "role": "rig"})
+    stub.on("GET /v1/admins", {"admins": [ADA], "candidates": [BOB]})
+    result = cli("admit")
+    assert result.stdout == "rig-b is a member now: a rig of bob.\n"
+    assert result.stderr.endswith("meshgpu admin add bob@rig-b\n")
+
+
+def test_invite_overwrites_no_file_and_leaves_none_where_it_fails(cli: Cli, stub: "StubAgent", tmp_path: Path) -> None:
+    out = tmp_path / "join"
+    out.write_text("mine")
+    result = cli("invite", "--out", str(out))
+    assert (result.exit_code, out.read_text(), stub.seen) == (2, "mine", [])
+    assert f"cannot write the invite to {out}: it is there already" in result.stderr
+    stub.on_failure("POST /v1/invites", 403, "not-an-admin", "no admin")
+    assert cli("invite", "--out", str(tmp_path / "new")).exit_code == 125
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--uses", "0"), ("--uses", "101"), ("--for", "59s"), ("--for", "8d"), ("--for", "soon"), ("--role", "burst")],
+)
+def test_invite_out_of_bounds_is_refused_before_anything_happens(
+    cli: Cli, stub: "StubAgent", arguments: tuple[str, str], tmp_path: Path
+) -> None:
+    result = cli("invite", *arguments, "--out", str(tmp_path / "join"))
+    assert (result.exit_code, stub.seen, list(tmp_path.glob("join"))) == (2, [], [])
+    assert "expected" in result.stderr
 
 
 def test_join_says_what_is_lent_before_it_joins(cli: Cli, stub: "StubAgent") -> None:
     stub.on("GET /v1/agent", AGENT | {"gpus": ["RTX 4090"]})
-    joined = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "fence": "bubblewrap"}
-    stub.on("POST /v1/join", joined | {"gpus": ["RTX 4090 24 GB"]})
+    joined = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "role": "rig"}
+    stub.on("POST /v1/join", joined | {"gpus": ["RTX 4090 24 GB"], "fence": "bubblewrap"})
     result = cli("join", f" {INVITE}\n", "--yes", "--name", "rig-b", "--seed", "10.0.0.1", "--seed", "ada:7443")
     assert result.stderr.splitlines() == [
         "rig-b will lend: RTX 4090",
@@ -193,13 +292,91 @@ def test_join_says_what_is_lent_before_it_joins(cli: Cli, stub: "StubAgent") -> 
     assert stub.body("POST /v1/join") == {"invite": INVITE, "name": "rig-b", "seeds": ["10.0.0.1", "ada:7443"]}
 
 
+@pytest.mark.parametrize(
+    ("role", "does"),
+    [
+        ("rig", "It lends no GPU (fence: bubblewrap)."),
+        ("submitter", "It submits jobs and lends nothing."),
+        ("viewer", "It looks on: it lends nothing and submits nothing."),
+    ],
+)
+def test_newcomer_reads_what_it_became(role: str, does: str) -> None:
+    joined: Any = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "role": role}
+    lines = mesh_commands.welcome(joined | {"fence": "bubblewrap", "gpus": []})
+    assert (lines[1], "meshgpu run" in lines[2]) == (does, role != "viewer")
+
+
 def test_join_reads_the_invite_where_no_other_account_sees_it(cli: Cli, stub: "StubAgent") -> None:
     stub.on("GET /v1/agent", AGENT | {"gpus": ["RTX 4090"]})
-    joined = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "fence": "bubblewrap"}
-    stub.on("POST /v1/join", joined | {"gpus": ["RTX 4090 24 GB"]})
+    joined = {"mesh": "lab", "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada", "role": "rig"}
+    stub.on("POST /v1/join", joined | {"gpus": ["RTX 4090 24 GB"], "fence": "bubblewrap"})
     assert cli("join", "--yes", "--name", "rig-b", input=f"{INVITE}\nmore").exit_code == 0
     assert stub.body("POST /v1/join") == {"invite": INVITE, "name": "rig-b", "seeds": []}
     assert cli("join", "--yes", input="").exit_code == 2
+
+
+def two_windows(stub: "StubAgent", *more: dict[str, Any]) -> None:
+    doors = [sighting("ada", pairing=True), sighting("bob", pairing=True, mesh_name="office", mesh_tag="b7c2")]
+    stub.on("GET /v1/agent", AGENT)
+    stub.on("GET /v1/discover", {"machines": [sighting("cyd"), *doors, *more]})
+
+
+def compared(stub: "StubAgent", mesh: str) -> None:
+    joined = {"type": "joined", "mesh": mesh, "name": "rig-b", "node": "n", "user": "bob", "inviter": "ada"}
+    stub.on_stream("POST /v1/join/compare", joined | {"fence": "bubblewrap", "gpus": [], "role": "rig"})
+
+
+def test_join_goes_to_the_mesh_that_is_named(cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh_commands, "is_attended", lambda: True)
+    two_windows(stub)
+    compared(stub, "office")
+    for mesh in ("office", "b7c2"):
+        result = cli("join", "--yes", "--name", "rig-b", "--as", "bob", "--mesh", mesh)
+        assert result.exit_code == 0
+        assert stub.body("POST /v1/join/compare")["node"] == "bob" * 8
+
+
+def test_join_asks_which_of_several_meshes_is_meant(
+    cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mesh_commands, "is_attended", lambda: True)
+    two_windows(stub)
+    compared(stub, "office")
+    result = cli("join", "--yes", "--name", "rig-b", "--as", "bob", input="2\n")
+    assert result.stderr.splitlines()[-2:] == [
+        "  1  lab (a3f9), at 10.0.0.7:7443",
+        "  2  office (b7c2), at 10.0.0.7:7443",
+    ]
+    assert stub.body("POST /v1/join/compare")["node"] == "bob" * 8
+
+
+def test_join_names_the_meshes_where_nobody_says_which(
+    cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mesh_commands, "is_attended", lambda: True)
+    two_windows(stub)
+    result = cli("join", "--yes", "--name", "rig-b", "--as", "bob", input="")
+    assert (result.exit_code, "into lab, office, and nobody said which" in result.stderr) == (125, True)
+    assert "hint: meshgpu join --mesh a3f9" in result.stderr
+    assert "POST /v1/join/compare" not in stub.targets()
+
+
+def test_join_without_a_person_or_a_string_names_the_meshes_that_are_open(cli: Cli, stub: "StubAgent") -> None:
+    two_windows(stub, sighting("dan", pairing=True, mesh_tag="c0de"))
+    result = cli("join", "--yes", "--name", "rig-b", input="")
+    assert result.exit_code == 2
+    assert "these take in machines now: lab (a3f9), lab (c0de), office\n" in result.stderr
+    assert "POST /v1/join" not in stub.targets()
+
+
+@pytest.mark.parametrize("arguments", [(INVITE,), ("--seed", "10.0.0.1", "--as", "bob")])
+def test_mesh_is_not_chosen_where_something_else_says_it(
+    cli: Cli, stub: "StubAgent", monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(mesh_commands, "is_attended", lambda: True)
+    result = cli("join", "--yes", "--name", "rig-b", "--mesh", "lab", *arguments)
+    assert (result.exit_code, stub.seen) == (2, [])
+    assert "mesh" in result.stderr
 
 
 def test_errors_of_others_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,10 +79,10 @@ def test_answers_are_read_however_they_are_cut(serve: Serve, home: Path, pieces:
 
 
 def test_request_is_plain_http_with_a_length_and_one_connection(serve: Serve, home: Path) -> None:
-    asked = serve(whole({"invite": "x", "expires_at": 1.0, "user": None}))
-    AgentClient(home).invite("bob")
+    asked = serve(whole({"user": "bob", "machine": "rig-b", "key": "k"}))
+    AgentClient(home).add_admin("bob")
     assert asked == [
-        b'POST /v1/invites HTTP/1.1\r\nHost: agent\r\nContent-Length: 15\r\nConnection: close\r\n\r\n{"user": "bob"}'
+        b'POST /v1/admins/add HTTP/1.1\r\nHost: agent\r\nContent-Length: 15\r\nConnection: close\r\n\r\n{"user": "bob"}'
     ]
 
 

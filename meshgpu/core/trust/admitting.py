@@ -1,14 +1,16 @@
 """The admitter's window: which joining machine is compared with now, what both people said, and when it is over.
 
 Who stands between two machines knows the admitter's digits as soon as it has the admitter's nonce, and can hang up
-where they do not suit it. So every conversation that was answered and did not end in an admission counts as failed,
-also one that ended before digits were shown.
+where they do not suit it. So every conversation that was answered is a guess, and a window answers only so many. But
+most are cheap to make: a window closes early only where its own person declined, or let the time pass, again and
+again; what anybody else ends is held against the address that it came from.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
 from meshgpu.core.trust.comparing import Knock, Terms, check_commitment, digits, transcript
+from meshgpu.core.trust.strangers import Strangers
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Digest, digest
@@ -20,8 +22,11 @@ COMPARISON_LIFE_S: Final = 120.0
 """From the digits on the screen to both key presses."""
 REVEAL_LIFE_S: Final = 10.0
 """Two messages of two machines: one that is silent for longer keeps others out."""
-FAILURES_LIMIT: Final = 5
-"""Guesses at a million digits that a window allows."""
+DECLINED_LIMIT: Final = 5
+"""Comparisons to which the admin did not agree: somebody wastes his time, or stands in between."""
+ANSWERED_LIMIT: Final = 25
+"""Guesses at a million digits that a window allows, from whichever addresses: one that is open gives in once in 40,000
+times. A stranger needs seven addresses to use them up."""
 
 _AGAIN: Final = "meshgpu admit"
 
@@ -41,24 +46,28 @@ class _Talk:
     terms: Terms
     nonce: bytes
     ends_boot_s: float
+    host: str
     digits: str = ""
     here: bool = False
     there: bool = False
 
 
 class Window:
-    """Open from `opened` for ten minutes, one admission or five failures; one comparison at a time.
+    """Open from `opened` for ten minutes, one admission, or too many that came to nothing; one comparison at a time.
 
-    wanted: the only machine name that is let in, None for any. A conversation is named by its commitment, which
-    nobody else can know. Every method takes the moment and first ends what has lasted too long.
+    strangers: hears of each address whose conversation failed. wanted: the only machine name that is let in, None for
+    any. A conversation is named by its commitment, which nobody else can know. Every method takes the moment and first
+    ends what has lasted too long.
     """
 
-    def __init__(self, notary: Notary, opened: Now, wanted: str | None = None) -> None:
+    def __init__(self, notary: Notary, strangers: Strangers, opened: Now, wanted: str | None = None) -> None:
         self._notary = notary
+        self._strangers = strangers
         self._ends_boot_s = opened.boot_s + WINDOW_LIFE_S
         self._wanted = wanted
         self._talk: _Talk | None = None
-        self._ended: dict[Digest, str] = {}  # why each failed; FAILURES_LIMIT at most
+        self._ended: dict[Digest, str] = {}  # why each failed; ANSWERED_LIMIT at most
+        self._declined = 0
         self._agreed: Agreed | None = None
         self._agreed_with: Digest | None = None
 
@@ -67,10 +76,19 @@ class Window:
         self._tick(now)
         return self._agreed is None and not self._is_worn_out and now.boot_s < self._ends_boot_s
 
-    def knock(self, now: Now, knock: Knock, commitment: Digest, terms: Terms, nonce: bytes) -> bytes:
+    def why_closed(self) -> str:
+        """What ended it without an admission, as its admin reads it."""
+        if self._declined >= DECLINED_LIMIT:
+            return f"the window closed: {DECLINED_LIMIT} comparisons were declined"
+        if len(self._ended) >= ANSWERED_LIMIT:
+            return f"the window closed: {ANSWERED_LIMIT} tries came to nothing: somebody here may be guessing"
+        return f"no machine was admitted in {WINDOW_LIFE_S / 60:.0f} minutes"
+
+    def knock(self, now: Now, knock: Knock, commitment: Digest, terms: Terms, nonce: bytes, host: str) -> bytes:
         """Begin a conversation; returns `nonce`, 32 random bytes made for it alone, which may leave only now.
 
-        Raises MeshgpuError `busy`, or TrustError `bad-invite` where the window is closed or waits for another name.
+        host: the address that asks. Raises MeshgpuError `busy`, or TrustError `bad-invite` where the window is closed
+        or waits for another name.
         """
         if not self.is_open(now):
             raise _refused("nobody takes in machines there now", "ask an admin there to run: meshgpu admit")
@@ -82,7 +100,7 @@ class Window:
             raise MeshgpuError("busy", taken, "try again in two minutes: meshgpu join")
         if commitment in self._ended:
             raise _refused("this conversation was over before", "meshgpu join")
-        self._talk = _Talk(knock, commitment, terms, nonce, now.boot_s + REVEAL_LIFE_S)
+        self._talk = _Talk(knock, commitment, terms, nonce, now.boot_s + REVEAL_LIFE_S, host)
         return nonce
 
     def reveal(self, now: Now, commitment: Digest, nonce: bytes, by_node: Signed, by_user: Signed) -> str:
@@ -101,7 +119,7 @@ class Window:
                 if self._notary.read(signed, key, Possession) != Possession(digest(about)):
                     raise _refused("its keys were not there when it asked", _AGAIN)
         except TrustError as error:
-            self._fail(error.message)
+            self._fail(now, error.message)
             raise
         talk.digits = digits(about)
         talk.ends_boot_s = now.boot_s + COMPARISON_LIFE_S
@@ -118,7 +136,8 @@ class Window:
         if self._talk is None or not self._talk.digits:
             raise _refused("no digits are on the screen now", _AGAIN)
         if not same:
-            self._fail("the admin there saw other digits, or said no")
+            self._declined += 1
+            self._fail(now, "the admin there saw other digits, or said no")
             return None
         self._talk.here = True
         return self._conclude(self._talk)
@@ -132,7 +151,7 @@ class Window:
             return self._agreed
         talk = self._of(now, commitment)
         if not talk.digits:
-            self._fail("it agreed to digits that nobody has seen")
+            self._fail(now, "it agreed to digits that nobody has seen")
             raise _refused("it agreed to digits that nobody has seen", _AGAIN)
         talk.there = True
         return self._conclude(talk)
@@ -140,7 +159,7 @@ class Window:
     def leave(self, now: Now, commitment: Digest, why: str) -> None:
         """The joiner's person said no, or its connection is lost. `why` is what the admin hears."""
         self._of(now, commitment)
-        self._fail(why)
+        self._fail(now, why)
 
     def end_of(self, commitment: Digest) -> str | None:
         """Why that conversation failed, None if it did not."""
@@ -148,7 +167,7 @@ class Window:
 
     @property
     def _is_worn_out(self) -> bool:
-        return len(self._ended) >= FAILURES_LIMIT
+        return self._declined >= DECLINED_LIMIT or len(self._ended) >= ANSWERED_LIMIT
 
     def _of(self, now: Now, commitment: Digest) -> _Talk:
         self._tick(now)
@@ -162,18 +181,20 @@ class Window:
         self._agreed, self._agreed_with, self._talk = Agreed(talk.knock, talk.terms), talk.commitment, None
         return self._agreed
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, now: Now, why: str) -> None:
         assert self._talk is not None
         self._ended[self._talk.commitment] = why
+        self._strangers.failed(now, self._talk.host)
         self._talk = None
 
     def _tick(self, now: Now) -> None:
         if self._talk is None:
             return
         if now.boot_s >= self._talk.ends_boot_s:
-            self._fail("nobody compared the digits in time" if self._talk.digits else "it was silent for too long")
+            self._declined += bool(self._talk.digits and not self._talk.here)
+            self._fail(now, "nobody compared the digits in time" if self._talk.digits else "it was silent for too long")
         elif now.boot_s >= self._ends_boot_s:
-            self._fail("the window in which machines are taken in closed")
+            self._fail(now, "the window in which machines are taken in closed")
 
 
 def _refused(why: str, hint: str) -> TrustError:

@@ -227,6 +227,10 @@ class Chains:
         known = sorted({self.founder, *self._admissions} - set(self.frozen()))
         return tuple(key for key in known if self.is_admin(key))
 
+    def was_removed(self, author: KeyId) -> bool:
+        """Whether a removal holds that names it: it is an admin never again."""
+        return self._end(author, None) is not None
+
     # -- counting -----------------------------------------------------------------------------------------------------
 
     def _recount(self) -> None:

@@ -206,6 +206,15 @@ class MeshLog:
         """The accounts that may change who is in the mesh."""
         return tuple(user for _, user in sorted(self.users.items()) if user.is_admin)
 
+    def candidates(self) -> tuple[UserKey, ...]:
+        """The accounts that an admin could make admins, on machines that have none; those of other users first."""
+        chains, admins = self._chains, self.admins()
+        if chains is None:
+            return ()
+        names, nodes = {user.user for user in admins}, {user.node for user in admins}
+        others = (user for user in self.users.values() if user.node not in nodes and not chains.was_removed(user.key))
+        return tuple(sorted(others, key=lambda user: (user.user in names, user.user, user.key)))
+
     def person(self, key: KeyId) -> str:
         """Who a key is, as people read it: user and machine, of now or before."""
         user = self.users.get(key) or self.former_users.get(key)

@@ -465,16 +465,19 @@ class Invite(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     INVITER_FIELD_NUMBER: _builtins.int
     EXPIRES_WALL_S_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
     """100 random bits, 20 base32 characters."""
     user: _builtins.str
-    """User whom the new machine belongs to."""
+    """User whom the new machines belong to."""
     role: _builtins.str
-    """Role of the new machine: rig, submitter."""
+    """Role of the new machines: rig, submitter, viewer."""
     inviter: _builtins.str
     """Key id of the admin."""
     expires_wall_s: _builtins.float
     """Unix time in seconds."""
+    uses: _builtins.int
+    """How many machines it still lets in; 1 to 100."""
     def __init__(
         self,
         *,
@@ -483,10 +486,11 @@ class Invite(_message.Message):
         role: _builtins.str = ...,
         inviter: _builtins.str = ...,
         expires_wall_s: _builtins.float = ...,
+        uses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_wall_s", b"expires_wall_s", "inviter", b"inviter", "role", b"role", "secret", b"secret", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_wall_s", b"expires_wall_s", "inviter", b"inviter", "role", b"role", "secret", b"secret", "user", b"user", "uses", b"uses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,14 +7,16 @@ from random import Random
 import pytest
 
 from meshgpu.core.trust.admitting import (
+    ANSWERED_LIMIT,
     COMPARISON_LIFE_S,
-    FAILURES_LIMIT,
+    DECLINED_LIMIT,
     REVEAL_LIFE_S,
     WINDOW_LIFE_S,
     Agreed,
     Window,
 )
 from meshgpu.core.trust.comparing import Knock, Terms, commit, digits, transcript
+from meshgpu.core.trust.strangers import FAILURES_LIMIT, Strangers
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Digest, MeshId, NodeId, UserName, digest, key_id
@@ -46,8 +48,8 @@ class Joiner:
         )
         return by_node, by_user
 
-    def begin(self, window: Window, now: Now, nonce: bytes = b"a" * 32) -> bytes:
-        return window.knock(now, self.knock, self.commitment, TERMS, nonce)
+    def begin(self, window: Window, now: Now, nonce: bytes = b"a" * 32, host: str = "10.0.0.7") -> bytes:
+        return window.knock(now, self.knock, self.commitment, TERMS, nonce, host)
 
     def show(self, window: Window, now: Now, nonce: bytes = b"a" * 32) -> str:
         return window.reveal(now, self.commitment, self.nonce, *self.signed(nonce))
@@ -55,7 +57,7 @@ class Joiner:
 
 @pytest.fixture
 def window(office: Office, at: Clock) -> Window:
-    return Window(office.notaries[0], at(0))
+    return Window(office.notaries[0], Strangers(), at(0))
 
 
 @pytest.fixture
@@ -188,28 +190,91 @@ def test_window_closes_by_itself_and_ends_what_runs(window: Window, joiner: Join
     joiner.show(window, at(WINDOW_LIFE_S - 1))
     assert window.is_open(at(WINDOW_LIFE_S - 1))
     assert not window.is_open(at(WINDOW_LIFE_S))
+    assert window.why_closed() == "no machine was admitted in 10 minutes"
     with pytest.raises(TrustError, match="closed"):
         window.agree(at(WINDOW_LIFE_S), joiner.commitment)
 
 
 def test_only_the_machine_that_was_named_is_let_in(office: Office, joiner: Joiner, at: Clock) -> None:
-    window = Window(office.notaries[0], at(0), wanted="new")
+    window = Window(office.notaries[0], Strangers(), at(0), wanted="new")
     with pytest.raises(TrustError, match="waits for new, not for other"):
         Joiner(office, "other").begin(window, at(0))
     assert joiner.begin(window, at(0))
 
 
-def test_guesser_who_hangs_up_before_digits_are_shown_wears_the_window_out(
+def test_guesser_who_hangs_up_wears_the_window_out_from_however_many_addresses(
     window: Window, office: Office, joiner: Joiner, at: Clock
 ) -> None:
-    for number in range(FAILURES_LIMIT):
+    for number in range(ANSWERED_LIMIT):
         guesser = Joiner(office, f"guesser-{number}")
         assert window.is_open(at(number))
-        guesser.begin(window, at(number))
+        guesser.begin(window, at(number), host=f"10.0.0.{number}")
         window.leave(at(number), guesser.commitment, "hung up")
-    assert not window.is_open(at(FAILURES_LIMIT))
+    assert not window.is_open(at(ANSWERED_LIMIT))
+    assert "may be guessing" in window.why_closed()
     with pytest.raises(TrustError, match="nobody takes in machines"):
-        joiner.begin(window, at(FAILURES_LIMIT))
+        joiner.begin(window, at(ANSWERED_LIMIT))
+
+
+def declined(window: Window, joiner: Joiner, at: Clock, second: float) -> None:
+    joiner.begin(window, at(second))
+    joiner.show(window, at(second))
+    window.press(at(second), same=False)
+
+
+def test_admin_who_declines_again_and_again_closes_the_window(window: Window, office: Office, at: Clock) -> None:
+    for number in range(DECLINED_LIMIT):
+        assert window.is_open(at(number))
+        declined(window, Joiner(office, f"new-{number}"), at, number)
+    assert not window.is_open(at(DECLINED_LIMIT))
+    assert "were declined" in window.why_closed()
+
+
+def test_admin_who_lets_the_time_pass_has_declined(office: Office, at: Clock) -> None:
+    window = Window(office.notaries[0], Strangers(), at(0))
+    for number in range(DECLINED_LIMIT - 1):
+        declined(window, Joiner(office, f"new-{number}"), at, number)
+    silent = Joiner(office, "silent")
+    silent.begin(window, at(10))
+    silent.show(window, at(10))
+    assert window.is_open(at(9 + COMPARISON_LIFE_S))
+    assert not window.is_open(at(10 + COMPARISON_LIFE_S))
+
+
+@pytest.mark.parametrize("way", ["knocks", "silent", "shows", "agrees"])
+def test_one_address_cannot_close_a_window_and_is_muted(office: Office, at: Clock, way: str) -> None:
+    """Whatever it does without a person's answer: knock and hang up, say nothing more, show digits and hang up."""
+    strangers, second = Strangers(), 0.0
+    window = Window(office.notaries[0], strangers, at(0))
+    for number in range(FAILURES_LIMIT):
+        strangers.check(at(second), "10.0.0.66")
+        stranger = Joiner(office, f"stranger-{number}")
+        stranger.begin(window, at(second), host="10.0.0.66")
+        if way == "shows":
+            stranger.show(window, at(second))
+        if way == "agrees":
+            with pytest.raises(TrustError, match="nobody has seen"):
+                window.agree(at(second), stranger.commitment)
+        elif way == "silent":
+            second += REVEAL_LIFE_S
+            window.is_open(at(second))
+        else:
+            window.leave(at(second), stranger.commitment, "hung up")
+    with pytest.raises(MeshgpuError, match=r"from 10\.0\.0\.66") as muted:
+        strangers.check(at(second), "10.0.0.66")
+    assert muted.value.code == "busy"
+    strangers.check(at(second), "10.0.0.7")
+    assert Joiner(office, "new").begin(window, at(second))
+
+
+def test_machines_that_fall_silent_close_no_window(window: Window, office: Office, at: Clock) -> None:
+    for number in range(DECLINED_LIMIT):
+        Joiner(office, f"silent-{number}").begin(window, at(number * REVEAL_LIFE_S), host=f"10.0.0.{number}")
+    assert window.is_open(at(DECLINED_LIMIT * REVEAL_LIFE_S))
+
+
+def test_one_address_alone_is_muted_before_the_admins_patience_ends() -> None:
+    assert FAILURES_LIMIT < DECLINED_LIMIT
 
 
 def test_man_in_the_middle_of_two_windows_gets_different_digits(office: Office, at: Clock) -> None:
@@ -220,7 +285,7 @@ def test_man_in_the_middle_of_two_windows_gets_different_digits(office: Office, 
         random = Random(seed)
         joiner.nonce, his.nonce, to_joiner, fresh = (random.randbytes(32) for _ in range(4))
         joiner.commitment, his.commitment = commit(joiner.knock, joiner.nonce), commit(his.knock, his.nonce)
-        real, false = Window(office.notaries[0], at(0)), Window(office.notaries[0], at(0))
+        real, false = Window(office.notaries[0], Strangers(), at(0)), Window(office.notaries[0], Strangers(), at(0))
         joiner.begin(false, at(0), to_joiner)
         his.begin(real, at(0), fresh)
         assert his.show(real, at(1), fresh) != joiner.show(false, at(1), to_joiner), seed

@@ -8,11 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshgpu.core.trust.joining import (
+    CONVERSATIONS_LIMIT,
+    CONVERSATIONS_OF_ONE,
+    INVITE_LIFE_MAX_S,
+    INVITE_LIFE_MIN_S,
     INVITE_LIFE_S,
     SECRET_BYTES,
+    USES_LIMIT,
+    Conversations,
+    Grant,
     Invites,
     admit,
     apply,
+    check_grant,
     check_introduction,
     check_name,
     check_possession,
@@ -24,10 +32,11 @@ from meshgpu.core.trust.joining import (
     write_invite,
 )
 from meshgpu.core.trust.meshlog import MeshLog
-from meshgpu.errors import TrustError
+from meshgpu.errors import BadProof, MeshgpuError, TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Address, Digest, KeyId, MeshId, NodeId, UserName, digest
 from meshgpu.model.pairing import Greeting, Introduction, InviteString, Newcomer, PairingBinding
+from meshgpu.model.trust import Role
 from meshgpu.sim.fakes import ToyNotary
 from meshgpu.sim.office import Office
 
@@ -86,8 +95,9 @@ def test_what_is_no_invite_is_refused_with_a_hint(text: str) -> None:
 
 def test_right_proof_is_redeemed_once(at: Clock) -> None:
     invites = Invites()
-    invite = invites.create(at(0), "secret", UserName("ada"), KeyId("k"))
-    assert invites.redeem(at(1), prove("secret", b"about"), {b"n": b"about"}) == (b"n", invite)
+    invite = invites.create(at(0), "secret", Grant(UserName("ada")), KeyId("k"))
+    used = replace(invite, uses=0)
+    assert invites.redeem(at(1), prove("secret", b"about"), {b"n": b"about"}) == (b"n", used)
     assert invites.is_empty
     with pytest.raises(TrustError):
         invites.redeem(at(2), prove("secret", b"about"), {b"n": b"about"})
@@ -95,7 +105,7 @@ def test_right_proof_is_redeemed_once(at: Clock) -> None:
 
 def test_expired_invite_is_refused(at: Clock) -> None:
     invites = Invites()
-    invites.create(at(0), "secret", UserName("ada"), KeyId("k"))
+    invites.create(at(0), "secret", Grant(UserName("ada")), KeyId("k"))
     with pytest.raises(TrustError):
         invites.redeem(at(INVITE_LIFE_S), prove("secret", b"about"), {b"n": b"about"})
     assert invites.is_empty
@@ -104,10 +114,102 @@ def test_expired_invite_is_refused(at: Clock) -> None:
 @pytest.mark.parametrize(("secret", "about"), [("other", b"about"), ("secret", b"another conversation")])
 def test_wrong_secret_or_transcript_uses_nothing_up(at: Clock, secret: str, about: bytes) -> None:
     invites = Invites()
-    invites.create(at(0), "secret", UserName("ada"), KeyId("k"))
+    invites.create(at(0), "secret", Grant(UserName("ada")), KeyId("k"))
     with pytest.raises(TrustError):
         invites.redeem(at(1), prove(secret, about), {b"n": b"about"})
     assert not invites.is_empty
+
+
+def test_invite_of_two_uses_lets_in_two_machines_and_no_third(at: Clock) -> None:
+    invites = Invites()
+    invites.create(at(0), "secret", Grant(UserName("ada"), uses=2), KeyId("k"))
+    for left in (1, 0):
+        _, invite = invites.redeem(at(1), prove("secret", b"about"), {b"n": b"about"})
+        assert (invite.uses, invites.is_empty) == (left, left == 0)
+    with pytest.raises(BadProof):
+        invites.redeem(at(2), prove("secret", b"about"), {b"n": b"about"})
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+def test_use_that_is_given_back_can_be_taken_again_once(at: Clock, uses: int) -> None:
+    invites = Invites()
+    invites.create(at(0), "secret", Grant(UserName("ada"), uses=uses), KeyId("k"))
+    _, invite = invites.redeem(at(1), prove("secret", b"about"), {b"n": b"about"})
+    invites.give_back(invite)
+    for _ in range(uses):
+        invites.redeem(at(2), prove("secret", b"about"), {b"n": b"about"})
+    with pytest.raises(BadProof):
+        invites.redeem(at(3), prove("secret", b"about"), {b"n": b"about"})
+
+
+def test_only_the_use_that_is_given_back_can_be_taken_again(at: Clock) -> None:
+    invites = Invites()
+    invites.create(at(0), "secret", Grant(UserName("ada"), uses=2), KeyId("k"))
+    (_, first), _ = (invites.redeem(at(1), prove("secret", b"about"), {b"n": b"about"}) for _ in range(2))
+    invites.give_back(first)
+    invites.redeem(at(2), prove("secret", b"about"), {b"n": b"about"})
+    assert invites.is_empty
+
+
+def test_use_that_is_given_back_lives_no_longer_than_its_invite(at: Clock) -> None:
+    invites = Invites()
+    invites.create(at(0), "secret", Grant(UserName("ada"), life_s=90.0), KeyId("k"))
+    _, invite = invites.redeem(at(89), prove("secret", b"about"), {b"n": b"about"})
+    invites.give_back(invite)
+    with pytest.raises(BadProof):
+        invites.redeem(at(90), prove("secret", b"about"), {b"n": b"about"})
+
+
+def test_invite_says_which_role_and_user_the_newcomer_gets(office: Office, log: MeshLog, at: Clock) -> None:
+    _, who = newcomer(office)
+    admin = office.setups[0].accounts[UserName("ada")]
+    invite = Invites().create(at(0), "s", Grant(UserName("bob"), Role.VIEWER), admin)
+    log.add(admit(log, invite, who))
+    member = log.member_named("new")
+    assert member is not None
+    assert (member.role, member.owner) == (Role.VIEWER, "bob")
+
+
+@pytest.mark.parametrize(
+    ("role", "uses", "life_s"),
+    [
+        (Role.BURST, 1, 600.0),
+        (Role.CLOUD, 1, 600.0),
+        (Role.RIG, 0, 600.0),
+        (Role.RIG, USES_LIMIT + 1, 600.0),
+        (Role.RIG, 1, INVITE_LIFE_MIN_S - 1),
+        (Role.RIG, 1, INVITE_LIFE_MAX_S + 1),
+        (Role.RIG, 1, float("nan")),
+    ],
+)
+def test_invite_out_of_bounds_is_refused(role: Role, uses: int, life_s: float) -> None:
+    with pytest.raises(MeshgpuError) as caught:
+        check_grant(role, uses, life_s)
+    assert caught.value.code == "bad-request"
+
+
+def test_invite_within_bounds_is_made() -> None:
+    check_grant(Role.VIEWER, 1, INVITE_LIFE_MIN_S)
+    check_grant(Role.RIG, USES_LIMIT, INVITE_LIFE_MAX_S)
+
+
+def test_address_that_opens_many_conversations_loses_its_own(office: Office) -> None:
+    open_ones, (_, who) = Conversations(), newcomer(office)
+    first = replace(introduce(office), nonce=b"honest")
+    open_ones.begin("10.0.0.1", GREETING, first)
+    for number in range(CONVERSATIONS_LIMIT + 1):
+        open_ones.begin("10.0.0.2", GREETING, replace(first, nonce=b"%d" % number))
+    left = open_ones.transcripts(CERTIFICATE, who)
+    assert b"honest" in left
+    assert list(left)[1:] == [b"%d" % number for number in range(CONVERSATIONS_LIMIT + 1)][-CONVERSATIONS_OF_ONE:]
+
+
+def test_conversations_are_bounded_whoever_opens_them(office: Office) -> None:
+    open_ones, (_, who) = Conversations(), newcomer(office)
+    for number in range(CONVERSATIONS_LIMIT + 5):
+        open_ones.begin(f"10.0.0.{number}", GREETING, replace(introduce(office), nonce=b"%d" % number))
+    left = list(open_ones.transcripts(CERTIFICATE, who))
+    assert (len(left), left[0]) == (CONVERSATIONS_LIMIT, b"5")
 
 
 # -- the newcomer's side -----------------------------------------------------------------------------------------------
@@ -152,11 +254,11 @@ def test_newcomer_that_proves_itself_becomes_a_member(office: Office, log: MeshL
     notary, who = newcomer(office)
     invites = Invites()
     admin = office.setups[0].accounts[UserName("ada")]
-    created = invites.create(at(0), STRING.secret, UserName("bob"), admin)
+    created = invites.create(at(0), STRING.secret, Grant(UserName("bob")), admin)
     introduction = introduce(office)
     application = apply(notary, invited(office), introduction, GREETING, CERTIFICATE, who)
     about = transcript(introduction, GREETING, CERTIFICATE, who)
-    assert invites.redeem(at(1), application.proof, {b"n": about}) == (b"n", created)
+    assert invites.redeem(at(1), application.proof, {b"n": about}) == (b"n", replace(created, uses=0))
     check_possession(notary, log, application, about)
     log.add(admit(log, created, application.newcomer))
     member = log.member_named("new")
@@ -181,7 +283,7 @@ def test_key_of_a_member_is_not_admitted_again(office: Office, log: MeshLog) -> 
     introduction = introduce(office)
     application = apply(notary, invited(office), introduction, GREETING, CERTIFICATE, who)
     about = transcript(introduction, GREETING, CERTIFICATE, who)
-    created = Invites().create(Now(0, 0, ""), "s", UserName("ada"), admin)
+    created = Invites().create(Now(0, 0, ""), "s", Grant(UserName("ada")), admin)
     log.add(admit(log, created, who))
     with pytest.raises(TrustError, match="already"):
         check_possession(notary, log, application, about)
@@ -199,7 +301,7 @@ def test_transcripts_of_two_conversations_differ(office: Office) -> None:
 def test_stranger_without_an_invite_is_not_even_greeted(office: Office, at: Clock) -> None:
     """The introduction shows the whole mesh log: names, accounts, keys."""
     invites = Invites()
-    created = invites.create(at(0), "s" * 20, UserName("ada"), KeyId("k"))
+    created = invites.create(at(0), "s" * 20, Grant(UserName("ada")), KeyId("k"))
     invite = replace(invited(office), secret=created.secret)
     greeting = greet(invite, 1, b"n" * 32, CERTIFICATE)
     invites.check_greeting(at(1), greeting, CERTIFICATE)

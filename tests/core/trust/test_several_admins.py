@@ -33,9 +33,10 @@ RING = KeyRing()
 
 @dataclass
 class Seat:
-    """A machine with one account, and what it holds of the log."""
+    """A machine with one account, and what it holds of the log. user: whose it is; as the machine is called."""
 
     name: str
+    user: str = ""
     mesh: MeshId = field(init=False)
     log: MeshLog = field(init=False)
 
@@ -54,7 +55,7 @@ class Seat:
         return key_id(self.user_key)
 
     def added(self) -> tuple[Body, ...]:
-        user = UserName(self.name)
+        user = UserName(self.user or self.name)
         node = AddNode(self.node, self.public_key, b"ca", self.name, Role.RIG, user)
         return node, LinkUser(user, self.user_key, self.node, 1000)
 
@@ -181,6 +182,19 @@ def test_thief_undoes_nothing_that_was_done_before() -> None:
     meet((ada, bob, eve))
     assert eve.names == {"ada", "bob", "eve"}
     assert eve.admins == set()
+
+
+def test_second_admin_could_be_who_is_on_another_machine_and_was_never_removed() -> None:
+    ada, bob, eve = founded("ada", "bob", "eve")
+    own, other = Seat("ada-2", "ada"), Seat("zoe")
+    ada.admit(own, other)
+    ada.write(ada.dismissal(bob))
+    meet((ada, bob, eve))
+    assert [user.user for user in eve.log.candidates()] == ["eve", "zoe", "ada"]
+    assert eve.log.candidates()[-1].node == own.node
+    ada.write(eve.promoted())
+    meet((ada, bob, eve))
+    assert [user.user for user in eve.log.candidates()] == ["zoe", "ada"]
 
 
 def test_thief_who_knows_that_he_is_out_writes_in_vain() -> None:
