@@ -124,6 +124,15 @@ def test_role_that_was_given_meanwhile_is_the_machines() -> None:
     assert bob.log.members[heir.node].role is Role.VIEWER
 
 
+def test_role_that_it_gets_later_is_its_own() -> None:
+    ada, bob, eve = founded("ada", "bob", "eve")
+    heir = renew(eve, "eve2")
+    ada.hears(heir)
+    ada.write(SetRole(heir.node, Role.VIEWER))
+    meet((ada, bob, heir))
+    assert bob.log.members[heir.node].role is Role.VIEWER
+
+
 # -- a removal wins --------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +182,7 @@ def test_whoever_revokes_any_of_its_ids_revokes_the_machine(which: int) -> None:
         seats.append(renew(seats[-1], f"bob{number}"))
     meet((ada, seats[-1], eve))
     ada.write(Revoke(seats[which].node, (), stops_jobs=False))
+    seats[-1].admit(Seat("friend"))  # he does not know yet
     meet((ada, seats[-1], eve))
     assert eve.names == {"ada", "eve"}
     assert eve.admins == {"ada"}
@@ -198,6 +208,19 @@ def test_machine_that_left_goes_on_as_nobody() -> None:
     ada, bob, eve = founded("ada", "bob", "eve")
     eve.write(RemoveNode(eve.node), key=KeyId(eve.node))
     eve.log.add((entry_of(eve, rekey_to(eve, Seat("eve2"))),))
+    meet((ada, bob, eve))
+    assert ada.names == {"ada", "bob"}
+
+
+def test_renting_machine_that_left_goes_on_as_nobody() -> None:
+    ada, bob, eve = founded("ada", "bob", "eve")
+    ada.write(SetRole(eve.node, Role.BURST))
+    eve.hears(ada)
+    (left,) = eve.write(RemoveNode(eve.node), key=KeyId(eve.node))
+    rekey = rekey_to(eve, Seat("eve2"))
+    heads = tuple(head for head in eve.log.heads() if head.author != KeyId(eve.node))
+    later = LogEntry(eve.mesh, KeyId(eve.node), 1, eve.notary.digest(left), heads, rekey)
+    assert eve.log.add((eve.notary.sign(KeyId(eve.node), later),))
     meet((ada, bob, eve))
     assert ada.names == {"ada", "bob"}
 
@@ -236,24 +259,26 @@ def test_thief_who_lets_it_leave_instead_does_not_bring_the_old_keys_back() -> N
         assert {m.name for m in log.members.values()} == {"ada", "bob"}
 
 
-def test_thief_who_has_its_key_called_an_admins_does_not_bring_the_old_keys_back() -> None:
+def test_keys_that_were_given_up_do_not_come_back_by_being_called_an_admins() -> None:
     ada, bob, eve = founded("ada", "bob", "eve")
     heir = renew(eve, "eve2")
-    ada.write(AddAdmin(eve.public_key, eve.node))
+    bob.write(RemoveNode(bob.node), key=KeyId(bob.node))
+    ada.write(AddAdmin(eve.public_key, eve.node), AddAdmin(bob.public_key, bob.node))
     meet((ada, bob, heir))
-    assert eve.node not in ada.log.members
-    assert heir.node in ada.log.members
+    assert ada.log.members.keys() == {ada.node, heir.node}
 
 
-def test_nobody_goes_on_as_another_member() -> None:
+@pytest.mark.parametrize("whom", ["ada", "eve"])
+def test_nobody_goes_on_as_another_member(whom: str) -> None:
     ada, bob, eve = founded("ada", "bob", "eve")
+    other = {"ada": ada, "eve": eve}[whom]
     ada.write(SetRole(bob.node, Role.BURST))
     meet((ada, bob, eve))
-    bob.write(rekey_to(bob, eve), key=KeyId(bob.node))
+    bob.write(rekey_to(bob, other), key=KeyId(bob.node))
     meet((ada, bob, eve))
     assert ada.names == {"ada", "eve"}
-    assert ada.log.members[eve.node].role is Role.RIG
-    assert ada.log.users[eve.key].user == "eve"
+    assert ada.log.members[other.node].role is Role.RIG
+    assert ada.log.users[other.key].user == whom
     assert bob.node in ada.log.former
 
 
@@ -366,6 +391,16 @@ def test_no_machine_fills_memories_with_keys(monkeypatch: pytest.MonkeyPatch) ->
     assert ada.log.add((over,)) == ()
     assert "too many" in ada.log.refused[-1]
     assert ada.names == {"ada", "bob", "eve"}
+
+
+def test_chain_of_a_machine_that_does_not_rent_is_one_entry_long() -> None:
+    ada, _, eve = founded("ada", "bob", "eve")
+    many = [
+        entry_of(eve, body, seq=seq)
+        for seq in range(1, 20)
+        for body in (RemoveNode(eve.node), rekey_to(eve, Seat(f"eve{seq}")))
+    ]
+    assert ada.log.add(many) == ()
 
 
 # -- what a renting machine wrote ------------------------------------------------------------------------------------
