@@ -145,6 +145,11 @@ class Planner:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
+    @property
+    def is_renting(self) -> bool:
+        """Whether a launch is open: from before its call until its instance is gone."""
+        return bool(self._rentals) or self._preparing is not None
+
     def plan(self, now: Now) -> tuple[Plan, ...]:
         """What would be rented now for each need that is known here, the oldest first, and why or why not."""
         if self._settings is None:

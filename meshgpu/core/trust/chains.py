@@ -134,17 +134,18 @@ class Chains:
         if entry.seq >= CHAIN_LIMIT or (len(found) > 1 and name not in self._named):
             return False  # two prove the fork; a third is kept only where somebody else says that it is the true one
         if isinstance(entry.body, Rekey):
-            self._check_rekey(entry, entry.body)
+            self.check_rekey(entry.author, entry.body)
         written = Written(name, signed, entry)
         self._held.setdefault(signed.key, {}).setdefault(entry.seq, []).append(written)
         self._name(written)
         self._introduce(written)
         return True
 
-    def _check_rekey(self, entry: LogEntry, rekey: Rekey) -> None:
-        check_rekey(self._notary, entry, rekey)
-        if self.lineage.is_full(NodeId(entry.author)):
-            raise TrustError("not-allowed", f"cannot take in new keys of {entry.author[:12]}: it has had too many")
+    def check_rekey(self, author: KeyId, rekey: Rekey) -> None:
+        """Raises TrustError for one that is not to be taken in from `author`."""
+        check_rekey(self._notary, self._mesh, author, rekey)
+        if self.lineage.is_full(NodeId(author)):
+            raise TrustError("not-allowed", f"cannot take in new keys of {author[:12]}: it has had too many")
 
     def _may_rent(self, node: NodeId) -> bool:
         return not self._renters.isdisjoint(self.lineage.ancestry(node))

@@ -220,6 +220,12 @@ class MeshLog:
     def member_named(self, name: str) -> Member | None:
         return next((member for member in self.members.values() if member.name == name), None)
 
+    def current(self, node: NodeId) -> NodeId:
+        """The newest id of the machine that is, or was, `node`."""
+        while (heir := self.heirs.get(node)) is not None:
+            node = heir
+        return node
+
     def account(self, node: NodeId, uid: int) -> UserKey | None:
         """The key that speaks for an OS account of a node."""
         return next((user for user in self.users.values() if user.node == node and user.uid == uid), None)
@@ -258,12 +264,7 @@ class MeshLog:
                 f"cannot change who is in the mesh {self.mesh_name}: this account is not one of its admins",
                 "ask an admin; they are shown by: meshgpu admin ls",
             )
-        if author in self.frozen:
-            raise TrustError(
-                "frozen",
-                "cannot write to the mesh log: two different entries with one number were signed with this key",
-                "another admin must remove it: meshgpu admin remove",
-            )
+        self._check_not_frozen(author)
         run = chains.run(author)
         seq, previous = len(run), run[-1].name if run else Digest("")
         others = tuple(head for head in self.heads() if head.author != author)
@@ -273,6 +274,14 @@ class MeshLog:
             written.append(entry)
             seq, previous = seq + 1, self._notary.digest(entry)
         return tuple(written)
+
+    def _check_not_frozen(self, author: KeyId) -> None:
+        if author in self.frozen:
+            raise TrustError(
+                "frozen",
+                "cannot write to the mesh log: two different entries with one number were signed with this key",
+                "another admin must remove it: meshgpu admin remove",
+            )
 
     def _may_write(self, chains: Chains, author: KeyId, bodies: tuple[Body, ...]) -> bool:
         member = self.members.get(NodeId(author))
@@ -287,6 +296,14 @@ class MeshLog:
             if user.node == node and user.is_admin and (head := self.last_of(key)) is not None
         )
         return Revoke(node, ends, stops_jobs)
+
+    def check_rekey(self, node: NodeId, rekey: Rekey) -> None:
+        """Raises TrustError unless `node` and the admins among its accounts can write all of it, now."""
+        if self._chains is None or node not in self.members:
+            raise TrustError("not-in-mesh", "cannot take new keys: this machine is no member of a mesh")
+        self._chains.check_rekey(KeyId(node), rekey)
+        for author in (KeyId(node), *(author for author, _ in self.hand_over(rekey))):
+            self._check_not_frozen(author)
 
     def hand_over(self, rekey: Rekey) -> tuple[tuple[KeyId, tuple[Body, ...]], ...]:
         """(author, what he writes before it) of each admin among its accounts: his right goes to his next key.

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from meshgpu.errors import TrustError
-from meshgpu.model.ids import KeyId, MeshId, NodeId, key_id, node_id
-from meshgpu.model.trust import LogEntry, NewKey, NewKeys, Notary, Rekey, Signed
+from meshgpu.model.ids import KeyId, MeshId, NodeId, key_id
+from meshgpu.model.trust import NewKey, NewKeys, Notary, Rekey, Signed
 
 ACCOUNTS_LIMIT: Final = 64
 """OS accounts of one machine whose keys change at once: each brings two signatures to check."""
@@ -40,17 +40,17 @@ def make_rekey(
     return Rekey(public_key, device_ca, users, tuple(proofs))
 
 
-def check_rekey(notary: Notary, entry: LogEntry, rekey: Rekey) -> None:
+def check_rekey(notary: Notary, mesh: MeshId, author: KeyId, rekey: Rekey) -> None:
     """Raises TrustError unless every key that changes place agreed to exactly this."""
-    who = f"cannot take in new keys of {entry.author[:12]}"
+    who = f"cannot take in new keys of {author[:12]}"
     if len(rekey.users) > ACCOUNTS_LIMIT:
         raise TrustError("not-allowed", f"{who}: of {len(rekey.users)} accounts, expected at most {ACCOUNTS_LIMIT}")
     keys = [rekey.public_key, *(key for user in rekey.users for key in (user.before, user.after))]
-    if len({*keys}) != len(keys) or KeyId(node_id(rekey.public_key)) == entry.author:
+    if len({*keys}) != len(keys) or key_id(rekey.public_key) == author:
         raise TrustError("not-allowed", f"{who}: a key stands in more than one place")
     if len(rekey.proofs) != len(keys):
         raise TrustError("not-allowed", f"{who}: {len(rekey.proofs)} keys agreed, expected {len(keys)}")
-    claim = NewKeys(entry.mesh, NodeId(entry.author), rekey.public_key, rekey.users)
+    claim = NewKeys(mesh, NodeId(author), rekey.public_key, rekey.users)
     for key, proof in zip(keys, rekey.proofs, strict=True):
         if notary.read(proof, key, NewKeys) != claim:
             raise TrustError("not-allowed", f"{who}: the key {key_id(key)[:12]} agreed to something else")
