@@ -21,6 +21,7 @@ from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.ndjson import error_document, stream, write
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.pairing_control import PairingControl
+from meshgpu.agent.rekeying import Rekeying
 from meshgpu.agent.status import Status
 from meshgpu.agent.trust_control import TrustControl
 from meshgpu.agent.views import (
@@ -65,6 +66,7 @@ class Control:
     jobs: Jobs
     pairing: Pairing
     admins: Admins
+    rekeying: Rekeying
     chunks: ChunkStore
     dial_pairing: Dial
     guards: Callable[[], frozenset[int]]
@@ -103,7 +105,7 @@ class Control:
                 *PairingControl(
                     Comparing(self.pairing), self.status, self.dial_pairing, self._uid, self._check_own
                 ).routes(),
-                *TrustControl(self.admins, self._uid, self._check_own, self.stop_agent).routes(),
+                *TrustControl(self.admins, self.rekeying, self._uid, self._check_own, self.stop_agent).routes(),
             ]
         )
         return app

@@ -197,12 +197,9 @@ class Node:
 
     def start(self, now: Now) -> list[Effect]:
         """Take up what was persisted; to be called once, before any step."""
-        meshes = [record.mesh for record in self._records if isinstance(record, MeshRecord)]
-        if not meshes:
+        self._log_rank = take_up(self.log, self._records)
+        if self.log.mesh is None:
             return []
-        log = sorted((r for r in self._records if isinstance(r, MeshLogRecord)), key=lambda record: record.rank)
-        self.log.enter(meshes[0], (record.entry for record in log))
-        self._log_rank = len(log)
         effects: list[Effect] = [self._mesh_record(), *self._trust_effects()]
         for record in self._records:
             if isinstance(record, PeerRecord):
@@ -613,3 +610,14 @@ class Node:
 
     def _trust_effects(self) -> list[Effect]:
         return [TrustMembers(tuple(self.log.members.values())), Announce()]
+
+
+def take_up(log: MeshLog, records: Iterable[Record]) -> int:
+    """Put into `log` what an agent kept of it, if it was in a mesh. Returns how many entries that were."""
+    records = tuple(records)
+    mesh = next((record.mesh for record in records if isinstance(record, MeshRecord)), None)
+    if mesh is None:
+        return 0
+    kept = sorted((r for r in records if isinstance(r, MeshLogRecord)), key=lambda record: record.rank)
+    log.enter(mesh, (record.entry for record in kept))
+    return len(kept)
