@@ -48,10 +48,10 @@ class Rekeying:
     begin_anew: Callable[[], None]
 
     async def rekey(self) -> Renewed:
-        """The old keys are void when this returns, and the agent has to begin anew. Raises MeshgpuError.
+        """The old keys are void when this returns, and the agent has to begin anew.
 
-        The new ones lie on disk before the mesh is told of them, and take the old ones' place only once it was: there is
-        always a set that the mesh knows and this machine has.
+        The new ones lie on disk before the mesh is told of them, and take the old ones' place only once it was: there
+        always is a set that the mesh knows and this machine has. Raises MeshgpuError where nothing was changed.
         """
         async with self.writing:
             member = self.node.log.members.get(self.node.node)
