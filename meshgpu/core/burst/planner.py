@@ -117,7 +117,7 @@ class Planner:
         self._reaper = Reaper(node)
         self._survey = Survey()
         self._rentals: dict[LaunchId, Rental] = {}
-        self._spending = Spending(node)
+        self._spending = Spending()
         self._preparing: _Preparing | None = None
         self._taken_until: dict[JobId, float] = {}
         self._blocked_until = -math.inf

@@ -247,7 +247,8 @@ class MeshLog:
         """Who a key is, as people read it: user and machine, of now or before."""
         user = self.users.get(key) or self.former_users.get(key)
         if user is None:
-            return f"the key {key[:12]}"
+            node = NodeId(key)
+            return self.name_of(node) if node in self.members or node in self.former else f"the key {key[:12]}"
         return f"{user.user} on {self.name_of(user.node)}"
 
     # -- writing ------------------------------------------------------------------------------------------------------
