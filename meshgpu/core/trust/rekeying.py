@@ -11,8 +11,8 @@ from meshgpu.errors import TrustError
 from meshgpu.model.ids import KeyId, MeshId, NodeId, key_id
 from meshgpu.model.trust import NewKey, NewKeys, Notary, Rekey, Signed
 
-ACCOUNTS_LIMIT: Final = 64
-"""OS accounts of one machine whose keys change at once: each brings two signatures to check."""
+ACCOUNTS_LIMIT: Final = 16
+"""OS accounts of one machine whose keys change at once: each brings two signatures to check, and a liar sends many."""
 
 REKEYS_LIMIT: Final = 64
 """Of one machine, for ever: one a quarter for 16 years. Each is an author whom all later entries and digests name."""
