@@ -17,11 +17,11 @@ from meshgpu.errors import TrustError
 from meshgpu.model.clock import Now
 from meshgpu.model.cloud import BurstSettings, Caps, Market, Rung
 from meshgpu.model.gossip import Demand, Need
-from meshgpu.model.ids import Address, JobId, KeyId, NodeId, UserName, digest, key_id, node_id
+from meshgpu.model.ids import Address, Digest, JobId, KeyId, NodeId, UserName, digest, key_id, node_id
 from meshgpu.model.job import Action, AttemptState, Draft, EnvironmentRequest, JobRequest, Result
 from meshgpu.model.records import Record
 from meshgpu.model.resources import GB, NO_GPU, GpuRequest, Resources
-from meshgpu.model.trust import LogEntry, NewKey, Rekey, RemoveNode, Role, SetRole, Signed
+from meshgpu.model.trust import Head, LogEntry, NewKey, Rekey, RemoveNode, Role, SetRole, Signed
 from meshgpu.sim.fakes import ToyNotary
 from meshgpu.sim.office import Office, furnish
 
@@ -393,3 +393,15 @@ def test_job_that_waits_for_the_machine_by_its_old_id_is_offered_to_it() -> None
     for _ in range(8):
         room.pass_time(1.0)
     assert [e for e in room.machines[heir].done if isinstance(e, fx.StartAttempt)]
+
+
+def test_member_that_names_what_does_not_exist_stops_no_rekey() -> None:
+    room = Room(3)
+    first, second, third = room.nodes
+    nothing = Head(KeyId(first), 77, Digest("f" * 64))
+    entry = LogEntry(room.office.mesh, KeyId(third), 0, Digest(""), (nothing,), RemoveNode(third))
+    hostile = room.machines[third].notary.sign(KeyId(third), entry)
+    room.tell(second, ev.LogWritten((hostile,)))
+    answer, _, heir, _ = room.rekey(second)
+    assert answer.code == ""
+    assert heir in room.machines[first].node.log.members

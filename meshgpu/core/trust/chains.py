@@ -235,6 +235,15 @@ class Chains:
     def heads(self) -> tuple[Head, ...]:
         return tuple(Head(author, len(run) - 1, run[-1].name) for author, run in sorted(self._runs.items()) if run)
 
+    def citable(self) -> tuple[Head, ...]:
+        """What a new entry follows from: of each author the newest entry whose every root is here.
+
+        Were others cited, a member could name a head that does not exist, and nothing that anybody wrote after hearing
+        of it would ever count.
+        """
+        tops = ([written for written in run if written.name in self._clocks] for _, run in sorted(self._runs.items()))
+        return tuple(Head(top[-1].author, top[-1].entry.seq, top[-1].name) for top in tops if top)
+
     def last_of(self, author: KeyId) -> Head | None:
         """What a removal of `author` names: of a fork, the side that was here first. None if he wrote nothing."""
         chain = self._held.get(author, {})

@@ -268,7 +268,7 @@ class MeshLog:
         self._check_not_frozen(author)
         run = chains.run(author)
         seq, previous = len(run), run[-1].name if run else Digest("")
-        others = tuple(head for head in self.heads() if head.author != author)
+        others = tuple(head for head in chains.citable() if head.author != author)
         written: list[Signed] = []
         for body in bodies:
             entry = (notary or self._notary).sign(author, LogEntry(mesh, author, seq, previous, others, body))
