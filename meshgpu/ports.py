@@ -23,8 +23,8 @@ class Clock(Protocol):
 # -- keys ------------------------------------------------------------------------------------------------------------
 
 
-class Keys(Protocol):
-    """This machine's secrets. Nothing here leaves it but public keys, certificates and signatures."""
+class Identity(Protocol):
+    """As whom a machine opens and answers Links."""
 
     def node_key(self) -> bytes:
         """Public device key, 32 raw bytes; made on the first call."""
@@ -33,6 +33,14 @@ class Keys(Protocol):
     def device_ca(self) -> bytes:
         """This node's device CA, DER; made on the first call."""
         ...
+
+    def leaf(self, now_wall_s: float) -> tuple[bytes, bytes]:
+        """(private key PEM, certificate PEM) of a P-256 leaf that is valid at `now_wall_s`; renewed daily."""
+        ...
+
+
+class Keys(Identity, Protocol):
+    """This machine's secrets. Nothing here leaves it but public keys, certificates and signatures."""
 
     def user_key(self, uid: int) -> bytes:
         """Public key of the OS account `uid`, 32 raw bytes; made on the first call."""
@@ -44,8 +52,16 @@ class Keys(Protocol):
 
     def verify(self, public_key: bytes, message: bytes, signature: bytes) -> bool: ...
 
-    def leaf(self, now_wall_s: float) -> tuple[bytes, bytes]:
-        """(private key PEM, certificate PEM) of a P-256 leaf that is valid at `now_wall_s`; renewed daily."""
+
+class NextKeys(Protocol):
+    """Where a new set of keys lies ready. Both methods block."""
+
+    def make(self) -> Keys:
+        """Begin a new set, in place of one that was never used; on disk when it returns."""
+        ...
+
+    def drop(self) -> None:
+        """Forget a set that is not to be used."""
         ...
 
 

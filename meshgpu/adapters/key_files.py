@@ -35,7 +35,9 @@ LEAF_LIFETIME: Final = timedelta(days=7)
 LEAF_RENEWAL_S: Final = 86_400.0
 """Seconds from the making of a leaf, in either direction of the clock, after which another is made."""
 
-_NODE_FILE: Final = "node.pem"
+NODE_FILE: Final = "node.pem"
+"""What makes this machine the node that it is."""
+
 _CA_FILE: Final = "device-ca.pem"
 _SEALING_FILE: Final = "sealing.pem"
 
@@ -55,7 +57,7 @@ class KeyFiles:
 
     def node_key(self) -> bytes:
         """Public device key, 32 raw bytes; made on the first call."""
-        return self._key(_NODE_FILE).public_key().public_bytes_raw()
+        return self._key(NODE_FILE).public_key().public_bytes_raw()
 
     def device_ca(self) -> bytes:
         """This node's device CA, DER; made on the first call."""
@@ -92,14 +94,16 @@ class KeyFiles:
         """(private key PEM, certificate PEM) of a P-256 leaf that is valid at `now_wall_s`; renewed daily."""
         with self._lock:
             if self._leaf is None or abs(now_wall_s - self._leaf[0]) >= LEAF_RENEWAL_S:
-                self._leaf = (now_wall_s, *self._new_leaf(datetime.fromtimestamp(now_wall_s, UTC)))
+                self._leaf = (now_wall_s, *self.new_leaf(now_wall_s, LEAF_LIFETIME))
             return self._leaf[1:]
 
-    def _new_leaf(self, now: datetime) -> tuple[bytes, bytes]:
-        signer = self._key(_NODE_FILE)
+    def new_leaf(self, now_wall_s: float, lifetime: timedelta) -> tuple[bytes, bytes]:
+        """(private key PEM, certificate PEM) of a leaf that nobody has seen, backdated like all."""
+        now = datetime.fromtimestamp(now_wall_s, UTC)
+        signer = self._key(NODE_FILE)
         name = server_name(node_id(signer.public_key().public_bytes_raw()))
         private = ec.generate_private_key(ec.SECP256R1())
-        validity = (now - LEAF_BACKDATED, now - LEAF_BACKDATED + LEAF_LIFETIME)
+        validity = (now - LEAF_BACKDATED, now - LEAF_BACKDATED + lifetime)
         certificate = make_leaf(private, name, validity, (self._device_ca(), signer))
         return _private_pem(private), pem(certificate)
 
@@ -126,7 +130,7 @@ class KeyFiles:
         with self._lock:
             if read_all:
                 for path in sorted(self._directory.glob("*.pem")):
-                    if path.name == _NODE_FILE or path.name.startswith("user-"):
+                    if path.name == NODE_FILE or path.name.startswith("user-"):
                         self._key(path.name)
             matches = (private for private in self._keys.values() if _id_of(private) == key)
             return next(matches, None)
@@ -134,7 +138,7 @@ class KeyFiles:
     def _device_ca(self) -> x509.Certificate:
         with self._lock:
             if self._ca is None:
-                private = self._key(_NODE_FILE)
+                private = self._key(NODE_FILE)
                 data = self._read_or_make(_CA_FILE, lambda: pem(make_device_ca(private)))
                 self._ca = _parse_ca(self._directory / _CA_FILE, data, NodeId(_id_of(private)))
             return self._ca
@@ -146,7 +150,7 @@ class KeyFiles:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._directory.chmod(0o700)
             if not path.exists():
-                _create(path, make())
+                create(path, make())
             mode = stat.S_IMODE(path.stat().st_mode)
             if mode & 0o077:
                 raise MeshgpuError(
@@ -173,7 +177,7 @@ class RecoveryKey:
         return self._private.sign(message)
 
 
-def _create(path: Path, data: bytes) -> None:
+def create(path: Path, data: bytes) -> None:
     """Make `path` durable with mode 0600, or leave the one that somebody else made meanwhile."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     temporary.unlink(missing_ok=True)
@@ -188,11 +192,16 @@ def _create(path: Path, data: bytes) -> None:
             os.link(temporary, path)
     finally:
         temporary.unlink()
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    sync(path.parent)
+
+
+def sync(directory: Path) -> None:
+    """Make durable which names a directory has."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def _parse_key(path: Path, data: bytes) -> ed25519.Ed25519PrivateKey:
@@ -212,7 +221,7 @@ def _parse_ca(path: Path, data: bytes, owner: NodeId) -> x509.Certificate:
     except (ValueError, TrustError) as error:
         raise _corrupt(path, f"it is not a device CA: {error}") from error
     if node != owner:
-        raise _corrupt(path, f"it belongs to the node {node}, expected {owner} ({_NODE_FILE} beside it)")
+        raise _corrupt(path, f"it belongs to the node {node}, expected {owner} ({NODE_FILE} beside it)")
     return certificate
 
 

@@ -53,11 +53,11 @@ def main(home: Path, boot: Path) -> int:
     return live(_live_in_cloud(Home(home.absolute()), boot.absolute()))
 
 
-async def _live_in_cloud(home: Home, directory: Path) -> None:
+async def _live_in_cloud(home: Home, directory: Path) -> bool:
     boot = read_boot(directory)
     home.prepare()
     await _enter_mesh(home, boot, hosts_of(load_config(home.config)))
-    await run(home, lambda home, config, room: CloudAgent(home, config, room, boot))
+    return await run(home, lambda home, config, room: CloudAgent(home, config, room, boot))
 
 
 # -- before it is a member -------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from meshgpu.agent.ndjson import error_document, stream, write
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.pairing_control import PairingControl
 from meshgpu.agent.receipts import Receipts
+from meshgpu.agent.rekeying import Rekeying
 from meshgpu.agent.status import Status
 from meshgpu.agent.trust_control import TrustControl
 from meshgpu.agent.views import (
@@ -79,6 +80,7 @@ class Control:
     jobs: Jobs
     pairing: Pairing
     admins: Admins
+    rekeying: Rekeying
     chunks: ChunkStore
     dial_pairing: Dial
     guards: Callable[[], frozenset[int]]
@@ -121,7 +123,7 @@ class Control:
                 *EvidenceControl(
                     self.audit, Receipts(self.status.node, self.jobs), self._key, self._check_own
                 ).routes(),
-                *TrustControl(self.admins, self._uid, self._check_own, self.stop_agent).routes(),
+                *TrustControl(self.admins, self.rekeying, self._uid, self._check_own, self.stop_agent).routes(),
             ]
         )
         return app

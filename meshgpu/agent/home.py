@@ -63,7 +63,7 @@ class Home:
         if self.left.exists():
             for path in (self.database, *self.directory.glob(f"{self.database.name}-*")):
                 path.unlink(missing_ok=True)
-            for key in self.keys.glob("*.pem"):
+            for key in self.keys.glob("**/*.pem"):
                 key.unlink()
             self.left.unlink()
 

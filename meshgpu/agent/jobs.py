@@ -264,6 +264,7 @@ class Jobs:
         self, key: KeyId, action: Action, job: JobId, node: NodeId, wanted: Callable[[Signed], BulkRequest]
     ) -> AsyncIterator[bytes]:
         """Messages of a bulk stream; a request that is stale there is signed again, once."""
+        node = self._node.log.current(node)
         now, challenge = self._runtime.outside.clock.now(), b""
         while True:
             signed = self._node.asking.sign_request(now, key, action, job, node, challenge)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -29,6 +30,7 @@ from meshgpu.adapters.job_trees import remove_tree
 from meshgpu.adapters.join_files import JoinFiles
 from meshgpu.adapters.key_files import KeyFiles, RecoveryKey
 from meshgpu.adapters.mdns import Mdns
+from meshgpu.adapters.next_keys import NextKeys
 from meshgpu.adapters.nvml_gpus import NvmlGpus
 from meshgpu.adapters.process_executor import ProcessExecutor
 from meshgpu.adapters.sqlite_store import SqliteStore
@@ -37,6 +39,7 @@ from meshgpu.agent.admins import Admins
 from meshgpu.agent.audit import AuditTrail, newest
 from meshgpu.agent.burst import Burst
 from meshgpu.agent.control import Control, serve
+from meshgpu.agent.courier import Courier
 from meshgpu.agent.enrolment import Enroller
 from meshgpu.agent.executors import Executors
 from meshgpu.agent.gpu_users import without_jobs
@@ -44,6 +47,7 @@ from meshgpu.agent.home import Home
 from meshgpu.agent.jobs import Jobs
 from meshgpu.agent.join_file import FileJoiner
 from meshgpu.agent.pairing import Pairing
+from meshgpu.agent.rekeying import Rekeying
 from meshgpu.agent.runtime import Outside, Runtime
 from meshgpu.agent.secrets import Opener, Vault
 from meshgpu.agent.status import JoinNote, Status
@@ -54,7 +58,8 @@ from meshgpu.config import Config, load_config
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
 from meshgpu.core.audit import AUDIT
-from meshgpu.core.node import Node, NodeConfig
+from meshgpu.core.node import Node, NodeConfig, take_up
+from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.cloud import INSTANCE_PORT
 from meshgpu.model.enrolment import BootTerms, InstanceTerms
@@ -76,13 +81,17 @@ def main(home: Path) -> int:
     return live(run(Home(home.absolute()), Agent))
 
 
-def live(life: Coroutine[None, None, None]) -> int:
-    """The process around an agent: its log, its limits, its last word. Returns the exit code."""
+def live(life: Coroutine[None, None, bool]) -> int:
+    """The process around an agent: its log, its limits, its last word. Returns the exit code.
+
+    life: whether to begin anew. That is a new program in this very process, which whoever watches it keeps watching.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("grpc").setLevel(logging.CRITICAL)
     _raise_file_limit()
     try:
-        asyncio.run(life)
+        if asyncio.run(life):
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  # itself, as it was called
     except MeshgpuError as error:
         print(f"error: {error.message}", file=sys.stderr)  # noqa: T201  # the agent's last word, for `meshgpu up`
         if error.hint:
@@ -91,16 +100,24 @@ def live(life: Coroutine[None, None, None]) -> int:
     return 0
 
 
-async def run(home: Home, make: "Callable[[Home, Config, Room], Agent]") -> None:
-    """The whole life of the agent that `make` makes. Raises MeshgpuError where it cannot start."""
-    stopping = asyncio.Event()
+async def run(home: Home, make: "Callable[[Home, Config, Room], Agent]") -> bool:
+    """The whole life of the agent that `make` makes, and whether to begin anew after it.
+
+    Raises MeshgpuError where it cannot start.
+    """
+    stopping, renewing = asyncio.Event(), asyncio.Event()
+
+    def begin_anew() -> None:
+        renewing.set()
+        stopping.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     try:
         async with asyncio.TaskGroup() as tasks:
             async with contextlib.AsyncExitStack() as closing:
-                await make(home, load_config(home.config), Room(tasks, closing, stopping.set)).start()
+                await make(home, load_config(home.config), Room(tasks, closing, stopping.set, begin_anew)).start()
                 await stopping.wait()
                 logger.info("agent stops; jobs run on")
             raise _Stopped
@@ -108,6 +125,7 @@ async def run(home: Home, make: "Callable[[Home, Config, Room], Agent]") -> None
         pass
     except* MeshgpuError as group:
         raise group.exceptions[0] from None
+    return renewing.is_set()
 
 
 class _Stopped(Exception):  # no error: it ends the TaskGroup
@@ -116,11 +134,15 @@ class _Stopped(Exception):  # no error: it ends the TaskGroup
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Where an agent lives: its tasks, what ends it in reverse order, and how to ask for that end."""
+    """Where an agent lives: its tasks, what ends it in reverse order, and how to ask for that end.
+
+    begin_anew: the same, and then another agent with what is on disk.
+    """
 
     tasks: asyncio.TaskGroup
     closing: contextlib.AsyncExitStack
     stop: Callable[[], None]
+    begin_anew: Callable[[], None]
 
 
 class Agent:
@@ -132,6 +154,7 @@ class Agent:
         self._tasks = room.tasks
         self._closing = room.closing
         self._stop = room.stop
+        self._begin_anew = room.begin_anew
         self._rng = random.SystemRandom()
         self._clock = BootClock()
         self._vault = Vault()
@@ -149,6 +172,8 @@ class Agent:
             decode(kind_of(_KINDS[kind]), data) for (kind, _), data in sorted(store.load(but=AUDIT).items())
         ]
         records += newest(store)
+        self._next_keys = NextKeys(self._home.keys)
+        self._become_current(records)
         self._keys = KeyFiles(self._home.keys)
         self._notary = WireNotary(self._keys.sign, self._keys.verify)
         chunks = ChunkFiles(self._home.chunks, keep_free_bytes=self._keep_free_bytes())
@@ -183,9 +208,29 @@ class Agent:
         await self._start_probe()
         self._tasks.create_task(self._runtime.run(), name="node")
         self._tasks.create_task(self._follow_addresses(), name="addresses")
+        self._send_couriers()
         await self._start_discovery()
         await self._open_door(Jobs(self._runtime, streams, transport, self._vault), chunks)
         logger.info("agent %s answers, home %s, port %d", self._node.node[:12], self._home.directory, self._port)
+
+    def _become_current(self, records: list[Record]) -> None:
+        """Where new keys wait: take them, if the mesh log says that this machine goes on under them."""
+        if self._next_keys.is_waiting:
+            keys = KeyFiles(self._home.keys)
+            log = MeshLog(WireNotary(keys.sign, keys.verify))
+            take_up(log, records)
+            self._next_keys.take(log.current(node_id(keys.node_key())), self._clock.now().wall_s)
+
+    def _send_couriers(self) -> None:
+        """Of old keys that somebody may still know this machine by."""
+        for leaf in self._next_keys.last_leaves(self._clock.now().wall_s):
+            courier = Courier(
+                self._node,
+                self._clock,
+                functools.partial(GrpcLink, leaf, self._clock, ()),
+                functools.partial(self._next_keys.forget, leaf),
+            )
+            self._tasks.create_task(courier.run(), name="courier")
 
     def _make_transport(self) -> ports.Transport:
         return GrpcLink(self._keys, self._clock, self._hosts(), self._config.link_port)
@@ -327,11 +372,22 @@ class Agent:
             lambda signer: WireNotary(signer.sign, self._keys.verify),
             self._home.left.touch,
         )
+        rekeying = Rekeying(
+            self._node,
+            self._clock,
+            writing,
+            self._keys,
+            self._next_keys,
+            lambda keys: WireNotary(keys.sign, keys.verify),
+            self._runtime.ask,
+            self._begin_anew,
+        )
         control = Control(
             self._status,
             jobs,
             pairing,
             admins,
+            rekeying,
             chunks,
             dial_pairing,
             self._executor.guards,

@@ -225,6 +225,8 @@ class Runtime:
             case fx.TrustMembers(members=members):
                 anchors = [ports.Anchor(m.node, m.device_ca, m.role is Role.CLOUD) for m in members]
                 self.outside.transport.trust(anchors)
+            case fx.NoteNewKeys(name=name, before=before, after=after):
+                logger.info("%s goes on under new keys: %s, before that %s", name, after, before)
             case fx.Announce():
                 self._start(self.announce())
             case fx.FetchTree():

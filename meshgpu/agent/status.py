@@ -165,8 +165,8 @@ class Status:
             return _check("mesh", None, "in no mesh yet", "meshgpu init, or meshgpu join INVITE")
         if self.node.node in log.former:
             return _check("mesh", False, f"no member of {log.mesh_name} any more", "meshgpu leave")
-        if log.frozen:
-            who = ", ".join(log.person(key) for key in log.frozen)
+        if frozen := [key for key in log.frozen if NodeId(key) not in log.former]:  # else it is out, and that is that
+            who = ", ".join(log.person(key) for key in frozen)
             found = f"{who} signed two different entries of the log with one number: frozen there"
             return _check("mesh", False, found, "meshgpu admin remove, by another admin, or meshgpu recover")
         if log.refused:

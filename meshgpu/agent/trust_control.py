@@ -1,4 +1,4 @@
-"""The control API's part about who is in the mesh and what they may: revoke, roles, admins, recovery, leaving."""
+"""The control API's part about who is in the mesh and what they may: revoke, roles, admins, leaving, new keys."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from aiohttp import web
 
 from meshgpu.agent.admins import Admins
 from meshgpu.agent.bodies import read_body, text_of
+from meshgpu.agent.rekeying import Rekeying
 from meshgpu.agent.views import Document
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.trust import Role, UserKey
@@ -18,6 +19,7 @@ class TrustControl:
     """Answers for `Control`, which says who calls: uid_of any caller, own_uid of the account that runs the agent."""
 
     admins: Admins
+    rekeying: Rekeying
     uid_of: Callable[[web.Request], int]
     own_uid: Callable[[web.Request, str], int]
     stop_agent: Callable[[], None]
@@ -31,6 +33,7 @@ class TrustControl:
             web.post("/v1/admins/remove", self._remove),
             web.post("/v1/recover", self._recover),
             web.post("/v1/leave", self._leave),
+            web.post("/v1/rekey", self._rekey),
         ]
 
     async def _revoke(self, request: web.Request) -> web.Response:
@@ -71,6 +74,14 @@ class TrustControl:
         mesh = await self.admins.leave(uid, anyway=(await read_body(request)).get("anyway") is True)
         asyncio.get_running_loop().call_later(0.05, self.stop_agent)
         return web.json_response({"mesh": mesh})
+
+    async def _rekey(self, request: web.Request) -> web.Response:
+        self.own_uid(request, "give this machine new keys")
+        renewed = await self.rekeying.rekey()
+        asyncio.get_running_loop().call_later(0.05, self.rekeying.begin_anew)
+        return web.json_response(
+            {"name": renewed.name, "node": renewed.node, "before": renewed.before, "away": list(renewed.away)}
+        )
 
     def _document(self, user: UserKey) -> Document:
         return {"user": user.user, "machine": self.admins.node.log.name_of(user.node), "key": user.key}

@@ -101,6 +101,20 @@ def stop_agent(home: Path) -> bool:
     return True
 
 
+def await_agent(home: Path, node: str) -> AgentView:
+    """Wait until the agent of `home` answers as `node`, as it does once it has begun anew. Raises `agent-failed`."""
+    deadline = time.monotonic() + START_LIMIT_S
+    while (agent := running_agent(home)) is None or agent["node"] != node:
+        if time.monotonic() > deadline:
+            raise MeshgpuError(
+                "agent-failed",
+                f"the agent in {home} does not answer under its new keys after {START_LIMIT_S:.0f} s",
+                f"meshgpu up; less {home / LOG_NAME}",
+            )
+        time.sleep(POLL_S)
+    return agent
+
+
 def start_agent(home: Path) -> AgentView:
     """Start a detached agent; its output goes to agent.log in `home`."""
     socket_path(home)

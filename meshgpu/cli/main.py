@@ -37,6 +37,7 @@ COMMANDS: Final = {
     "admin": "trust_commands",
     "recover": "trust_commands",
     "leave": "trust_commands",
+    "rekey": "trust_commands",
     "up": "machine_commands",
     "down": "machine_commands",
     "pause": "owner_commands",

@@ -1,4 +1,4 @@
-"""Commands about who is in the mesh and what they may: revoke, leave, role, admin, recover."""
+"""Commands about who is in the mesh and what they may: revoke, leave, rekey, role, admin, recover."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 import typer
 
-from meshgpu.cli.launch import is_attended, stop_agent
+from meshgpu.cli.launch import await_agent, is_attended, stop_agent
 from meshgpu.cli.render import note, plain, print_table
 from meshgpu.cli.watch import Json
 from meshgpu.cli.words import EXIT_FAILED_CHECK
@@ -82,6 +82,23 @@ def leave(
         return
     print(plain(f"This machine has left {view['mesh']}; its agent is stopped."))
     note("next: meshgpu join, or meshgpu init, under new keys")
+
+
+def rekey(yes: Yes = False, as_json: Json = False) -> None:
+    """Give this machine, and all accounts on it, new keys: somebody may have seen the old ones, which are void then."""
+    client = AgentClient.found()
+    if not (yes or as_json):
+        note("This machine stays what it is: its name, owner, role and users, and who is an admin here.")
+        note("It gets a new id. Jobs that wait for it with secrets cannot run here any more.")
+        _ask("Give this machine new keys?")
+    view = client.rekey()
+    await_agent(find_home(), view["node"])
+    if as_json:
+        print(json.dumps(view))
+        return
+    print(plain(f"{view['name']} has new keys; its id is {view['node'][:12]} now. The old ones are void."))
+    if view["away"]:
+        note(plain(f"told when they answer: {', '.join(view['away'])}. Until then these still trust the old keys."))
 
 
 @admin.command("ls")

@@ -31,6 +31,7 @@ from meshgpu.client.views import (
     MachinesView,
     PlansView,
     ReceiptView,
+    RenewedView,
     RevokedView,
     RoleView,
     SightingView,
@@ -141,6 +142,10 @@ class AgentClient:
     def leave(self, *, anyway: bool) -> LeftView:
         """Take this machine out of its mesh; the agent ends by itself."""
         return cast(LeftView, self._post("/v1/leave", {"anyway": anyway}))
+
+    def rekey(self) -> RenewedView:
+        """Give this machine new keys; the agent begins anew by itself."""
+        return cast(RenewedView, self._post("/v1/rekey", {}))
 
     def discover(self, seconds: float) -> list[SightingView]:
         """Machines that announce themselves nearby, after listening for `seconds`."""

@@ -126,6 +126,15 @@ class LeftView(TypedDict):
     mesh: str
 
 
+class RenewedView(TypedDict):
+    """A machine under new keys. node: its id now; before: the one it gave up. away: who has yet to hear of it."""
+
+    name: str
+    node: str
+    before: str
+    away: list[str]
+
+
 class SightingView(TypedDict):
     """A machine that announces itself nearby. ours: it is a member of our mesh; gpus: `2x RTX 4090 24GB`."""
 

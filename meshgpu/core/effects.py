@@ -54,6 +54,15 @@ class TrustMembers:
 
 
 @dataclass(frozen=True, slots=True)
+class NoteNewKeys:
+    """Let this agent's own log say that a machine goes on under another id, for who looks into it later."""
+
+    name: str
+    before: NodeId
+    after: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class Announce:
     """What mDNS says of this machine has changed."""
 
@@ -218,6 +227,7 @@ Effect = (
     | Dial
     | Identify
     | TrustMembers
+    | NoteNewKeys
     | Announce
     | FetchTree
     | StartAttempt

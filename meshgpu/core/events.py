@@ -11,7 +11,7 @@ from meshgpu.model.lending import Pause
 from meshgpu.model.messages import Message
 from meshgpu.model.receipt import NO_EVIDENCE, Evidence
 from meshgpu.model.sweep import Metric
-from meshgpu.model.trust import Signed
+from meshgpu.model.trust import Rekey, Signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,14 @@ class LogWritten:
     """This node wrote entries of its own to the mesh log."""
 
     log: tuple[Signed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RekeyAsked:
+    """This machine's owner wants it to go on under new keys, which lie ready. `query` names the Answered effect."""
+
+    query: str
+    rekey: Rekey
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +313,7 @@ Event = (
     | AddressesChanged
     | MeshEntered
     | LogWritten
+    | RekeyAsked
     | RunAsked
     | JobsAsked
     | ActionAsked

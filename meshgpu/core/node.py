@@ -10,7 +10,17 @@ from meshgpu.core import events as ev
 from meshgpu.core.audit import AuditWatch
 from meshgpu.core.burst.instance import InstanceLife
 from meshgpu.core.burst.planner import Planner, Scribe, Sight
-from meshgpu.core.effects import Announce, Effect, Persist, Reject, Send, TrustMembers, Warn
+from meshgpu.core.effects import (
+    Announce,
+    Answered,
+    Effect,
+    NoteNewKeys,
+    Persist,
+    Reject,
+    Send,
+    TrustMembers,
+    Warn,
+)
 from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
 from meshgpu.core.jobs.placement import Candidate, Guest, MachineVerdict, Rule, explain_each, out_of_bounds
@@ -26,7 +36,7 @@ from meshgpu.core.trust.receipts import Examined, examine
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.core.trust.roles import may_say
 from meshgpu.core.trust.sealing import NO_WRAP, Seal, no_seal
-from meshgpu.errors import BrokenInvariant
+from meshgpu.errors import BrokenInvariant, MeshgpuError, TrustError
 from meshgpu.model import messages as msg
 from meshgpu.model.audit import AuditHead
 from meshgpu.model.clock import Now
@@ -46,7 +56,7 @@ from meshgpu.model.records import (
     PeerRecord,
     Record,
 )
-from meshgpu.model.trust import LENDING_ROLES, AddNode, Member, Notary, RemoveNode, Role, Signed
+from meshgpu.model.trust import LENDING_ROLES, AddNode, Member, Notary, Rekey, RemoveNode, Role, Signed
 
 LOOPS_LIMIT = 100_000
 """Messages a node sends to itself in one step: some for each of its jobs; more means that two rules feed each other."""
@@ -115,7 +125,7 @@ class Node:
             node,
             rng,
             Sight(lambda: self.log.mesh, lambda: self.log.members, self._is_alive, self._gossip.demand, self.heard),
-            Scribe(self._write, self.log.all_entries, self._meet),
+            Scribe(self._write, self.log.all_entries, lambda now, node, address: self._meet(now, node, (address,))),
         )
         self._instance = InstanceLife(config.instance, now) if config.instance else None
         self._is_drained = False
@@ -149,7 +159,8 @@ class Node:
 
     def why(self, spec: JobSpec) -> tuple[MachineVerdict, ...]:
         """What each machine of the mesh would say to the job now, by name, as far as it is known here."""
-        return explain_each(spec.resources, self._candidates(Guest.of(spec), None), spec.machine, spec.job)
+        machine = self.log.current(spec.machine) if spec.machine is not None else None
+        return explain_each(spec.resources, self._candidates(Guest.of(spec), None), machine, spec.job)
 
     def heard(self, owner: NodeId) -> tuple[NodeRecord | None, Capacity | None]:
         """What a member last said of itself."""
@@ -165,7 +176,7 @@ class Node:
 
     def _candidates(self, guest: Guest, machine: NodeId | None) -> list[Candidate]:
         members = self.log.members
-        wanted = [machine] if machine is not None else sorted(members)
+        wanted = [self.log.current(machine)] if machine is not None else sorted(members)
         return [self._candidate(guest, members[node]) for node in wanted if node in members]
 
     def _candidate(self, guest: Guest, member: Member) -> Candidate:
@@ -203,12 +214,9 @@ class Node:
 
     def start(self, now: Now) -> list[Effect]:
         """Take up what was persisted; to be called once, before any step."""
-        meshes = [record.mesh for record in self._records if isinstance(record, MeshRecord)]
-        if not meshes:
+        self._log_rank = take_up(self.log, self._records)
+        if self.log.mesh is None:
             return []
-        log = sorted((r for r in self._records if isinstance(r, MeshLogRecord)), key=lambda record: record.rank)
-        self.log.enter(meshes[0], (record.entry for record in log))
-        self._log_rank = len(log)
         effects: list[Effect] = [self._mesh_record(), *self._trust_effects()]
         for record in self._records:
             if isinstance(record, PeerRecord):
@@ -324,6 +332,8 @@ class Node:
             case ev.LogWritten(log=log):
                 self.burst.mesh_changed(now)
                 return self._log_learned(now, log, None)
+            case ev.RekeyAsked(query=query, rekey=rekey):
+                return self._rekey(now, query, rekey)
             case ev.RunAsked(query=query, key=key, draft=draft):
                 return self.submissions.asked(now, query, key, draft)
             case ev.JobsAsked(query=query, key=key):
@@ -440,6 +450,7 @@ class Node:
         parting = [Send(node, msg.LogDelta(added)) for node in gone if node in self._links.open and node != source]
         effects = [*rejects, *self._log_records(added), *parting, *self._trust_effects()]
         effects += self._let_go(now, gone)
+        effects += self._go_on_with(now, gone)
         effects += self._gossip.log_grew(added, source)
         return [*effects, *self.attempts.keys_stopped(now), *self.stewardship.keys_stopped(now)]
 
@@ -457,14 +468,69 @@ class Node:
                 effects += self.stewardship.node_gone(now, node)
         return effects
 
+    def _go_on_with(self, now: Now, gone: Iterable[NodeId]) -> list[Effect]:
+        """Some of them are here under another id: where they were, they still are."""
+        effects: list[Effect] = []
+        for node in gone:
+            heir = self.log.members.get(self.log.current(node))
+            if heir is None:
+                continue
+            effects.append(NoteNewKeys(heir.name, node, heir.node))
+            if addresses := self._links.addresses(node):
+                effects += self._meet(now, heir.node, addresses)
+        return effects
+
+    def _rekey(self, now: Now, query: str, rekey: Rekey) -> list[Effect]:
+        """Hand this machine over to its new keys. From this step on the old ones are good for nothing."""
+        try:
+            self._check_may_rekey()
+            self.log.check_rekey(self.node, rekey)
+        except MeshgpuError as error:
+            return [Answered(query, code=error.code, reason=error.message, hint=error.hint)]
+        effects: list[Effect] = []
+        for author, bodies in self.log.hand_over(rekey):
+            effects += self._log_learned(now, self.log.write(author, bodies), None)
+        effects += self._log_learned(now, self.log.write(KeyId(self.node), (rekey,)), None)
+        if self.log.current(self.node) not in self.log.members:
+            raise BrokenInvariant("a machine gave up its keys and is no member under its new ones", (repr(rekey),))
+        return [*effects, Answered(query)]
+
+    def _check_may_rekey(self) -> None:
+        """Raises MeshgpuError while others know something that is under way by this machine's id."""
+        me = self.log.members.get(self.node)
+        if me is None:
+            raise TrustError("not-in-mesh", "cannot take new keys: this machine is no member of a mesh", "meshgpu init")
+        if me.role is Role.CLOUD:
+            raise TrustError("not-allowed", "cannot take new keys: this machine is rented, and ends with its keys")
+        if self.burst.is_renting:
+            raise MeshgpuError(
+                "busy",
+                "cannot take new keys: this machine rents instances, or is about to, under its old ones",
+                "meshgpu burst setup --instances 0; and again when none is left: meshgpu burst status",
+            )
+        if not self.attempts.is_idle:
+            names = ", ".join(sorted({allocation.name for allocation in self.attempts.allocations()}))
+            running = f"jobs run here ({names})" if names else "how jobs ended here has yet to reach who holds them"
+            raise MeshgpuError(
+                "busy", f"cannot take new keys: {running}", "meshgpu pause; and again when nothing is left: meshgpu ps"
+            )
+        if held := self.stewardship.unfinished:
+            raise MeshgpuError(
+                "busy",
+                f"cannot take new keys: this machine holds {held} unfinished jobs of the mesh, which name its old ones",
+                "wait until they ended, or stop yours: meshgpu ps",
+            )
+        if self.submissions.is_open:
+            raise MeshgpuError("busy", "cannot take new keys: a job is being submitted here", "meshgpu ps, and again")
+
     def _write(self, now: Now, bodies: tuple[AddNode | RemoveNode, ...]) -> list[Effect]:
         """Put entries of this node's own chain into the log. Raises TrustError where the mesh does not let it."""
         return self._log_learned(now, self.log.write(KeyId(self.node), bodies), None)
 
-    def _meet(self, now: Now, node: NodeId, address: Address) -> list[Effect]:
+    def _meet(self, now: Now, node: NodeId, addresses: tuple[Address, ...]) -> list[Effect]:
         """Take note where a member listens, which it has not said itself yet."""
-        self._links.learn(now, node, (address,), is_signed=False)
-        return [Persist("peer", node, PeerRecord(node, (address,)))]
+        self._links.learn(now, node, addresses, is_signed=False)
+        return [Persist("peer", node, PeerRecord(node, addresses))]
 
     def _link_opened(self, now: Now, peer: NodeId) -> list[Effect]:
         self._links.link_opened(now, peer)
@@ -575,3 +641,14 @@ class Node:
 
     def _trust_effects(self) -> list[Effect]:
         return [TrustMembers(tuple(self.log.members.values())), Announce()]
+
+
+def take_up(log: MeshLog, records: Iterable[Record]) -> int:
+    """Put into `log` what an agent kept of it, if it was in a mesh. Returns how many entries that were."""
+    records = tuple(records)
+    mesh = next((record.mesh for record in records if isinstance(record, MeshRecord)), None)
+    if mesh is None:
+        return 0
+    kept = sorted((r for r in records if isinstance(r, MeshLogRecord)), key=lambda record: record.rank)
+    log.enter(mesh, (record.entry for record in kept))
+    return len(kept)

@@ -174,7 +174,42 @@ class LinkUser:
     uid: int
 
 
-Body = Genesis | AddNode | LinkUser | RemoveNode | Revoke | AddAdmin | RemoveAdmin | SetRole | SetPolicy
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """The key of one OS account, and the one that takes its place; 32 raw bytes each."""
+
+    before: bytes
+    after: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NewKeys:
+    """What every key of a Rekey signs, so that none takes or loses a place without its holder's word.
+
+    node: whose keys change. public_key: its next device key, 32 raw bytes.
+    """
+
+    mesh: MeshId
+    node: NodeId
+    public_key: bytes
+    users: tuple[NewKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rekey:
+    """A node of the office goes on under new keys: the last thing its own chain says.
+
+    public_key: its next device key (32 raw bytes), which makes its next id. device_ca: DER. users: keys of the accounts
+    there that go on. proofs: one NewKeys, signed by the next device key, then by both keys of each account, in order.
+    """
+
+    public_key: bytes
+    device_ca: bytes
+    users: tuple[NewKey, ...]
+    proofs: tuple[Signed, ...]
+
+
+Body = Genesis | AddNode | LinkUser | RemoveNode | Revoke | AddAdmin | RemoveAdmin | SetRole | SetPolicy | Rekey
 Removal = Revoke | RemoveAdmin
 """What takes rights away: it holds even where its author lost his own at the same time."""
 

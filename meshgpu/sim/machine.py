@@ -333,7 +333,7 @@ class Machine:
         match effect:
             case fx.Send(peer=peer, message=message):
                 self._network.send(self.node, peer, message)
-            case fx.Persist() | fx.QueryProgressed() | fx.TellWatchers() | fx.DiscardAttempt():
+            case fx.Persist() | fx.QueryProgressed() | fx.TellWatchers() | fx.DiscardAttempt() | fx.NoteNewKeys():
                 pass
             case fx.Dial(peer=peer, address=address):
                 self._network.dial(self.node, peer, address)

@@ -202,7 +202,7 @@ async def story(tmp_path: Path, metadata: tuple[Service, str]) -> AsyncIterator[
     home = Home(tmp_path / "rig")
     config = Config(loopback=True, link_port=0, pairing_port=0, keep_free_gb=0.0, advertise="off")
     async with contextlib.AsyncExitStack() as closing, asyncio.TaskGroup() as tasks:
-        rig = Agent(home, config, Room(tasks, closing, lambda: None))
+        rig = Agent(home, config, Room(tasks, closing, lambda: None, lambda: None))
         await rig.start()
         story = Story(rig, common | {"MESHGPU_HOME": str(home.directory)}, rented)
         await story.meshgpu("init", "--mesh", "lab", "--name", "rig", "--user", "ada", "--yes")

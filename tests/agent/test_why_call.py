@@ -80,7 +80,9 @@ async def ask(rooms: Rooms, home: Path, job: str) -> Any:
     async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
         stub: Any = rooms
         unused: Any = None
-        control = Control(stub, stub, unused, unused, unused, unused, frozenset, unused, lambda: None, tasks, unused)
+        control = Control(
+            stub, stub, unused, unused, unused, unused, unused, frozenset, unused, lambda: None, tasks, unused
+        )
         runner = await serve(control.application(), home / SOCKET_NAME)
         try:
             return await asyncio.to_thread(AgentClient(home).why, job)

@@ -10,7 +10,7 @@ from cryptography import x509
 
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import NodeId, node_id
-from meshgpu.ports import Anchor, Clock, Keys
+from meshgpu.ports import Anchor, Clock, Identity
 from meshgpu.wire.certificates import leaf_belongs_to, node_of_ca, node_of_leaf, pem
 from meshgpu.wire.grpc_calls import Context
 
@@ -28,7 +28,7 @@ class _Identity:
 class Gate:
     """Trusts nobody before `trust` is called, and never this node itself."""
 
-    def __init__(self, keys: Keys, clock: Clock) -> None:
+    def __init__(self, keys: Identity, clock: Clock) -> None:
         self._keys = keys
         self._clock = clock
         self.me = node_id(keys.node_key())

@@ -22,7 +22,17 @@ from meshgpu.adapters.grpc_link.reverse import STANDING_CALLS, Offers, Standings
 from meshgpu.adapters.grpc_link.routes import ACCEPTED, FRAME_LIMIT_BYTES, OPTIONS, SERVICE, Route, Routes, beneath
 from meshgpu.errors import BrokenInvariant, MeshgpuError, TrustError
 from meshgpu.model.ids import Address, NodeId
-from meshgpu.ports import Anchor, BulkHandler, Clock, DialFailed, FrameReceived, Keys, LinkClosed, LinkEvent, LinkOpened
+from meshgpu.ports import (
+    Anchor,
+    BulkHandler,
+    Clock,
+    DialFailed,
+    FrameReceived,
+    Identity,
+    LinkClosed,
+    LinkEvent,
+    LinkOpened,
+)
 from meshgpu.wire.certificates import node_of_leaf
 from meshgpu.wire.endpoints import certificate_at, free_port, join_address
 from meshgpu.wire.grpc_calls import Context, Stream, abort, reason_from, service
@@ -90,10 +100,14 @@ class _Link:
 class GrpcLink:
     """Transport on `hosts`; accepts nobody before `trust`. dials: False where it must never open a connection.
 
+    Without hosts it only dials, and its port is 0.
+
     `emit` may be called from within any method. A dial while a Link is open does nothing: its LinkOpened came before.
     """
 
-    def __init__(self, keys: Keys, clock: Clock, hosts: Sequence[str], port: int = 7443, *, dials: bool = True) -> None:
+    def __init__(
+        self, keys: Identity, clock: Clock, hosts: Sequence[str], port: int = 7443, *, dials: bool = True
+    ) -> None:
         self._hosts = tuple(hosts)
         self._port = port
         self._gate = Gate(keys, clock)
@@ -122,6 +136,8 @@ class GrpcLink:
         Raises MeshgpuError `no-port`.
         """
         self._emit, self._serve_bulk = emit, serve_bulk
+        if not self._hosts:
+            return 0
         server = grpc.aio.server(options=_SERVER_OPTIONS)
         methods = {"Link": self._answer_link, "Bulk": self._answer_bulk, "Serve": self._answer_serve}
         server.add_generic_rpc_handlers((service(SERVICE, methods),))

@@ -93,8 +93,7 @@ def _count(instances: int) -> str:
 class Spending:
     """What every launch that is known here costs at most; each change is to be kept."""
 
-    def __init__(self, node: NodeId) -> None:
-        self._node = node
+    def __init__(self) -> None:
         self._spends: dict[LaunchId, SpendRecord] = {}
 
     def restore(self, spend: SpendRecord) -> None:
@@ -105,8 +104,11 @@ class Spending:
         return tuple(self._spends.values())
 
     def next_number(self, need: JobId) -> int:
-        """A token whose instance has died returns the dead one: every request of a need has a number of its own."""
-        numbers = (spend.number for spend in self.spends if spend.need == need and spend.owner == self._node)
+        """A token whose instance has died returns the dead one: every request of a need has a number of its own.
+
+        Those that this machine made under keys of before count, too; another's have the number 0.
+        """
+        numbers = (spend.number for spend in self.spends if spend.need == need)
         return 1 + max(numbers, default=0)
 
     def commit(self, spend: SpendRecord) -> list[Effect]:

@@ -117,7 +117,7 @@ class Planner:
         self._reaper = Reaper(node)
         self._survey = Survey()
         self._rentals: dict[LaunchId, Rental] = {}
-        self._spending = Spending(node)
+        self._spending = Spending()
         self._preparing: _Preparing | None = None
         self._taken_until: dict[JobId, float] = {}
         self._blocked_until = -math.inf
@@ -144,6 +144,11 @@ class Planner:
         self._look_at = now.boot_s if self._settings is not None else None
 
     # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_renting(self) -> bool:
+        """Whether a launch is open: from before its call until its instance is gone."""
+        return bool(self._rentals) or self._preparing is not None
 
     def plan(self, now: Now) -> tuple[Plan, ...]:
         """What would be rented now for each need that is known here, the oldest first, and why or why not."""

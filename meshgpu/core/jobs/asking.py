@@ -104,7 +104,7 @@ class Asking:
         return self._ask(now, query, key, Action.LIST, None, self._linked(), self._timing.list_s)
 
     def act(self, now: Now, query: str, key: KeyId, action: Action, job: JobId, steward: NodeId) -> list[Effect]:
-        return self._ask(now, query, key, action, job, [steward], self._timing.act_s)
+        return self._ask(now, query, key, action, job, [self._log.current(steward)], self._timing.act_s)
 
     def _ask(
         self, now: Now, query: str, key: KeyId, action: Action, job: JobId | None, nodes: list[NodeId], wait_s: float
@@ -183,7 +183,8 @@ class Asking:
                 trials = [_trial(asked, trial.trial, trial.register) for trial in view.trials]
             except TrustError:
                 continue
-            found.extend(v for v in (own, *trials) if node in v.spec.stewards and v.register.job == v.spec.job)
+            holds = node in map(self._log.current, asked.stewards)
+            found.extend(v for v in (own, *trials) if holds and v.register.job == v.spec.job)
         return found
 
     def _is_steward_of(self, node: NodeId, register: Register) -> bool:
@@ -195,7 +196,7 @@ class Asking:
 
     def watch(self, now: Now, key: KeyId, job: JobId, steward: NodeId) -> None:
         """From now on every change of the job is told, until `unwatch`; renewed in `step`."""
-        self._watches[job] = _Watch(key, steward, now.boot_s)
+        self._watches[job] = _Watch(key, self._log.current(steward), now.boot_s)
 
     def unwatch(self, job: JobId) -> None:
         self._watches.pop(job, None)

@@ -177,7 +177,7 @@ class Attempts:
     def _offer_refusal(self, steward: NodeId, offer: Offer, spec: JobSpec) -> str:
         if steward not in spec.stewards or offer.job != spec.job:
             return "the offer does not come from a machine that holds the job"
-        if spec.machine not in (None, self._node):
+        if spec.machine is not None and self._log.current(spec.machine) != self._node:
             return "the job is meant for another machine"
         if offer.epoch <= self._spent.get(spec.job, 0):
             return f"attempt {offer.epoch} of this job was here before"

@@ -68,6 +68,11 @@ class Submissions:
         found = self._open.get(job)
         return found.spec.tree if found is not None and peer in found.spec.stewards else None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody waits for the answer of a steward."""
+        return bool(self._open)
+
     def asked(self, now: Now, query: str, key: KeyId, draft: Draft) -> list[Effect]:
         try:
             spec = self._resolve(now, query, self._user(key), draft)

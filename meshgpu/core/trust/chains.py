@@ -9,14 +9,17 @@ Nothing is discarded and order of arrival does not matter. Four rules decide:
    before; the recovery key, which nobody removes, begins anew.
 3. What counts needs an author whose own admission counts. Who was removed does not come back.
 4. Two entries with one number freeze their author there, unless a removal names which of the two it goes on from.
+
+A node that goes on under new keys stays the same machine: who revokes one of its ids revokes all that come after it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from meshgpu.core.trust.rekeying import Lineage, check_rekey
 from meshgpu.errors import TrustError
-from meshgpu.model.ids import Digest, KeyId, MeshId, NodeId, key_id
+from meshgpu.model.ids import Digest, KeyId, MeshId, NodeId, key_id, node_id
 from meshgpu.model.trust import (
     AddAdmin,
     AddNode,
@@ -24,6 +27,7 @@ from meshgpu.model.trust import (
     Head,
     LogEntry,
     Notary,
+    Rekey,
     Removal,
     RemoveAdmin,
     RemoveNode,
@@ -69,7 +73,9 @@ class Chains:
         self.recovery = key_id(body.recovery_key)
         self._keys = {self.founder: body.admin_key, self.recovery: body.recovery_key}
         self._admins = {self.founder, self.recovery}
-        self._renters: set[KeyId] = set()
+        self._renters: set[NodeId] = set()
+        self._rekeys: dict[NodeId, list[Written]] = {}
+        self.lineage = Lineage()
         self._held: dict[KeyId, dict[int, list[Written]]] = {}
         self._by_name: dict[Digest, Written] = {}
         self._named: set[Digest] = set()
@@ -120,18 +126,29 @@ class Chains:
             raise TrustError("not-allowed", f"an entry of {signed.key[:12]} founds another mesh")
         if not self._may_ever_write(entry):
             raise TrustError("not-allowed", f"an entry of {signed.key[:12]} says what no node may say")
-        if entry.author not in self._admins | self._renters and not _is_parting(entry):
+        if not (entry.author in self._admins or _is_parting(entry) or self._may_rent(NodeId(entry.author))):
             return False  # that it may rent may be on its way, too
         found = chain.get(entry.seq, [])
         if any(written.name == name for written in found):
             return False
         if entry.seq >= CHAIN_LIMIT or (len(found) > 1 and name not in self._named):
             return False  # two prove the fork; a third is kept only where somebody else says that it is the true one
+        if isinstance(entry.body, Rekey):
+            self.check_rekey(entry.author, entry.body)
         written = Written(name, signed, entry)
         self._held.setdefault(signed.key, {}).setdefault(entry.seq, []).append(written)
         self._name(written)
         self._introduce(written)
         return True
+
+    def check_rekey(self, author: KeyId, rekey: Rekey) -> None:
+        """Raises TrustError for one that is not to be taken in from `author`."""
+        check_rekey(self._notary, self._mesh, author, rekey)
+        if self.lineage.is_full(NodeId(author)):
+            raise TrustError("not-allowed", f"cannot take in new keys of {author[:12]}: it has had too many")
+
+    def _may_rent(self, node: NodeId) -> bool:
+        return not self._renters.isdisjoint(self.lineage.ancestry(node))
 
     def _may_ever_write(self, entry: LogEntry) -> bool:
         """Nodes write of themselves, and, with the role burst, of cloud nodes; all else is for admins."""
@@ -140,7 +157,7 @@ class Chains:
         match entry.body:
             case AddNode(role=role, expires_wall_s=expires_wall_s):
                 return role is Role.CLOUD and expires_wall_s is not None
-            case RemoveNode():
+            case RemoveNode() | Rekey():
                 return True
             case _:
                 return False
@@ -154,9 +171,13 @@ class Chains:
             case AddNode(public_key=public_key, role=role) if role is not Role.CLOUD:
                 self._keys.setdefault(key_id(public_key), public_key)
                 if role is Role.BURST:
-                    self._renters.add(key_id(public_key))
+                    self._renters.add(node_id(public_key))
             case SetRole(node=node, role=Role.BURST):
-                self._renters.add(KeyId(node))
+                self._renters.add(node)
+            case Rekey(public_key=public_key):
+                self._keys.setdefault(key_id(public_key), public_key)
+                self._rekeys.setdefault(NodeId(written.author), []).append(written)
+                self.lineage.add(NodeId(written.author), node_id(public_key))
             case _:
                 pass
 
@@ -180,13 +201,48 @@ class Chains:
         return self._runs.get(author, [])
 
     def of_nodes(self) -> Iterator[tuple[NodeId, list[Written]]]:
-        """What nodes wrote in chains of their own, as far as all that it follows from is here."""
+        """What nodes wrote in chains of their own, as far as all that it follows from is here.
+
+        Admins' chains are among them: were a node's left out because somebody called its key an admin's, it came back.
+        """
         for author in sorted(self._runs):
-            if author not in self._admins:
-                yield NodeId(author), [written for written in self._runs[author] if written.name in self._clocks]
+            yield NodeId(author), [written for written in self._runs[author] if written.name in self._clocks]
+
+    def rekeyed(self) -> dict[NodeId, Written | None]:
+        """Nodes that gave up their keys, for ever, and the entry that says so; None where a fork hides which it is."""
+        found: dict[NodeId, Written | None] = {}
+        for node, written in sorted(self._rekeys.items()):
+            if any(self._is_complete(entry) for entry in written):
+                meant = (w for w in self.run(KeyId(node)) if isinstance(w.entry.body, Rekey) and w.name in self._clocks)
+                found[node] = next(meant, None)
+        return found
+
+    def _is_complete(self, written: Written) -> bool:
+        """Whether its author's entries before it are here, and what these name: what is here is never lost again."""
+        while all(head.entry in self._by_name for head in written.entry.heads):
+            below = self._by_name.get(written.entry.previous)
+            if written.entry.seq == 0 or below is None:
+                return written.entry.seq == 0
+            if below.author != written.author or below.entry.seq != written.entry.seq - 1:
+                return False
+            written = below
+        return False
+
+    def follows(self, later: Written, earlier: Written) -> bool:
+        """Whether `later` was written by somebody who had seen `earlier`."""
+        return earlier.is_in(self._clocks.get(later.name, {}))
 
     def heads(self) -> tuple[Head, ...]:
         return tuple(Head(author, len(run) - 1, run[-1].name) for author, run in sorted(self._runs.items()) if run)
+
+    def citable(self) -> tuple[Head, ...]:
+        """What a new entry follows from: of each author the newest entry whose every root is here.
+
+        Were others cited, a member could name a head that does not exist, and nothing that anybody wrote after hearing
+        of it would ever count.
+        """
+        tops = ([written for written in run if written.name in self._clocks] for _, run in sorted(self._runs.items()))
+        return tuple(Head(top[-1].author, top[-1].entry.seq, top[-1].name) for top in tops if top)
 
     def last_of(self, author: KeyId) -> Head | None:
         """What a removal of `author` names: of a fork, the side that was here first. None if he wrote nothing."""
@@ -210,7 +266,8 @@ class Chains:
         """Entries that somebody with `heads` lacks; where its head is none of ours, everything of that author."""
         theirs = {head.author: head for head in heads}
         lacking: list[Signed] = []
-        for author in sorted(self._held):
+        # Rekeys last: who hears one lets its author go, and must have heard before all that it follows from.
+        for author in sorted(self._held, key=lambda author: (NodeId(author) in self._rekeys, author)):
             chain, head = self._held[author], theirs.get(author)
             agrees = head is not None and any(written.name == head.entry for written in chain.get(head.seq, ()))
             start = head.seq + 1 if head is not None and agrees else 0
@@ -357,7 +414,8 @@ class Chains:
         if isinstance(removal, RemoveAdmin):
             return -1 if removal.key == author else None
         if any(
-            isinstance(admission.entry.body, AddAdmin) and admission.entry.body.node == removal.node
+            isinstance(admission.entry.body, AddAdmin)
+            and removal.node in self.lineage.ancestry(admission.entry.body.node)
             for admission in self._admissions.get(author, ())
         ):
             return -1  # an admin of that machine of whom its author had not heard
@@ -416,8 +474,9 @@ def _heads_of(removal: Removal) -> tuple[Head, ...]:
 
 
 def _is_parting(entry: LogEntry) -> bool:
-    """Whether a node says that it leaves, with which its chain begins and ends."""
-    return entry.seq == 0 and entry.body == RemoveNode(NodeId(entry.author))
+    """Whether a node says that it leaves, or goes on under new keys, with which its chain begins and ends."""
+    is_last = isinstance(entry.body, Rekey) or entry.body == RemoveNode(NodeId(entry.author))
+    return entry.seq == 0 and is_last
 
 
 def _ends(written: Written) -> tuple[Head, ...]:

@@ -1,17 +1,21 @@
 """The mesh log: a union of hash chains, and the members and users that it adds up to.
 
 Which entries count is `chains`' business; here they are read, each after what it follows from. Admins write what they
-like. A node has a chain of its own: that it leaves, and, with the role burst, which cloud nodes it lets in, which
-counts only while it has the role. Nodes that hold the same entries see the same mesh. Cloud nodes leave it by the clock
-as well, each at the end of its lease. Whoever was taken out never comes back.
+like. A node has a chain of its own: that it leaves, or goes on under new keys, and, with the role burst, which cloud
+nodes it lets in, which counts only while it has the role. Nodes that hold the same entries see the same mesh. Cloud
+nodes leave it by the clock as well, each at the end of its lease. Whoever was taken out never comes back.
+
+A machine of the office is known by the line of its ids: the one it was admitted under, and those that came after. What
+an admin says of any of them, it is said of the machine.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import replace
 from typing import Final, assert_never
 
 from meshgpu.core.trust.chains import Chains
+from meshgpu.core.trust.lines import Line, is_admission, lines
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
 from meshgpu.model.ids import Digest, KeyId, MeshId, NodeId, UserName, key_id, node_id
@@ -26,6 +30,7 @@ from meshgpu.model.trust import (
     LogEntry,
     Member,
     Notary,
+    Rekey,
     RemoveAdmin,
     RemoveNode,
     Revoke,
@@ -51,7 +56,9 @@ class MeshLog:
         self.members: dict[NodeId, Member] = {}
         self.users: dict[KeyId, UserKey] = {}
         self.former: dict[NodeId, Member] = {}
-        """Machines of the office that were revoked, or have left."""
+        """Machines of the office that were revoked or have left, and the ids that others had before their new keys."""
+        self.heirs: dict[NodeId, NodeId] = {}
+        """{id of before: the one that the same machine took next}, whether it still is a member or not."""
         self.former_users: dict[KeyId, UserKey] = {}
         """Keys that spoke for users there: nothing new is taken from them."""
         self.stopped: frozenset[KeyId] = frozenset()
@@ -102,6 +109,8 @@ class MeshLog:
     # -- adding up ----------------------------------------------------------------------------------------------------
 
     def _recount(self, chains: Chains) -> None:
+        machines = lines(chains)
+        origin = {node: line.first for line in machines for node in line.ids}
         office: dict[NodeId, Member] = {}
         links: dict[KeyId, LinkUser] = {}
         revoked: dict[NodeId, bool] = {}
@@ -109,52 +118,64 @@ class MeshLog:
             match written.entry.body:
                 case Genesis(mesh_name=name):
                     self.mesh_name = name
-                case AddNode(node=node, role=role) as body:
-                    if role in OFFICE_ROLES and node == node_id(body.public_key) and node not in office:
+                case AddNode(node=node) as body:
+                    if is_admission(body) and node not in office:
                         office[node] = _member(body, expires_wall_s=None)
                 case SetRole(node=node, role=role):
-                    if role in OFFICE_ROLES and node in office:
-                        office[node] = replace(office[node], role=role)
+                    first = origin.get(node, node)
+                    if role in OFFICE_ROLES and first in office:
+                        office[first] = replace(office[first], role=role)
                 case LinkUser() as body:
                     links.setdefault(key_id(body.public_key), body)  # a key speaks for one user, for ever
                 case SetPolicy(may_leave=may_leave):
                     self.may_leave = may_leave
                 case Revoke(node=node, stops_jobs=stops_jobs):
                     revoked[node] = revoked.get(node, False) or stops_jobs
-                case AddAdmin() | RemoveAdmin() | RemoveNode():
+                case AddAdmin() | RemoveAdmin() | RemoveNode() | Rekey():
                     pass
                 case _ as never:
                     assert_never(never)
-        left, ended, rented = self._of_nodes(chains, office, frozenset(revoked))
-        gone = revoked.keys() | left
-        self.former = {node: member for node, member in office.items() if node in gone}
-        inside = {node: member for node, member in office.items() if node not in gone}
+        self._place(chains, machines, office, revoked.keys())
+        self._link(chains, machines, links, {node for node, stops_jobs in revoked.items() if stops_jobs})
+        self._heads = chains.heads()
+        self.frozen = chains.frozen()
+
+    def _place(self, chains: Chains, machines: list[Line], office: dict[NodeId, Member], revoked: Set[NodeId]) -> None:
+        """Who is in, and who was: each machine under the last of its ids, and under those before among the former."""
+        known = {node for line in machines for node in line.ids}
+        trusted = [line for line in machines if line.removals.isdisjoint(revoked)]
+        renters = {node for line in trusted if office[line.first].role is Role.BURST for node in line.ids}
+        left, ended, rented = self._of_nodes(chains, renters, known)
+        inside: dict[NodeId, Member] = {}
+        self.former, self.heirs = {}, {}
+        for line in machines:
+            *before, current = line.members(office[line.first])
+            if line.is_lost or not line.removals.isdisjoint(revoked) or not left.isdisjoint(line.ids):
+                before.append(current)
+            else:
+                inside[current.node] = current
+            self.former.update((member.node, member) for member in before)
+            self.heirs.update((node, heir) for node, _, heir in line.changes())
         for node, member in rented.items():
-            if node not in office and node not in ended and node not in revoked:
+            if node not in known and node not in ended and node not in revoked:
                 inside.setdefault(node, member)
         self.members = _with_unique_names(inside)
         self.ended, self.rented = frozenset(ended), rented
         self._first_expiry_wall_s = min(map(_expiry_wall_s, self.members.values()), default=math.inf)
-        admins = frozenset(chains.admins())
-        every = {key: UserKey(b.user, key, b.public_key, b.node, b.uid, key in admins) for key, b in links.items()}
-        self.users = {key: user for key, user in every.items() if user.node in inside and user.node in office}
-        self.former_users = {key: user for key, user in every.items() if user.node in self.former}
-        self.stopped = frozenset(key for key, user in self.former_users.items() if revoked.get(user.node, False))
-        self._heads = chains.heads()
-        self.frozen = chains.frozen()
 
     def _of_nodes(
-        self, chains: Chains, office: dict[NodeId, Member], revoked: frozenset[NodeId]
+        self, chains: Chains, renters: Set[NodeId], office: Set[NodeId]
     ) -> tuple[set[NodeId], set[NodeId], dict[NodeId, Member]]:
         """(who left, which instances are gone, which were let in), by what nodes wrote of themselves and of these."""
         left: set[NodeId] = set()
         ended = set(self._expired)
         rented: dict[NodeId, Member] = {}
         for author, run in chains.of_nodes():
-            writer = office.get(author)
-            rents = writer is not None and writer.role is Role.BURST and author not in revoked
+            rents = author in renters
             for written in run:
                 match written.entry.body:
+                    case Rekey():
+                        break  # what these keys sign later, whoever took them may have signed
                     case RemoveNode(node=node) if node == author:
                         left.add(node)
                     case RemoveNode(node=node) if rents and node not in office:
@@ -165,6 +186,22 @@ class MeshLog:
                     case _:
                         pass
         return left, ended, rented
+
+    def _link(self, chains: Chains, machines: list[Line], links: dict[KeyId, LinkUser], stopping: Set[NodeId]) -> None:
+        """Whose key is whose: as admins said, and as the keys were handed on. stopping: machines whose jobs end."""
+        for line in machines:
+            for node, said, heir in line.changes():
+                for new in said.users:
+                    link = links.get(key_id(new.before))
+                    if link is not None and link.node == node:
+                        links.setdefault(key_id(new.after), replace(link, public_key=new.after, node=heir))
+        admins = frozenset(chains.admins())
+        every = {key: UserKey(b.user, key, b.public_key, b.node, b.uid, key in admins) for key, b in links.items()}
+        inside = self.members.keys() & {line.current for line in machines}
+        stopped = {node for line in machines if line.removals & stopping for node in line.ids}
+        self.users = {key: user for key, user in every.items() if user.node in inside}
+        self.former_users = {key: user for key, user in every.items() if user.node in self.former}
+        self.stopped = frozenset(key for key, user in self.former_users.items() if user.node in stopped)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -184,6 +221,12 @@ class MeshLog:
 
     def member_named(self, name: str) -> Member | None:
         return next((member for member in self.members.values() if member.name == name), None)
+
+    def current(self, node: NodeId) -> NodeId:
+        """The newest id of the machine that is, or was, `node`."""
+        while (heir := self.heirs.get(node)) is not None:
+            node = heir
+        return node
 
     def account(self, node: NodeId, uid: int) -> UserKey | None:
         """The key that speaks for an OS account of a node."""
@@ -219,7 +262,8 @@ class MeshLog:
         """Who a key is, as people read it: user and machine, of now or before."""
         user = self.users.get(key) or self.former_users.get(key)
         if user is None:
-            return f"the key {key[:12]}"
+            node = NodeId(key)
+            return self.name_of(node) if node in self.members or node in self.former else f"the key {key[:12]}"
         return f"{user.user} on {self.name_of(user.node)}"
 
     # -- writing ------------------------------------------------------------------------------------------------------
@@ -236,15 +280,10 @@ class MeshLog:
                 f"cannot change who is in the mesh {self.mesh_name}: this account is not one of its admins",
                 "ask an admin; they are shown by: meshgpu admin ls",
             )
-        if author in self.frozen:
-            raise TrustError(
-                "frozen",
-                "cannot write to the mesh log: two different entries with one number were signed with this key",
-                "another admin must remove it: meshgpu admin remove",
-            )
+        self._check_not_frozen(author)
         run = chains.run(author)
         seq, previous = len(run), run[-1].name if run else Digest("")
-        others = tuple(head for head in self.heads() if head.author != author)
+        others = tuple(head for head in chains.citable() if head.author != author)
         written: list[Signed] = []
         for body in bodies:
             entry = (notary or self._notary).sign(author, LogEntry(mesh, author, seq, previous, others, body))
@@ -252,10 +291,18 @@ class MeshLog:
             seq, previous = seq + 1, self._notary.digest(entry)
         return tuple(written)
 
+    def _check_not_frozen(self, author: KeyId) -> None:
+        if author in self.frozen:
+            raise TrustError(
+                "frozen",
+                "cannot write to the mesh log: two different entries with one number were signed with this key",
+                "another admin must remove it: meshgpu admin remove",
+            )
+
     def _may_write(self, chains: Chains, author: KeyId, bodies: tuple[Body, ...]) -> bool:
         member = self.members.get(NodeId(author))
-        leaves = bodies == (RemoveNode(NodeId(author)),)
-        return chains.is_admin(author) or (member is not None and (leaves or member.role is Role.BURST))
+        parts = len(bodies) == 1 and (bodies == (RemoveNode(NodeId(author)),) or isinstance(bodies[0], Rekey))
+        return chains.is_admin(author) or (member is not None and (parts or member.role is Role.BURST))
 
     def revocation(self, node: NodeId, *, stops_jobs: bool) -> Revoke:
         """What takes `node` out, naming where the chains of its admins end: with what is known of them here."""
@@ -265,6 +312,26 @@ class MeshLog:
             if user.node == node and user.is_admin and (head := self.last_of(key)) is not None
         )
         return Revoke(node, ends, stops_jobs)
+
+    def check_rekey(self, node: NodeId, rekey: Rekey) -> None:
+        """Raises TrustError unless `node` and the admins among its accounts can write all of it, now."""
+        if self._chains is None or node not in self.members:
+            raise TrustError("not-in-mesh", "cannot take new keys: this machine is no member of a mesh")
+        self._chains.check_rekey(KeyId(node), rekey)
+        for author in (KeyId(node), *(author for author, _ in self.hand_over(rekey))):
+            self._check_not_frozen(author)
+
+    def hand_over(self, rekey: Rekey) -> tuple[tuple[KeyId, tuple[Body, ...]], ...]:
+        """(author, what he writes before it) of each admin among its accounts: his right goes to his next key.
+
+        In chains of their own, so that the rules of admins hold for it: a removal that had not heard of it wins.
+        """
+        heir = node_id(rekey.public_key)
+        return tuple(
+            (key, (AddAdmin(new.after, heir), RemoveAdmin(key, self.last_of(key))))
+            for new in rekey.users
+            if (key := key_id(new.before)) in self.users and self.users[key].is_admin
+        )
 
     def last_of(self, author: KeyId) -> Head | None:
         """The last entry of an author that is known here; None if he wrote nothing."""

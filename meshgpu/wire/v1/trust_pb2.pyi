@@ -329,6 +329,106 @@ class LinkUser(_message.Message):
 Global___LinkUser: _TypeAlias = LinkUser  # noqa: Y015
 
 @_typing.final
+class NewKey(_message.Message):
+    """The key of one OS account, and the one that takes its place."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    before: _builtins.bytes
+    """Ed25519 public key, 32 bytes."""
+    after: _builtins.bytes
+    """Ed25519 public key, 32 bytes."""
+    def __init__(
+        self,
+        *,
+        before: _builtins.bytes = ...,
+        after: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NewKey: _TypeAlias = NewKey  # noqa: Y015
+
+@_typing.final
+class NewKeys(_message.Message):
+    """What every key of a Rekey signs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESH_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    USERS_FIELD_NUMBER: _builtins.int
+    mesh: _builtins.str
+    """Mesh id."""
+    node: _builtins.str
+    """Id of the node whose keys change."""
+    public_key: _builtins.bytes
+    """Ed25519 device key that it has from now on, 32 bytes."""
+    @_builtins.property
+    def users(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewKey]:
+        """Keys of the accounts there, in the order of the Rekey."""
+
+    def __init__(
+        self,
+        *,
+        mesh: _builtins.str = ...,
+        node: _builtins.str = ...,
+        public_key: _builtins.bytes = ...,
+        users: _abc.Iterable[Global___NewKey] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mesh", b"mesh", "node", b"node", "public_key", b"public_key", "users", b"users"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NewKeys: _TypeAlias = NewKeys  # noqa: Y015
+
+@_typing.final
+class Rekey(_message.Message):
+    """A node of the office goes on under new keys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    DEVICE_CA_FIELD_NUMBER: _builtins.int
+    USERS_FIELD_NUMBER: _builtins.int
+    PROOFS_FIELD_NUMBER: _builtins.int
+    public_key: _builtins.bytes
+    """Ed25519 device key that it has from now on, 32 bytes."""
+    device_ca: _builtins.bytes
+    """Device CA certificate of that key, DER."""
+    @_builtins.property
+    def users(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewKey]:
+        """Keys of the accounts there that go on."""
+
+    @_builtins.property
+    def proofs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Signed]:
+        """NewKeys, signed by the new device key, then by both keys of each account."""
+
+    def __init__(
+        self,
+        *,
+        public_key: _builtins.bytes = ...,
+        device_ca: _builtins.bytes = ...,
+        users: _abc.Iterable[Global___NewKey] | None = ...,
+        proofs: _abc.Iterable[Global___Signed] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ca", b"device_ca", "proofs", b"proofs", "public_key", b"public_key", "users", b"users"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rekey: _TypeAlias = Rekey  # noqa: Y015
+
+@_typing.final
 class Head(_message.Message):
     """The newest entry of one author's chain."""
 
@@ -378,6 +478,7 @@ class LogEntry(_message.Message):
     REVOKE_FIELD_NUMBER: _builtins.int
     ADD_ADMIN_FIELD_NUMBER: _builtins.int
     REMOVE_ADMIN_FIELD_NUMBER: _builtins.int
+    REKEY_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id; empty in GENESIS, whose digest it is."""
     author: _builtins.str
@@ -426,6 +527,10 @@ class LogEntry(_message.Message):
     def remove_admin(self) -> Global___RemoveAdmin:
         """Present where a key is an admin's no more."""
 
+    @_builtins.property
+    def rekey(self) -> Global___Rekey:
+        """Present where a node goes on under new keys."""
+
     def __init__(
         self,
         *,
@@ -443,12 +548,13 @@ class LogEntry(_message.Message):
         revoke: Global___Revoke | None = ...,
         add_admin: Global___AddAdmin | None = ...,
         remove_admin: Global___RemoveAdmin | None = ...,
+        rekey: Global___Rekey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_admin", b"add_admin", "add_node", b"add_node", "body", b"body", "genesis", b"genesis", "link_user", b"link_user", "remove_admin", b"remove_admin", "remove_node", b"remove_node", "revoke", b"revoke", "set_policy", b"set_policy", "set_role", b"set_role"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_admin", b"add_admin", "add_node", b"add_node", "body", b"body", "genesis", b"genesis", "link_user", b"link_user", "rekey", b"rekey", "remove_admin", b"remove_admin", "remove_node", b"remove_node", "revoke", b"revoke", "set_policy", b"set_policy", "set_role", b"set_role"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_admin", b"add_admin", "add_node", b"add_node", "author", b"author", "body", b"body", "genesis", b"genesis", "heads", b"heads", "link_user", b"link_user", "mesh", b"mesh", "previous", b"previous", "remove_admin", b"remove_admin", "remove_node", b"remove_node", "revoke", b"revoke", "seq", b"seq", "set_policy", b"set_policy", "set_role", b"set_role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_admin", b"add_admin", "add_node", b"add_node", "author", b"author", "body", b"body", "genesis", b"genesis", "heads", b"heads", "link_user", b"link_user", "mesh", b"mesh", "previous", b"previous", "rekey", b"rekey", "remove_admin", b"remove_admin", "remove_node", b"remove_node", "revoke", b"revoke", "seq", b"seq", "set_policy", b"set_policy", "set_role", b"set_role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["genesis", "add_node", "link_user", "remove_node", "set_role", "set_policy", "revoke", "add_admin", "remove_admin"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["genesis", "add_node", "link_user", "remove_node", "set_role", "set_policy", "revoke", "add_admin", "remove_admin", "rekey"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

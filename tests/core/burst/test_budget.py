@@ -88,7 +88,7 @@ def instance(state: InstanceState, launch: str = "x", owner: NodeId = OTHER) -> 
 
 
 def test_launch_is_counted_whole_until_it_is_known_to_be_over() -> None:
-    spending = Spending(ME)
+    spending = Spending()
     launch = LaunchId("a" * 26)
     spending.commit(worst_case(launch, ME, JOB, spending.next_number(JOB), RUNG, now(0), NOON + 3600))
     assert spent_usd(spending.spends, *day(NOON)) == pytest.approx(1.0 + WALL_CLOCK_SLACK_S / 3600)
@@ -98,14 +98,14 @@ def test_launch_is_counted_whole_until_it_is_known_to_be_over() -> None:
 
 
 def test_instance_costs_a_minute_at_least() -> None:
-    spending = Spending(ME)
+    spending = Spending()
     spending.commit(worst_case(LaunchId("a" * 26), ME, JOB, 1, RUNG, now(0), NOON + 3600))
     spending.close(now(1), LaunchId("a" * 26))
     assert spending.spends[0].until_wall_s == NOON + LEAST_BILLED_S
 
 
 def test_numbers_of_a_need_are_never_used_again() -> None:
-    spending = Spending(ME)
+    spending = Spending()
     for number in (1, 2, 3):
         assert spending.next_number(JOB) == number
         launch = LaunchId(f"{number}" * 26)
@@ -113,15 +113,22 @@ def test_numbers_of_a_need_are_never_used_again() -> None:
         spending.void(launch)
         forgotten = [e for e in effects if isinstance(e, Persist) and e.record is None]
         assert len(forgotten) == (number > 1)  # one line for all that came to nothing
-    again = Spending(ME)
+    again = Spending()
     for record in spending.spends:
         again.restore(record)
     assert again.next_number(JOB) == 4
     assert spent_usd(again.spends, *day(NOON)) == 0.0
 
 
+def test_numbers_go_on_where_this_machine_took_new_keys() -> None:
+    spending = Spending()
+    before = worst_case(LaunchId("a" * 26), OTHER, JOB, 3, RUNG, now(0), NOON + 3600)
+    spending.restore(before)
+    assert spending.next_number(JOB) == 4
+
+
 def test_instances_of_other_burst_peers_count_while_they_live() -> None:
-    spending = Spending(ME)
+    spending = Spending()
     spending.account(now(60), [instance(InstanceState.RUNNING)], ())
     assert [(s.owner, s.until_wall_s, s.is_over) for s in spending.spends] == [(OTHER, NOON + 3600, False)]
     assert spending.next_number(JOB) == 1
@@ -132,7 +139,7 @@ def test_instances_of_other_burst_peers_count_while_they_live() -> None:
 
 
 def test_launch_that_seemed_to_have_come_to_nothing_counts_again_when_it_shows() -> None:
-    spending = Spending(ME)
+    spending = Spending()
     launch = LaunchId("x" * 26)
     spending.commit(worst_case(launch, ME, JOB, 1, RUNG, now(0), NOON + 3600))
     spending.void(launch)
@@ -142,7 +149,7 @@ def test_launch_that_seemed_to_have_come_to_nothing_counts_again_when_it_shows()
 
 
 def test_spending_of_older_months_is_forgotten() -> None:
-    spending = Spending(ME)
+    spending = Spending()
     spending.restore(replace(spend(begin=NOON - 70 * 86400), is_over=True))
     effects = spending.account(now(0), (), ())
     assert effects == [Persist("spend", "a" * 26, None)]

@@ -351,6 +351,19 @@ def test_entry_waits_for_what_it_follows_from() -> None:
     assert eve.log.members[eve.node].role is Role.SUBMITTER
 
 
+def test_entry_that_follows_from_nothing_stops_nobody() -> None:
+    """A member names a head that does not exist: what admins write after they heard it counts all the same."""
+    ada, bob, eve = founded("ada", "bob", "eve")
+    nothing = Head(ada.key, 77, Digest("f" * 64))
+    own = KeyId(eve.node)
+    hostile = eve.notary.sign(own, LogEntry(eve.mesh, own, 0, Digest(""), (nothing,), RemoveNode(eve.node)))
+    assert ada.log.add((hostile,)), "it is kept: what it follows from may be on its way"
+    ada.admit(Seat("dan"))
+    ada.write(ada.log.revocation(eve.node, stops_jobs=False))
+    meet((ada, bob))
+    assert bob.names == {"ada", "bob", "dan"}
+
+
 @given(st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=60)
 def test_order_does_not_matter(rng: random.Random) -> None:
