@@ -65,7 +65,8 @@ def join(
     invite: Annotated[
         str | None,
         typer.Argument(
-            metavar="[STRING]", help="What `meshgpu invite` printed; without it, compare digits (or a line of stdin)."
+            metavar="[STRING]",
+            help="What `meshgpu invite` printed, or - to read it from stdin; without it, compare digits.",
         ),
     ] = None,
     name: MachineName = None,
@@ -89,7 +90,7 @@ def join(
         raise MeshgpuError(
             "bad-request", "cannot choose a user's name: the invite says it", "meshgpu invite --user NAME"
         )
-    invite = asked_invite() if invite is None else invite
+    invite = asked_invite() if invite in (None, "-") else invite
     check_invite(invite)
     if not (yes or as_json or is_attended()):
         raise MeshgpuError("bad-request", "cannot ask whether to lend this machine: no terminal is here", "--yes")
