@@ -259,7 +259,6 @@ def test_man_in_the_middle_of_two_windows_gets_different_digits(office: Office, 
         assert at_joiner != at_admitter, seed
 
 
-@pytest.mark.slow
 def test_man_in_the_middle_who_chooses_late_is_refused_and_would_else_fool_both(
     office: Office, at: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
