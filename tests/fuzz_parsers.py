@@ -74,13 +74,15 @@ class Parsers:
 
     def _frame(self, data: bytes) -> None:
         mesh, message = self._codec.decode_frame(data)
-        again = self._codec.decode_frame(self._codec.encode_frame(mesh, message))
-        assert again == (mesh, message), message
+        with what_was_read(message):
+            again = self._codec.decode_frame(self._codec.encode_frame(mesh, message))
+            assert again == (mesh, message)
 
     def _value(self, kind: type) -> Callable[[bytes], None]:
         def read(data: bytes) -> None:
             value = self._codec.decode(kind, data)
-            assert self._codec.decode(kind, self._codec.encode(value)) == value, value
+            with what_was_read(value):
+                assert self._codec.decode(kind, self._codec.encode(value)) == value
 
         return read
 
@@ -108,6 +110,15 @@ class Parsers:
                 notary.read(Signed(signed.kind, signed.payload, key_id(key), signed.signature), key, kind)
                 return
         raise MeshgpuError("wrong-kind", "cannot read it: there is no such kind")
+
+
+@contextmanager
+def what_was_read(value: object) -> Iterator[None]:
+    """It must be possible to write it: a refusal here is a failure."""
+    try:
+        yield
+    except (MeshgpuError, AssertionError) as error:
+        raise AssertionError(f"it was read, and is not written as itself: {value}") from error
 
 
 def unpack(encoded: bytes) -> tuple[str, bytes]:
