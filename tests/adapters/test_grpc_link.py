@@ -8,12 +8,15 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from meshgpu.adapters.grpc_link import GrpcLink, routes, transport
 from meshgpu.adapters.grpc_link.routes import Route
@@ -22,7 +25,7 @@ from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Address, NodeId, node_id
 from meshgpu.ports import Anchor, DialFailed, FrameReceived, LinkClosed, LinkEvent, LinkOpened
-from meshgpu.wire.certificates import pem, server_name
+from meshgpu.wire.certificates import make_leaf, pem, server_name
 from meshgpu.wire.endpoints import certificate_at
 from meshgpu.wire.grpc_calls import Context, service
 
@@ -45,6 +48,7 @@ class Node:
     """A transport with keys of its own, and everything that it emitted."""
 
     def __init__(self, directory: Path, port: int = 0) -> None:
+        self.directory = directory
         self.keys = KeyFiles(directory)
         self.id = node_id(self.keys.node_key())
         self.anchor = Anchor(self.id, self.keys.device_ca())
@@ -434,6 +438,24 @@ async def test_another_machine_at_the_address_fails_the_dial(mesh: Mesh) -> None
     await one.until(lambda: bool(one.events))
     assert one.events == [DialFailed(two.id, three.address, "another machine answers there")]
     assert three.events == []
+
+
+@pytest.mark.parametrize("name", ["b.{}", "b.example.org", "pairing.meshgpu.internal"])
+async def test_another_name_under_the_right_ca_fails_the_dial(
+    mesh: Mesh, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low, high = await mesh(2)
+    signer = load_pem_private_key(high.directory.joinpath("node.pem").read_bytes(), None)
+    assert isinstance(signer, ed25519.Ed25519PrivateKey)
+    private = ec.generate_private_key(ec.SECP256R1())
+    validity = (datetime.now(UTC) - timedelta(days=1), datetime.now(UTC) + timedelta(days=1))
+    ca = x509.load_der_x509_certificate(high.anchor.device_ca)
+    leaf = make_leaf(private, name.format(server_name(high.id)), validity, (ca, signer))
+    shown = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), pem(leaf)
+    monkeypatch.setattr(high.keys, "leaf", lambda now_wall_s: shown)
+    low.link.dial(high.id, high.address)
+    await low.until(lambda: bool(low.events))
+    assert low.events == [DialFailed(high.id, high.address, "another machine answers there")]
 
 
 async def test_unknown_nodes_and_broken_addresses_fail_the_dial(mesh: Mesh) -> None:
