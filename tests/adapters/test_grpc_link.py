@@ -538,19 +538,64 @@ async def test_removal_ends_a_dial(mesh: Mesh) -> None:
     assert low.events == [DialFailed(high.id, address, "no longer trusted")]
 
 
-async def test_leaf_is_renewed_while_a_link_is_open(mesh: Mesh) -> None:
+async def test_leaves_of_both_sides_are_renewed_while_a_link_and_a_stream_are_open(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     low, high = await mesh(2)
+    lines: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def log(peer: NodeId, request: bytes) -> AsyncIterator[bytes]:
+        while True:
+            yield await lines.get()
+
+    high.bulk = log
+    seen: list[bytes] = []
+    authorise: Callable[[Context], NodeId] = high.link._gate.authorise
+
+    def note(context: Context) -> NodeId:
+        seen.extend(context.auth_context()["x509_pem_cert"])
+        return authorise(context)
+
+    monkeypatch.setattr(high.link._gate, "authorise", note)
     await linked(low, high)
-    before = await certificate_at(high.address, 3)
-    assert await certificate_at(high.address, 3) == before
-    low.clock.wall_s += 2 * HALF_A_DAY_S
-    high.clock.wall_s += 2 * HALF_A_DAY_S
-    assert await certificate_at(high.address, 3) != before
+    follower = low.link.fetch(high.id, [high.address], b"")
+    lines.put_nowait(b"before")
+    assert await anext(follower) == b"before"
+    shown = [await certificate_at(node.address, 3) for node in (low, high)]
+    assert [await certificate_at(node.address, 3) for node in (low, high)] == shown
+    for node in (low, high):
+        node.clock.wall_s += 2 * HALF_A_DAY_S
+    renewed = [await certificate_at(node.address, 3) for node in (low, high)]
+    assert not set(renewed) & set(shown)
+
     low.link.send(high.id, b"still here")
     await high.until(lambda: high.frames() == [b"still here"])
+    high.link.send(low.id, b"here, too")
+    await low.until(lambda: low.frames() == [b"here, too"])
+    lines.put_nowait(b"after")
+    assert await anext(follower) == b"after"
+    assert len(set(seen)) == 1
+
     low.link.close(high.id, "to dial with the new leaves")
     await high.until(lambda: not high.has_open(low))
-    await linked(high, low)
+    await linked(low, high)
+    assert x509.load_pem_x509_certificate(seen[-1]) == x509.load_der_x509_certificate(renewed[0])
+    assert seen[-1] != seen[0]
+    lines.put_nowait(b"to whoever followed before")
+    assert await anext(follower) == b"to whoever followed before"
+
+
+@pytest.mark.parametrize("late", [0, 1], ids=["the dialler's", "the listener's"])
+async def test_leaf_past_its_end_is_refused_until_it_is_renewed(mesh: Mesh, late: int) -> None:
+    """Both sides check: each has a leaf of its own that TLS verifies by this computer's clock."""
+    nodes = low, high = await mesh(2)
+    nodes[late].clock.wall_s = time.time() - 8 * 2 * HALF_A_DAY_S
+    low.link.dial(high.id, high.address)
+    await low.until(lambda: bool(low.events))
+    assert isinstance(low.events[-1], DialFailed)
+    assert high.events == []
+    nodes[late].clock.wall_s = time.time()
+    await linked(low, high)
 
 
 # -- bulk ------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class HandClock:
     added_s: float = 0.0
 
     def now(self) -> Now:
-        return Now(asyncio.get_running_loop().time(), time.time() + self.added_s, "boot")
+        return Now(time.monotonic(), time.time() + self.added_s, "boot")
 
 
 @dataclass
