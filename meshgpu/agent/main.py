@@ -144,6 +144,7 @@ class Agent:
             decode(kind_of(_KINDS[kind]), data) for (kind, _), data in sorted(store.load().items())
         ]
         self._keys = KeyFiles(self._home.keys)
+        self._keys.check()
         self._notary = WireNotary(self._keys.sign, self._keys.verify)
         chunks = ChunkFiles(self._home.chunks, keep_free_bytes=self._keep_free_bytes())
         fence = Fence("", "config.toml says so") if self._config.fence == "none" else None

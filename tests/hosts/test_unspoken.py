@@ -7,6 +7,7 @@ private keys.
 
 import base64
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -83,7 +84,11 @@ def lab(office: Any, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     settings = {"PYTHONPATH": str(directory), "SPOKEN": str(spoken), "PYTHONASYNCIODEBUG": "1"}
     ada, bob, cyd = (office.host(name, **settings) for name in ("ada", "bob", "cyd"))
     lab = Lab(ada, bob, cyd, spoken)
-    live(lab)
+    mask = os.umask(0)  # of every command and agent: none may rely on a kinder one
+    try:
+        live(lab)
+    finally:
+        os.umask(mask)
     for host in lab.hosts:
         for path in (host.home / "keys").glob("*.pem"):
             if path.name != "device-ca.pem":
@@ -242,3 +247,33 @@ def test_no_file_has_what_was_said_once(lab: Lab) -> None:
                 searched += 1
                 assert found(lab, path.read_bytes().decode("latin-1")) == [], path
     assert searched > 20
+
+
+def test_every_file_of_an_agent_is_its_accounts_alone(lab: Lab) -> None:
+    """But for what jobs make themselves and the environments they read, which lie in directories that are."""
+    names = set()
+    for host in lab.hosts:
+        assert host.home.stat().st_mode & 0o077 == 0
+        for path in host.home.rglob("*"):
+            inside = path.relative_to(host.home).parts
+            is_for_jobs = (inside[0] == "jobs" and len(inside) > 3) or (inside[0] == "environments" and len(inside) > 1)
+            if not (is_for_jobs or path.is_symlink()):
+                names.add(inside[0])
+                assert path.stat().st_mode & 0o077 == 0, f"{host.name}: {path} has mode {path.stat().st_mode:o}"
+    assert {"keys", "state.db", "agent.log", "agent.sock", "jobs", "chunks"} <= names
+
+
+def test_agent_does_not_start_on_a_key_that_others_could_read_and_closes_the_rest(lab: Lab) -> None:
+    cyd = lab.cyd
+    cyd.meshgpu("down")
+    key, database, log = cyd.home / "keys" / "user-0.pem", cyd.home / "state.db", cyd.home / "agent.log"
+    for path in (key, database):
+        path.chmod(0o644)
+    refused = cyd.meshgpu("up", code=125)
+    assert f"cannot use {key}: its mode is 0644, expected 0600" in refused.stderr
+    assert f"chmod 600 {key}" in refused.stderr
+    key.chmod(0o600)
+    database.chmod(0o644)
+    cyd.meshgpu("up")
+    assert database.stat().st_mode & 0o077 == 0
+    assert f"{database} was open to other accounts (mode 0644)" in log.read_text()
