@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -430,6 +431,22 @@ async def test_silent_peer_fails_a_dial_in_time(mesh: Mesh, monkeypatch: pytest.
         with pytest.raises(grpc.aio.AioRpcError):
             await asyncio.wait_for(channel.stream_stream(LINK)().read(), 5)
     assert high.link._work == {}
+
+
+async def test_silent_strangers_give_their_places_back_and_keep_nobody_out(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(transport._SERVER_OPTIONS) | {"grpc.server_handshake_timeout_ms": 300}
+    monkeypatch.setattr(transport, "_SERVER_OPTIONS", tuple(options.items()))
+    low, high = await mesh(2)
+    strangers = [await asyncio.open_connection("127.0.0.1", high.port) for _ in range(100)]
+    await linked(low, high)
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(*(reader.read() for reader, _ in strangers)) == [b""] * 100
+    for _, writer in strangers:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 async def test_another_machine_at_the_address_fails_the_dial(mesh: Mesh) -> None:
