@@ -17,6 +17,7 @@ import pytest
 from tests.hosts import eavesdropper
 from tests.hosts.eavesdropper import Capture, Flow
 from tests.hosts.office import ip, until
+from tests.hosts.test_comparing import Screen, screens
 
 pytestmark = [pytest.mark.hosts]
 
@@ -64,14 +65,19 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as speaker:
 
 @dataclass
 class Session:
-    """ada founded the mesh, bob runs her jobs, mallory only has a cable to the same switch."""
+    """ada founded the mesh, bob runs her jobs, dan looks on, mallory only has a cable to the same switch."""
 
     ada: Any
     bob: Any
+    dan: Any
     mallory: Any
     recording: Path
     obeyed: Path
     invites: list[str]
+
+    @property
+    def office(self) -> tuple[Any, ...]:
+        return self.ada, self.bob, self.dan
 
     def jobs(self) -> list[tuple[str, str, Any]]:
         rows = self.ada.json("ps", "-a", "--all-users")["jobs"]
@@ -79,10 +85,10 @@ class Session:
 
     def standing(self) -> tuple[Any, ...]:
         """All that somebody else may not change."""
-        machines = [sorted(row["name"] for row in host.json("machines")["machines"]) for host in (self.ada, self.bob)]
-        started = [sorted(path.name for path in host.home.glob("jobs/*/*/guard.json")) for host in (self.ada, self.bob)]
-        admins = [host.json("admin", "ls")["admins"] for host in (self.ada, self.bob)]
-        return self.jobs(), machines, started, admins, self.ada.agent_pid(), self.bob.agent_pid()
+        machines = [sorted(row["name"] for row in host.json("machines")["machines"]) for host in self.office]
+        started = sorted(str(path) for host in self.office for path in host.home.glob("jobs/*/*/guard.json"))
+        admins = [host.json("admin", "ls")["admins"] for host in self.office]
+        return self.jobs(), machines, started, admins, [host.agent_pid() for host in self.office]
 
 
 def make_hub(office: Any) -> None:
@@ -95,7 +101,7 @@ def make_hub(office: Any) -> None:
 @pytest.fixture(scope="module")
 def session(office: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     directory = tmp_path_factory.mktemp("wire")
-    ada, bob, mallory = office.host("ada"), office.host(MACHINE), office.host("mallory")
+    ada, bob, dan, mallory = (office.host(name) for name in ("ada", MACHINE, "dan", "mallory"))
     make_hub(office)
     recording, obeyed = directory / "recording", directory / "obeyed"
     record = mallory.argv(sys.executable, eavesdropper.__file__, "record", str(recording))
@@ -107,7 +113,7 @@ def session(office: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         try:
             assert recorder.stdout is not None
             assert recorder.stdout.readline() == "listening\n"
-            lived = live(office, Session(ada, bob, mallory, recording, obeyed, []), directory)
+            lived = live(office, Session(ada, bob, dan, mallory, recording, obeyed, []), directory)
             recorder.send_signal(signal.SIGTERM)
             assert recorder.wait(10) == 0
             yield lived
@@ -117,12 +123,14 @@ def session(office: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def live(office: Any, session: Session, directory: Path) -> Session:
-    """ada founds, invites bob, runs a job there that prints, has a secret and leaves a file, and stops another."""
+    """ada founds, invites bob, lets dan in by digits, and runs a job on bob's machine that prints, has a secret and
+    leaves a file; another she stops."""
     ada, bob = session.ada, session.bob
     ada.meshgpu("init", "--mesh", "lab", "--name", "ada", "--user", USER, "--yes")
     session.invites.append(ada.meshgpu("invite").stdout.split()[-1])
     bob.meshgpu("join", "--name", MACHINE, "--yes", session.invites[0])
-    until(lambda: office.sees_all(ada, 2))
+    let_in_by_digits(ada, session.dan)
+    until(lambda: office.sees_all(ada, 3))
     (directory / "project").mkdir()
     (directory / "project" / "in.txt").write_text(FETCHED)
     ada.settings["TOKEN"] = SECRET
@@ -146,6 +154,19 @@ def live(office: Any, session: Session, directory: Path) -> Session:
     return session
 
 
+def let_in_by_digits(ada: Any, dan: Any) -> None:
+    until(lambda: not ada.json("discover")["machines"][0]["pairing"], "the listener stays open")
+    there = Screen(ada, "admit", "dan")
+    there.read_until("Waiting for")
+    here = Screen(dan, "join", "--name", "dan", "--as", "dan", "--yes")
+    with screens(there, here):
+        for screen in (there, here):
+            screen.read_until(r"\[y/N\]")
+            screen.type("y")
+        here.read_until("dan is in lab")
+        assert there.process.wait(60) == here.process.wait(60) == 0
+
+
 @pytest.fixture(scope="module")
 def capture(session: Session) -> Capture:
     return eavesdropper.read(session.recording)
@@ -162,11 +183,11 @@ def said(capture: Capture, port: int) -> list[tuple[Flow, bytes, bytes]]:
 
 def test_listener_on_the_switch_hears_both_sides_of_every_conversation(session: Session, capture: Capture) -> None:
     """Else all that follows would prove nothing."""
-    pair = {session.ada.address, session.bob.address}
+    office = {host.address for host in session.office}
     for port in (LINK_PORT, PAIRING_PORT, PLAIN_PORT):
         heard = said(capture, port)
         assert heard, port
-        assert all({flow.source[0], flow.target[0]} == pair for flow, _, _ in heard)
+        assert all({flow.source[0], flow.target[0]} < office for flow, _, _ in heard)
         assert any(there and back for _, there, back in heard), port
     assert any(len(there) + len(back) > 4_000 for _, there, back in said(capture, LINK_PORT))
     assert capture.mdns
@@ -188,7 +209,7 @@ def test_nothing_private_is_on_the_wire(session: Session, capture: Capture) -> N
 def test_session_that_is_said_again_changes_nothing(
     office: Any, session: Session, tmp_path: Path, wait_until: Callable[..., None]
 ) -> None:
-    ada, bob, mallory = session.ada, session.bob, session.mallory
+    ada, mallory = session.ada, session.mallory
     invite = ada.meshgpu("invite").stdout.split()[-1]  # the pairing listener is open again
     before = session.standing()
     command = mallory.argv(sys.executable, eavesdropper.__file__, "replay", str(session.recording))
@@ -197,7 +218,7 @@ def test_session_that_is_said_again_changes_nothing(
     tried = json.loads(done.stdout)
     assert tried["frames"] > 200, tried
     assert tried["mdns"] > 2, tried
-    doors = {f"{ada.address}:{PAIRING_PORT}", *(f"{host.address}:{LINK_PORT}" for host in (ada, bob))}
+    doors = {f"{ada.address}:{PAIRING_PORT}", *(f"{host.address}:{LINK_PORT}" for host in session.office)}
     assert doors & tried["streams"].keys() > {f"{ada.address}:{PAIRING_PORT}"}, tried
     for door in doors & tried["streams"].keys():
         streams, noticed = tried["streams"][door]
@@ -206,13 +227,13 @@ def test_session_that_is_said_again_changes_nothing(
     assert obeyed.count("frame " + ORDER.decode()) > 1, "a door without defence obeys a frame that comes again"
     assert obeyed.count("stream " + ORDER.decode()) > 1, "and a stream"
 
-    wait_until(lambda: all(office.sees_all(host, 2) for host in (ada, bob)), "they do not see each other any more")
+    wait_until(lambda: all(office.sees_all(host, 3) for host in session.office), "they do not see each other any more")
     assert session.standing() == before
-    for host in (ada, bob):
+    for host in session.office:
         assert "Traceback" not in (host.home / "agent.log").read_text()
     done = ada.meshgpu("run", "-m", MACHINE, "-g", "0", "--no-env", "--", "echo", "alive", directory=tmp_path)
     assert done.stdout == "alive\n"
     third = office.host("cyd")
     make_hub(office)
     third.meshgpu("join", "--name", "cyd", "--yes", invite)  # nobody used it up
-    wait_until(lambda: office.sees_all(third, 3))
+    wait_until(lambda: office.sees_all(third, 4))
