@@ -505,6 +505,22 @@ async def test_removed_member_is_cut_off_at_once(mesh: Mesh, dialler: int) -> No
     await linked(removed, keeper)
 
 
+@pytest.mark.parametrize("dialler", [0, 1])
+@pytest.mark.parametrize("keeper", [0, 1])
+async def test_removed_member_hears_what_was_said_to_it_last(mesh: Mesh, dialler: int, keeper: int) -> None:
+    """That it is out: nobody will talk to it afterwards."""
+    nodes = await mesh(2)
+    keeping, removed = nodes[keeper], nodes[1 - keeper]
+    for number in range(10):
+        await linked(nodes[dialler], nodes[1 - dialler])
+        keeping.link.send(removed.id, b"you are out")
+        keeping.link.trust([keeping.anchor])
+        assert not keeping.has_open(removed)
+        await removed.until(lambda: not removed.has_open(keeping))
+        assert removed.frames() == [b"you are out"] * (number + 1)
+        keeping.link.trust([removed.anchor])
+
+
 async def test_removed_member_is_refused_on_a_connection_that_is_still_open(mesh: Mesh) -> None:
     low, high = await mesh(2)
     async with raw_channel(low, high) as channel:
