@@ -38,8 +38,9 @@ sim-long: $(READY) ## simulate many more seeds than CI does
 	$(BIN)/python -m tests.sim.soak
 	$(BIN)/python -m tests.sim.soak --renting
 
-fuzz: $(READY)  ## 100,000 forged, mutated, replayed frames against real nodes; CI tries a share
+fuzz: $(READY)  ## 100,000 forged, mutated, replayed frames against real nodes, then bytes of all kinds against the parsers
 	$(BIN)/python -m tests.fuzz
+	$(BIN)/python -m tests.fuzz_parsers
 
 benchmarks: $(READY) ## the numbers in docs/benchmarks.md, peers beside them
 	$(BIN)/python benchmarks/run.py

@@ -55,6 +55,11 @@ class KeyFiles:
         self._ca: x509.Certificate | None = None
         self._leaf: tuple[float, bytes, bytes] | None = None
 
+    def check(self) -> None:
+        """Refuse keys that other accounts can read, before the first of them is used."""
+        for path in sorted(self._directory.glob("*.pem")):
+            _check_private(path)
+
     def node_key(self) -> bytes:
         """Public device key, 32 raw bytes; made on the first call."""
         return self._key(NODE_FILE).public_key().public_bytes_raw()
@@ -151,11 +156,7 @@ class KeyFiles:
             self._directory.chmod(0o700)
             if not path.exists():
                 create(path, make())
-            mode = stat.S_IMODE(path.stat().st_mode)
-            if mode & 0o077:
-                raise MeshgpuError(
-                    "bad-key", f"cannot use {path}: its mode is {mode:04o}, expected 0600", f"chmod 600 {path}"
-                )
+            _check_private(path)
             return path.read_bytes()
         except OSError as error:
             reason = error.strerror or str(error)
@@ -202,6 +203,12 @@ def sync(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _check_private(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise MeshgpuError("bad-key", f"cannot use {path}: its mode is {mode:04o}, expected 0600", f"chmod 600 {path}")
 
 
 def _parse_key(path: Path, data: bytes) -> ed25519.Ed25519PrivateKey:

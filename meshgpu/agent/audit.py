@@ -12,7 +12,7 @@ from meshgpu.agent.views import Document
 from meshgpu.core.audit import AUDIT, AUDIT_START, AuditWalk, audit_key, is_broken
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.audit import AuditEntry, AuditHead
-from meshgpu.model.ids import KeyId
+from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.records import AuditRecord, AuditStartRecord
 from meshgpu.model.trust import Notary, Signed
 from meshgpu.wire.codec import decode
@@ -55,6 +55,14 @@ class AuditTrail:
     notary: Notary
     public_key: Callable[[], bytes]
 
+    def key_of(self, node: NodeId) -> bytes | None:
+        """The key of an id that is, or was, this machine's; None for all others."""
+        own, log = self.runtime.node.node, self.runtime.node.log
+        if node == own:
+            return self.public_key()
+        member = log.known(node)
+        return member.public_key if member is not None and log.current(node) == own else None
+
     async def newest(self, count: int) -> list[Document]:
         """The last `count` entries, the oldest first, as they say they are: only `verify` tells whether they hold."""
         rows = await self.runtime.stored(lambda store: store.last(AUDIT, min(count, NEWEST_LIMIT)))
@@ -65,7 +73,10 @@ class AuditTrail:
         try:
             if record is None:
                 raise is_broken(int(key) if key.isdecimal() else 0, "cannot be read")
-            entry = self.notary.read(record.entry, self.public_key(), AuditEntry)
+            public_key = self.key_of(NodeId(record.entry.key))
+            if public_key is None:
+                raise is_broken(record.seq, "was signed by another machine")
+            entry = self.notary.read(record.entry, public_key, AuditEntry)
         except TrustError as error:
             return {"fault": error.message}
         return {
@@ -101,8 +112,7 @@ class AuditTrail:
         told = self.runtime.node.attempts.audit.head
         walk: AuditWalk | None = None
         try:
-            node, key = self.runtime.node.node, self.public_key()
-            walk = AuditWalk(node, key, self.notary, _signed_start(start))
+            walk = AuditWalk(self.key_of, self.notary, _signed_start(start))
             rows = await self.runtime.stored(partial(_read_on, after=""))
             while rows:
                 written = [row for row in rows if told is not None and row[0] <= audit_key(told.seq)]

@@ -1,9 +1,15 @@
 """Where one agent keeps its things: everything below one directory."""
 
+import logging
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from meshgpu.errors import MeshgpuError
 from meshgpu.model.ids import JobId
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,20 @@ class Home:
             self.left.unlink()
 
     def prepare(self) -> None:
-        """Make the directory, for this account alone."""
+        """Make the directory, for this account alone; what others could read until now is closed, with a warning.
+
+        Keys are another matter: `KeyFiles` refuses those that others could read. Raises MeshgpuError `bad-home`.
+        """
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.jobs.mkdir(mode=0o700, exist_ok=True)
+        owner = self.directory.stat().st_uid
+        if owner not in (0, os.geteuid()):
+            found = f"it belongs to the account {owner}, which could change everything in it"
+            raise MeshgpuError("bad-home", f"cannot keep an agent in {self.directory}: {found}", "unset MESHGPU_HOME")
+        own = (self.directory, self.jobs, self.environments)
+        for path in own:
+            path.mkdir(mode=0o700, exist_ok=True)
+        for path in (*own, *self.directory.iterdir()):
+            mode = stat.S_IMODE(path.lstat().st_mode)
+            if mode & 0o077 and (path in own or path.is_file()) and not path.is_symlink():
+                logger.warning("%s was open to other accounts (mode %04o), and is closed now", path, mode)
+                path.chmod(mode & 0o700)

@@ -175,6 +175,7 @@ class Agent:
         self._next_keys = NextKeys(self._home.keys)
         self._become_current(records)
         self._keys = KeyFiles(self._home.keys)
+        self._keys.check()
         self._notary = WireNotary(self._keys.sign, self._keys.verify)
         chunks = ChunkFiles(self._home.chunks, keep_free_bytes=self._keep_free_bytes())
         fence = Fence("", "config.toml says so") if self._config.fence == "none" else None

@@ -114,7 +114,8 @@ class Trees:
 
         await self.fetch(spec.job, spec.tree, sources, tell)
         work = self._home.attempt(spec.job, plan.epoch) / "work"
-        work.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        work.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # `parents` minds no mode
+        work.parent.mkdir(mode=0o700, exist_ok=True)
         await asyncio.to_thread(self._chunks.materialise, spec.tree, work)
         work.chmod(0o755)  # its parents are private; the account that runs a fenced job must get in
         return work

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -85,7 +86,12 @@ def read_boot(directory: Path) -> Boot:
     try:
         terms = _read_terms(json.loads(path.read_text()))
         path = directory / CERTIFICATE_FILE
-        boot = Boot(terms, path.read_bytes(), (directory / KEY_FILE).read_bytes())
+        key = directory / KEY_FILE
+        if (mode := stat.S_IMODE(key.stat().st_mode)) & 0o077:
+            raise MeshgpuError(
+                "bad-boot", f"cannot use {key}: its mode is {mode:04o}, expected 0600", f"chmod 600 {key}"
+            )
+        boot = Boot(terms, path.read_bytes(), key.read_bytes())
         _ = boot.expires_wall_s
     except OSError as error:
         raise MeshgpuError("bad-boot", f"cannot read {error.filename}: {error.strerror}") from error

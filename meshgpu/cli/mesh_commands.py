@@ -70,7 +70,8 @@ def join(
     invite: Annotated[
         str | None,
         typer.Argument(
-            metavar="[STRING]", help="What `meshgpu invite` printed; without it, compare digits (or a line of stdin)."
+            metavar="[STRING]",
+            help="What `meshgpu invite` printed, or - to read it from stdin; without it, compare digits.",
         ),
     ] = None,
     name: MachineName = None,
@@ -97,9 +98,10 @@ def join(
         raise MeshgpuError(
             "bad-request", "cannot choose a user's name: the invite says it", "meshgpu invite --user NAME"
         )
-    if invite is None:
+    if invite in (None, "-"):
+        is_asked_for = invite == "-"
         invite = asked_invite()
-        if not invite.strip():
+        if not (invite.strip() or is_asked_for):
             raise _nobody_can_compare()
     if mesh is not None:
         raise MeshgpuError("bad-request", "cannot choose a mesh: the invite says it", "meshgpu join --mesh NAME")

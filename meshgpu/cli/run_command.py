@@ -300,7 +300,7 @@ def agent_for(*, yes: bool) -> AgentClient:
 
 def ship_and_submit(client: AgentClient, request: JobRequest) -> JobView:
     try:
-        tree = capture(_here(), _cache())
+        tree = capture(_here(), _cache(), find_home())
         for warning in tree.warnings:
             note(plain(f"note: {warning}"))
         request["tree"] = ship(client, tree)

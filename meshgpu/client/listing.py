@@ -1,6 +1,7 @@
 """Which paths of a directory travel with a job: what git would commit, or everything but the usual clutter."""
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,10 +46,15 @@ class Listing:
             self.warnings.append(f"{path} is left out: it is a socket, a pipe or a device")
 
 
-def list_tree(root: str) -> Listing:
-    """List `root` (absolute). Raises MeshgpuError `unreadable`, or `git` where git refuses to answer."""
+def list_tree(root: str, private: str = "") -> Listing:
+    """List `root` (absolute). Raises MeshgpuError `unreadable`, or `git` where git refuses to answer.
+
+    private: relative path of a directory that never travels, whatever IGNORE_FILE says of it; "" for none.
+    """
     listing = Listing()
     own = _own_rules(root)
+    if private:
+        own.append("/" + re.sub(r"([\\*?\[ ])", r"\\\1", private) + "/")  # the last rule decides
     clutter = IgnoreRules([*IGNORED_WITHOUT_GIT, *own])
     is_in_git = any((directory / ".git").exists() for directory in (Path(root), *Path(root).parents))
     if is_in_git and shutil.which("git"):

@@ -72,16 +72,18 @@ class Capture:
         return data
 
 
-def capture(directory: Path, cache: Path | None) -> Capture:
+def capture(directory: Path, cache: Path | None, home: Path | None = None) -> Capture:
     """Read `directory` as it is: what git tracks or does not ignore, without git all but the usual clutter.
 
     IGNORE_FILE at its root takes more out. `cache` is a directory that remembers what unchanged files hashed to.
+    `home` is the agent's: its keys never travel.
     Raises MeshgpuError `not-a-project`, `unreadable`, `git`, `tree-too-large` or `tree-changed`.
     """
     root = os.path.realpath(directory)
     _check_root(root)
+    private = _inside(root, home)
     known = StatCache(cache, root, time.time_ns())
-    listing = list_tree(root)
+    listing = list_tree(root, private)
     _check_size(root, listing)
     files = [_capture_file(root, path, status, known) for path, status in listing.files.items()]
     files += [TreeFile(path, FileKind.DIRECTORY) for path in listing.empty]
@@ -99,6 +101,21 @@ def _check_root(root: str) -> None:
     if root in ("/", os.path.realpath(_home())):
         what = "the whole file system" if root == "/" else "your whole home directory"
         raise MeshgpuError("not-a-project", f"cannot ship {root}: it is {what}", "cd into the project first")
+
+
+def _inside(root: str, home: Path | None) -> str:
+    """Where the agent's home lies below `root`, "" where it does not. Raises MeshgpuError `not-a-project` within it.
+
+    What jobs left in the home may be shipped again.
+    """
+    if home is None:
+        return ""
+    own = Path(os.path.realpath(home))
+    if Path(root).is_relative_to(own) and not Path(root).is_relative_to(own / "jobs"):
+        raise MeshgpuError(
+            "not-a-project", f"cannot ship {root}: the agent keeps its keys there", "cd into the project first"
+        )
+    return str(own.relative_to(root)) if own.is_relative_to(root) and own != Path(root) else ""
 
 
 def _home() -> Path:

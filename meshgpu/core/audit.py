@@ -4,7 +4,7 @@ Every entry holds the digest of the one before and is signed by the node's key, 
 left out or moved. The head travels in the node's record: whoever heard of it notices when the chain's end is rewritten.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -110,17 +110,18 @@ class AuditWalk:
 
     It begins at 0, or where the signed AuditStart says that older entries were let go; the oldest kept entry's
     `previous` then names what cannot be looked at any more, and is vouched for by that entry's own signature.
+    key_of(node): the key of an id that is, or was, this machine's; None for all others: the chain goes on under new
+    keys.
     Raises TrustError `audit-broken`, which names the first bad entry.
     """
 
-    def __init__(self, node: NodeId, public_key: bytes, notary: Notary, start: Signed | None) -> None:
-        self._node = node
-        self._public_key = public_key
+    def __init__(self, key_of: Callable[[NodeId], bytes | None], notary: Notary, start: Signed | None) -> None:
+        self._key_of = key_of
         self._notary = notary
         self._first = 0
         if start is not None:
             try:
-                told = notary.read(start, public_key, AuditStart)
+                told = notary.read(start, self._own_key(start), AuditStart)
             except TrustError as error:
                 raise TrustError("audit-broken", f"cannot trust the audit: its start: {error.message}") from error
             self._first = told.seq
@@ -141,16 +142,22 @@ class AuditWalk:
         if record.seq != seq:
             raise is_broken(seq, f"says that it is entry {record.seq}")
         try:
-            entry = self._notary.read(record.entry, self._public_key, AuditEntry)
+            entry = self._notary.read(record.entry, self._own_key(record.entry), AuditEntry)
         except TrustError as error:
             raise is_broken(seq, f"does not hold: {error.message}") from error
-        if entry.node != self._node or entry.seq != seq:
+        if KeyId(entry.node) != record.entry.key or entry.seq != seq:
             raise is_broken(seq, f"was signed as entry {entry.seq} of {entry.node[:12]}")
         if self.head is not None and entry.previous != self.head.entry:
             raise is_broken(seq, "does not follow from the entry before it")
         self.head = AuditHead(seq, self._notary.digest(record.entry))
         self._next += 1
         return entry
+
+    def _own_key(self, signed: Signed) -> bytes:
+        key = self._key_of(NodeId(signed.key))
+        if key is None:
+            raise TrustError("not-allowed", f"it was signed by {signed.key[:12]!r}, which this machine never was")
+        return key
 
     def finish(self, told: AuditHead | None) -> None:
         """Compare the end of the walk with the head that the running agent holds."""

@@ -41,7 +41,7 @@ def _walked(machine: Machine, judge: Node) -> dict[tuple[JobId, int], list[Audit
     assert member is not None
     start = machine.disk.get((AUDIT_START, AUDIT_START))
     signed = start.start if isinstance(start, AuditStartRecord) else None
-    walk = AuditWalk(machine.node, member.public_key, machine.notary, signed)
+    walk = AuditWalk({machine.node: member.public_key}.get, machine.notary, signed)
     found: dict[tuple[JobId, int], list[AuditEntry]] = defaultdict(list)
     for (kind, key), record in sorted(machine.disk.items(), key=lambda item: item[0]):
         if kind == AUDIT:

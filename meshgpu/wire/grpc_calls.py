@@ -24,6 +24,7 @@ _SHORT_REASONS: Final = (
     ("Connection timed out", "timed out"),
     ("Deadline Exceeded", "timed out"),
     ("not in peer certificate", "another machine answers there"),
+    ("Custom verification check failed", "another machine answers there"),
     ("CERTIFICATE_VERIFY_FAILED", "another machine answers there"),
     ("andshake", "TLS handshake failed"),
     ("DNS resolution failed", "name not found"),

@@ -1,6 +1,8 @@
 """Who is let in: every kind of forged or foreign leaf, against the listener over TLS and the check behind it."""
 
 import asyncio
+import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -270,19 +272,76 @@ def test_listener_configuration_changes_only_with_leaf_or_bundle(
     assert gate._refresh() is None
 
 
+@pytest.mark.parametrize("fault", [MeshgpuError("bad-key", "cannot read it"), OSError(5, "I/O"), RuntimeError("a bug")])
 def test_broken_keys_do_not_keep_a_revoked_member(
-    members: tuple[Member, Member, Member], gate: Gate, monkeypatch: pytest.MonkeyPatch
+    members: tuple[Member, Member, Member],
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: Exception,
 ) -> None:
+    """Whatever is raised: gRPC would go on with the old bundle, without a word."""
+
     def broken(now_wall_s: float) -> Any:
-        raise MeshgpuError("bad-key", "cannot read it")
+        raise fault
 
     _, cheat, victim = members
     gate._refresh()
     monkeypatch.setattr(members[0].keys, "leaf", broken)
     assert gate._refresh() is None
+    assert [(record.levelname, record.message) for record in caplog.records] == [("ERROR", "leaf not renewed")]
     gate.trust([victim.anchor])
     assert gate._refresh() is not None
     assert pem(cheat.ca) not in gate._shown.roots
     gate.trust([])
     assert gate._refresh() is not None
     assert gate._shown.roots == pem(members[0].ca)
+
+
+# -- sessions that are taken up again --------------------------------------------------------------------------------
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+SETTINGS = 4
+
+
+class Resumer:
+    """A TLS client that shows a member's leaf and takes up its last session where it has one."""
+
+    def __init__(self, directory: Path, who: Leaf, port: int) -> None:
+        (directory / "shown.pem").write_bytes(who.private + who.certificate)
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._context.check_hostname = False
+        self._context.verify_mode = ssl.CERT_NONE  # whom it talks to is not what is tested
+        self._context.load_cert_chain(directory / "shown.pem")
+        self._context.set_alpn_protocols(["h2"])
+        self._port = port
+        self._session: ssl.SSLSession | None = None
+
+    def connect(self) -> tuple[bool, bool]:
+        """(whether the session was taken up, whether the listener spoke HTTP/2 to us). Blocks."""
+        with (
+            socket.create_connection(("127.0.0.1", self._port), 5) as plain,
+            self._context.wrap_socket(plain, session=self._session) as connection,
+        ):
+            try:
+                connection.sendall(PREFACE)
+                answer = connection.recv(9)
+            except (ssl.SSLError, ConnectionError):
+                return bool(connection.session_reused), False
+            self._session = connection.session
+            return bool(connection.session_reused), len(answer) == 9 and answer[3] == SETTINGS
+
+
+async def test_session_is_not_taken_up_again_after_a_revocation(
+    members: tuple[Member, Member, Member], listening: tuple[GrpcLink, int, list[LinkEvent]], tmp_path: Path
+) -> None:
+    _, cheat, victim = members
+    link, port, _ = listening
+    client = Resumer(tmp_path, leaf([cheat.own_name], (cheat.ca, cheat.signer)), port)
+    assert await asyncio.to_thread(client.connect) == (False, True)
+    assert await asyncio.to_thread(client.connect) == (True, True)
+    link.trust([victim.anchor])
+    assert (await asyncio.to_thread(client.connect))[1] is False
+    assert (await asyncio.to_thread(client.connect))[1] is False
+    link.trust([victim.anchor, cheat.anchor])
+    assert (await asyncio.to_thread(client.connect))[1]

@@ -7,13 +7,17 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from meshgpu.adapters.grpc_link import GrpcLink, routes, transport
 from meshgpu.adapters.grpc_link.routes import Route
@@ -22,7 +26,7 @@ from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Address, NodeId, node_id
 from meshgpu.ports import Anchor, DialFailed, FrameReceived, LinkClosed, LinkEvent, LinkOpened
-from meshgpu.wire.certificates import pem, server_name
+from meshgpu.wire.certificates import make_leaf, pem, server_name
 from meshgpu.wire.endpoints import certificate_at
 from meshgpu.wire.grpc_calls import Context, service
 
@@ -45,6 +49,7 @@ class Node:
     """A transport with keys of its own, and everything that it emitted."""
 
     def __init__(self, directory: Path, port: int = 0) -> None:
+        self.directory = directory
         self.keys = KeyFiles(directory)
         self.id = node_id(self.keys.node_key())
         self.anchor = Anchor(self.id, self.keys.device_ca())
@@ -428,12 +433,46 @@ async def test_silent_peer_fails_a_dial_in_time(mesh: Mesh, monkeypatch: pytest.
     assert high.link._work == {}
 
 
+async def test_silent_strangers_give_their_places_back_and_keep_nobody_out(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(transport._SERVER_OPTIONS) | {"grpc.server_handshake_timeout_ms": 300}
+    monkeypatch.setattr(transport, "_SERVER_OPTIONS", tuple(options.items()))
+    low, high = await mesh(2)
+    strangers = [await asyncio.open_connection("127.0.0.1", high.port) for _ in range(100)]
+    await linked(low, high)
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(*(reader.read() for reader, _ in strangers)) == [b""] * 100
+    for _, writer in strangers:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
 async def test_another_machine_at_the_address_fails_the_dial(mesh: Mesh) -> None:
     one, two, three = await mesh(3)
     one.link.dial(two.id, three.address)
     await one.until(lambda: bool(one.events))
     assert one.events == [DialFailed(two.id, three.address, "another machine answers there")]
     assert three.events == []
+
+
+@pytest.mark.parametrize("name", ["b.{}", "b.example.org", "pairing.meshgpu.internal"])
+async def test_another_name_under_the_right_ca_fails_the_dial(
+    mesh: Mesh, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low, high = await mesh(2)
+    signer = load_pem_private_key(high.directory.joinpath("node.pem").read_bytes(), None)
+    assert isinstance(signer, ed25519.Ed25519PrivateKey)
+    private = ec.generate_private_key(ec.SECP256R1())
+    validity = (datetime.now(UTC) - timedelta(days=1), datetime.now(UTC) + timedelta(days=1))
+    ca = x509.load_der_x509_certificate(high.anchor.device_ca)
+    leaf = make_leaf(private, name.format(server_name(high.id)), validity, (ca, signer))
+    shown = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), pem(leaf)
+    monkeypatch.setattr(high.keys, "leaf", lambda now_wall_s: shown)
+    low.link.dial(high.id, high.address)
+    await low.until(lambda: bool(low.events))
+    assert low.events == [DialFailed(high.id, high.address, "another machine answers there")]
 
 
 async def test_unknown_nodes_and_broken_addresses_fail_the_dial(mesh: Mesh) -> None:
@@ -464,6 +503,22 @@ async def test_removed_member_is_cut_off_at_once(mesh: Mesh, dialler: int) -> No
     assert not keeper.has_open(removed)
     keeper.link.trust([removed.anchor])
     await linked(removed, keeper)
+
+
+@pytest.mark.parametrize("dialler", [0, 1])
+@pytest.mark.parametrize("keeper", [0, 1])
+async def test_removed_member_hears_what_was_said_to_it_last(mesh: Mesh, dialler: int, keeper: int) -> None:
+    """That it is out: nobody will talk to it afterwards."""
+    nodes = await mesh(2)
+    keeping, removed = nodes[keeper], nodes[1 - keeper]
+    for number in range(10):
+        await linked(nodes[dialler], nodes[1 - dialler])
+        keeping.link.send(removed.id, b"you are out")
+        keeping.link.trust([keeping.anchor])
+        assert not keeping.has_open(removed)
+        await removed.until(lambda: not removed.has_open(keeping))
+        assert removed.frames() == [b"you are out"] * (number + 1)
+        keeping.link.trust([removed.anchor])
 
 
 async def test_removed_member_is_refused_on_a_connection_that_is_still_open(mesh: Mesh) -> None:
@@ -516,19 +571,64 @@ async def test_removal_ends_a_dial(mesh: Mesh) -> None:
     assert low.events == [DialFailed(high.id, address, "no longer trusted")]
 
 
-async def test_leaf_is_renewed_while_a_link_is_open(mesh: Mesh) -> None:
+async def test_leaves_of_both_sides_are_renewed_while_a_link_and_a_stream_are_open(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     low, high = await mesh(2)
+    lines: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def log(peer: NodeId, request: bytes) -> AsyncIterator[bytes]:
+        while True:
+            yield await lines.get()
+
+    high.bulk = log
+    seen: list[bytes] = []
+    authorise: Callable[[Context], NodeId] = high.link._gate.authorise
+
+    def note(context: Context) -> NodeId:
+        seen.extend(context.auth_context()["x509_pem_cert"])
+        return authorise(context)
+
+    monkeypatch.setattr(high.link._gate, "authorise", note)
     await linked(low, high)
-    before = await certificate_at(high.address, 3)
-    assert await certificate_at(high.address, 3) == before
-    low.clock.wall_s += 2 * HALF_A_DAY_S
-    high.clock.wall_s += 2 * HALF_A_DAY_S
-    assert await certificate_at(high.address, 3) != before
+    follower = low.link.fetch(high.id, [high.address], b"")
+    lines.put_nowait(b"before")
+    assert await anext(follower) == b"before"
+    shown = [await certificate_at(node.address, 3) for node in (low, high)]
+    assert [await certificate_at(node.address, 3) for node in (low, high)] == shown
+    for node in (low, high):
+        node.clock.wall_s += 2 * HALF_A_DAY_S
+    renewed = [await certificate_at(node.address, 3) for node in (low, high)]
+    assert not set(renewed) & set(shown)
+
     low.link.send(high.id, b"still here")
     await high.until(lambda: high.frames() == [b"still here"])
+    high.link.send(low.id, b"here, too")
+    await low.until(lambda: low.frames() == [b"here, too"])
+    lines.put_nowait(b"after")
+    assert await anext(follower) == b"after"
+    assert len(set(seen)) == 1
+
     low.link.close(high.id, "to dial with the new leaves")
     await high.until(lambda: not high.has_open(low))
-    await linked(high, low)
+    await linked(low, high)
+    assert x509.load_pem_x509_certificate(seen[-1]) == x509.load_der_x509_certificate(renewed[0])
+    assert seen[-1] != seen[0]
+    lines.put_nowait(b"to whoever followed before")
+    assert await anext(follower) == b"to whoever followed before"
+
+
+@pytest.mark.parametrize("late", [0, 1], ids=["the dialler's", "the listener's"])
+async def test_leaf_past_its_end_is_refused_until_it_is_renewed(mesh: Mesh, late: int) -> None:
+    """Both sides check: each has a leaf of its own that TLS verifies by this computer's clock."""
+    nodes = low, high = await mesh(2)
+    nodes[late].clock.wall_s = time.time() - 8 * 2 * HALF_A_DAY_S
+    low.link.dial(high.id, high.address)
+    await low.until(lambda: bool(low.events))
+    assert isinstance(low.events[-1], DialFailed)
+    assert high.events == []
+    nodes[late].clock.wall_s = time.time()
+    await linked(low, high)
 
 
 # -- bulk ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -31,7 +31,9 @@ METHODS = ("Link", "Bulk", "Serve")
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
 VALID = (NOW - DAY, NOW + DAY)
-Issuer = tuple[x509.Certificate, ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey]
+RSA_KEY = rsa.generate_private_key(65537, 2048)
+Key = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+Issuer = tuple[x509.Certificate, Key]
 
 
 @dataclass
@@ -60,9 +62,17 @@ def proper(
     return Leaf(_private(key), pem(make_leaf(key, name, validity, (ca, signer))))
 
 
-def improper(names: Sequence[x509.GeneralName], issuer: Issuer | None, common_name: str, chain: bytes = b"") -> Leaf:
+def improper(
+    names: Sequence[x509.GeneralName],
+    issuer: Issuer | None,
+    common_name: str,
+    chain: bytes = b"",
+    key: Key | None = None,
+    *,
+    is_authority: bool = False,
+) -> Leaf:
     """With any names, from any issuer (None: itself); chain: further certificates that are shown with it."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = key or ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
     builder = (
         x509.CertificateBuilder(issuer[0].subject if issuer else subject, subject, key.public_key(), 7)
@@ -71,6 +81,8 @@ def improper(names: Sequence[x509.GeneralName], issuer: Issuer | None, common_na
     )
     if names:
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    if is_authority:
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     signer = issuer[1] if issuer else key
     certificate = builder.sign(signer, None if isinstance(signer, ed25519.Ed25519PrivateKey) else SHA256())
     return Leaf(_private(key), pem(certificate) + chain)
@@ -83,7 +95,15 @@ def minted(cast: Cast) -> Leaf:
     return improper([cast.victim.own_name], (own, key), cast.victim.id, pem(own))
 
 
-def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+def minted_by_authority(cast: Cast) -> Leaf:
+    """The same by a leaf that says of itself that it is one, which its CA's path length forbids."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    own = improper([cast.cheat.own_name], (cast.cheat.ca, cast.cheat.signer), "x", key=key, is_authority=True)
+    authority = x509.load_pem_x509_certificate(own.certificate)
+    return improper([cast.victim.own_name], (authority, key), cast.victim.id, own.certificate)
+
+
+def _private(key: Key) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
@@ -106,6 +126,15 @@ CREDENTIALS: dict[str, Callable[[Cast], Leaf | None]] = {
     "two SANs": lambda c: improper([c.cheat.own_name, c.victim.own_name], (c.cheat.ca, c.cheat.signer), "x"),
     "self-signed in the victim's name": lambda c: improper([c.victim.own_name], None, c.victim.id),
     "minted by a member's leaf": minted,
+    "minted by a leaf that calls itself a CA": minted_by_authority,
+    "a member's device CA instead of a leaf": lambda c: Leaf(_private(c.cheat.signer), pem(c.cheat.ca)),
+    "Ed25519 key": lambda c: improper([c.cheat.own_name], (c.cheat.ca, c.cheat.signer), "x", key=c.cheat.signer),
+    "RSA key in the victim's name": lambda c: improper(
+        [c.victim.own_name], (c.cheat.ca, c.cheat.signer), "x", key=RSA_KEY
+    ),
+    "CA in the victim's name": lambda c: improper(
+        [c.victim.own_name], (c.cheat.ca, c.cheat.signer), "x", is_authority=True
+    ),
     "the listener's own": lambda c: proper(str(c.listener.own_name.value), c.listener.ca, c.listener.signer),
 }
 
@@ -160,6 +189,20 @@ async def test_proper_certificate_is_let_in(cast: Cast, heard: tuple[GrpcLink, i
         method, proper(str(cast.cheat.own_name.value), cast.cheat.ca, cast.cheat.signer), cast.listener, port
     )
     assert calls
+
+
+@pytest.mark.parametrize("kind", ["P-384", "RSA", "calls itself a CA"])
+async def test_leaf_of_another_kind_is_its_own_member_and_nobody_else(
+    cast: Cast, heard: tuple[GrpcLink, int, list[object]], kind: str
+) -> None:
+    """What a member makes of its own name harms nobody: it is known as itself."""
+    link, port, calls = heard
+    link.trust([cast.cheat.anchor, cast.victim.anchor])
+    keys: dict[str, Key] = {"P-384": ec.generate_private_key(ec.SECP384R1()), "RSA": RSA_KEY}
+    issuer = cast.cheat.ca, cast.cheat.signer
+    who = improper([cast.cheat.own_name], issuer, cast.victim.id, key=keys.get(kind), is_authority=kind not in keys)
+    assert await call("Bulk", who, cast.listener, port) == b"served"
+    assert calls == [(cast.cheat.id, HELLO)]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -93,6 +93,15 @@ def test_key_that_others_can_read_is_refused(tmp_path: Path, keys: KeyFiles) -> 
         KeyFiles(tmp_path / "keys").node_key()
 
 
+def test_every_key_is_looked_at_before_one_is_used(tmp_path: Path, keys: KeyFiles) -> None:
+    keys.user_key(1000)
+    keys.check()
+    (tmp_path / "keys" / "user-1000.pem").chmod(0o640)
+    fresh = KeyFiles(tmp_path / "keys")
+    with pytest.raises(MeshgpuError, match=r"user-1000\.pem: its mode is 0640, expected 0600"):
+        fresh.check()
+
+
 def test_device_ca_of_another_key_is_refused(tmp_path: Path, keys: KeyFiles) -> None:
     keys.device_ca()
     (tmp_path / "keys" / "node.pem").unlink()

@@ -97,6 +97,13 @@ def test_what_the_agent_reads_is_what_was_meant_and_secret(machine: Machine) -> 
     assert [stat.S_IMODE(path.stat().st_mode) for path in machine.directory.iterdir()] == [0o600] * 3
 
 
+def test_key_that_others_can_read_is_refused(machine: Machine) -> None:
+    machine.boot()
+    (machine.directory / "key.pem").chmod(0o640)
+    with pytest.raises(MeshgpuError, match="0640, expected 0600"):
+        read_boot(machine.directory)
+
+
 @pytest.mark.parametrize(
     "install",
     [

@@ -248,6 +248,27 @@ def test_the_home_directory_and_the_root_are_refused(project: Path, monkeypatch:
     assert refusal(project).hint == "cd into the project first"
 
 
+@pytest.mark.parametrize("with_git", [False, True])
+def test_the_agents_own_directory_never_travels(project: Path, with_git: bool) -> None:
+    home = project / "a [private] place" / "agent"
+    (home / "keys").mkdir(parents=True)
+    (home / "jobs" / "left").mkdir(parents=True)
+    for path in (home / "keys" / "node.pem", home / "jobs" / "left" / "result", project / "keys" / "node.pem"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    (project / ".meshgpuignore").write_text("!node.pem\n!agent/\n")
+    if with_git:
+        git(project, "init")
+        git(project, "add", "--all")
+    files = {file.path for file in capture(project, None, home).manifest.files}
+    assert files == {".meshgpuignore", "keys/node.pem"}
+    assert "result" in {file.path for file in capture(home / "jobs" / "left", None, home).manifest.files}
+    for directory in (home, home / "keys"):
+        with pytest.raises(MeshgpuError, match="keeps its keys") as raised:
+            capture(directory, None, home)
+        assert raised.value.code == "not-a-project"
+
+
 def test_a_large_tree_is_refused_and_the_largest_things_are_named(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ class Bench:
     attempt: Attempt
     disk: dict[tuple[str, str], Record]
     chain: AuditChain
+    before: tuple[NodeId, ...] = ()
 
     @property
     def node(self) -> NodeId:
@@ -56,8 +57,9 @@ class Bench:
     def walk(self, rows: list[tuple[str, AuditRecord]] | None = None, told: AuditHead | None = None) -> AuditWalk:
         start = self.disk.get((AUDIT_START, AUDIT_START))
         signed = start.start if isinstance(start, AuditStartRecord) else None
-        public_key = self.office.ring.public(KeyId(self.node))
-        walk = AuditWalk(self.node, public_key, self.office.notaries[3], signed)
+        public = self.office.ring.public
+        own = {node: public(KeyId(node)) for node in (self.node, *self.before)}
+        walk = AuditWalk(own.get, self.office.notaries[3], signed)
         for key, record in self.rows if rows is None else rows:
             walk.take(key, record)
         walk.finish(told or self.chain.head)
@@ -185,6 +187,20 @@ def test_whole_chain_that_is_written_anew_does_not_end_where_the_agent_was(bench
     bench.write(3)
     with pytest.raises(TrustError, match="entry 2 is not the one that the running agent wrote"):
         bench.walk(told=told)
+
+
+def test_chain_goes_on_under_new_keys(bench: Bench) -> None:
+    """The machine was the third before it became the fourth."""
+    old = bench.office.setups[2].node
+    bench.chain = AuditChain(old, bench.office.notaries[2])
+    bench.write(2)
+    bench.chain = AuditChain(bench.node, bench.office.notaries[3])
+    bench.chain.restore([bench.rows[-1][1]])
+    bench.write(2)
+    with pytest.raises(TrustError, match=r"entry 0 does not hold: it was signed by .* which this machine never was"):
+        bench.walk()
+    bench.before = (old,)
+    assert bench.walk().count == 4
 
 
 def test_entries_of_another_machine_are_named(bench: Bench) -> None:

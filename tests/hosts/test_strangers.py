@@ -1,9 +1,12 @@
 """Colleagues and strangers on the same switch: who may run, see and fetch what."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +139,73 @@ def test_used_and_mistyped_invites_are_refused(lab: Any) -> None:
     mallory.meshgpu("join", "--name", "mallory", "--yes", invite)
     again = mallory.meshgpu("join", "--name", "mallory", "--yes", invite, code=125)
     assert "is in the mesh lab already" in again.stderr
+
+
+# -- another account of the machine ------------------------------------------------------------------------------------
+
+NOBODY = 65534
+ORDERS = (
+    "POST /v1/init", "POST /v1/invites", "POST /v1/join", "POST /v1/down", "POST /v1/pause", "POST /v1/resume",
+    "POST /v1/burst", "POST /v1/trees", "PUT /v1/chunks", "POST /v1/jobs", "GET /v1/jobs", "GET /v1/jobs/JOB",
+    "GET /v1/jobs/JOB/why", "GET /v1/jobs/JOB/events", "POST /v1/jobs/JOB/stop", "GET /v1/jobs/JOB/files",
+    "GET /v1/jobs/JOB/files/left.txt", "GET /v1/sweeps/JOB", "POST /v1/admins/add", "POST /v1/admins/remove",
+    "POST /v1/recover", "POST /v1/leave", "POST /v1/revoke", "POST /v1/role", "POST /v1/admit",
+    "POST /v1/join/compare", "POST /v1/press",
+)  # fmt: skip
+WANTED = {"name": "bob", "role": "viewer", "stops_jobs": True, "anyway": True, "digits": "123 456", "same": True}
+"""What the orders name, all in one."""
+REFUSALS = ("not-allowed", "not-in-mesh", "bad-invite")
+"""The last is of `press`: that account compares no digits."""
+
+
+@contextmanager
+def account(uid: int) -> Iterator[None]:
+    """What this process opens meanwhile, it opens as that account."""
+    os.setegid(uid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def ask(path: Path, order: str, body: bytes = b"{}") -> tuple[int, Any]:
+    """(HTTP status, document) of what the agent answers at its control socket."""
+    head = f"{order} HTTP/1.1\r\nHost: agent\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(path))
+        connection.sendall(head.encode() + body)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    return int(answer.split()[1]), json.loads(answer.partition(b"\r\n\r\n")[2])
+
+
+def test_another_account_cannot_talk_to_an_agent_that_is_not_its_own(lab: Any, office: Any, tmp_path: Path) -> None:
+    ada = lab[0]
+    job = submit(ada, "ada", "sh", "-c", "echo printed", directory=tmp_path)
+    ada.meshgpu("wait", job)
+    admin = ada.json("admin", "ls")["admins"][0]
+    persons = {"POST /v1/admins/remove": f"{admin['user']}@{admin['machine']}"}
+    path = ada.home / "agent.sock"
+    assert ask(path, f"GET /v1/jobs/{job}")[0] == 200
+    before = ada.json("machines")["machines"][0]["name"], ada.json("admin", "ls"), ada.json("ps", "-a")
+    for directory in (office.directory, ada.home.parent, ada.home):  # as if somebody had opened all that is in its way
+        directory.chmod(0o755)
+    try:
+        with account(NOBODY), pytest.raises(PermissionError):
+            ask(path, "GET /v1/agent")
+        path.chmod(0o666)
+        for order in ORDERS:
+            wanted = json.dumps(WANTED | {"user": persons.get(order, "eve")}).encode()
+            with account(NOBODY):
+                status, said = ask(path, order.replace("JOB", job), wanted)
+            assert 400 < status < 500, (order, said)
+            assert said["error"]["code"] in REFUSALS, (order, said)
+    finally:
+        path.chmod(0o600)
+        for directory in (office.directory, ada.home.parent, ada.home):
+            directory.chmod(0o700)
+    assert before == (ada.json("machines")["machines"][0]["name"], ada.json("admin", "ls"), ada.json("ps", "-a"))

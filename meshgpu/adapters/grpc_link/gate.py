@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import grpc
 from cryptography import x509
 
-from meshgpu.errors import MeshgpuError, TrustError
+from meshgpu.errors import TrustError
 from meshgpu.model.ids import NodeId, node_id
 from meshgpu.ports import Anchor, Clock, Identity
 from meshgpu.wire.certificates import leaf_belongs_to, node_of_ca, node_of_leaf, pem
@@ -95,8 +95,8 @@ class Gate:
         with self._shown_lock:
             try:
                 identity = self._identity()
-            except (MeshgpuError, OSError, ValueError):
-                # Were this raised, gRPC would go on with the old bundle, revoked members included.
+            except Exception:
+                # Were anything raised, gRPC would go on with the old bundle, revoked members included.
                 _log.exception("leaf not renewed")
                 identity = _Identity(self._shown.leaf, self._roots or self._own_ca)
             if identity == self._shown:

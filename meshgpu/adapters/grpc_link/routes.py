@@ -97,10 +97,15 @@ class Routes:
         else:
             route.idle = asyncio.get_running_loop().call_later(IDLE_S, self._shut, route)
 
-    def evict(self, peer: NodeId) -> None:
-        """Break every connection to `peer`."""
+    def evict(self, peer: NodeId, spared: grpc.aio.Call | None = None) -> None:
+        """Break every connection to `peer`; one that carries the call `spared` loses all others, and closes with it."""
         for route in [route for route in self._open if route.peer == peer]:
-            self._shut(route)
+            if spared is None or spared not in route.calls:
+                self._shut(route)
+                continue
+            self._forget(route)
+            for call in route.calls - {spared}:
+                call.cancel()
 
     async def close(self) -> None:
         for route in list(self._open):

@@ -84,11 +84,13 @@ class _Hello:
 
 @dataclass(eq=False, slots=True)
 class _Link:
-    """One Link that is up; `ended` gets the reason for which this side closes it. route: only if we dialled."""
+    """One Link that is up; `ended` gets the reason for which this side closes it. route, call: only if we dialled."""
 
     peer: NodeId
     hello: _Hello
     route: Route | None
+    call: _LinkCall | None = None
+    task: asyncio.Task[Any] | None = None
     ended: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     queue: asyncio.Queue[bytes] = field(default_factory=lambda: asyncio.Queue(QUEUE_LIMIT_FRAMES))
 
@@ -158,11 +160,13 @@ class GrpcLink:
         """
         self._clouds = frozenset(anchor.node for anchor in anchors if anchor.is_cloud)
         for peer in self._gate.trust(anchors):
+            link = self._links.get(peer)
+            parting = link if link is not None and link.is_dialled else None  # it ends by itself once it was told why
             self.close(peer, "no longer trusted")
             for task, other in self._work.items():
-                if other == peer:
+                if other == peer and not (parting and task is parting.task):
                     self._end_work(task, "no longer trusted")
-            self._routes.evict(peer)
+            self._routes.evict(peer, parting.call if parting else None)
 
     def dial(self, peer: NodeId, address: Address) -> None:
         """Open a Link; the outcome is LinkOpened or DialFailed, within 5 s."""
@@ -269,7 +273,7 @@ class GrpcLink:
             call: _LinkCall = route.channel.stream_stream(f"/{SERVICE}/Link")()
             self._routes.enter(route, call)
             try:
-                link = _Link(peer, await self._greet(call, hello), route)
+                link = _Link(peer, await self._greet(call, hello), route, call, task)
             except (MeshgpuError, asyncio.CancelledError) as error:
                 reason = error.message if isinstance(error, MeshgpuError) else self._evicted.get(task)
                 if reason is None:
@@ -334,6 +338,8 @@ class GrpcLink:
             if link.ended.done():
                 reason = link.ended.result()
                 await _part(link, writer)
+                if link.call is not None:  # were it cancelled now, the other side might drop what it has not read
+                    await _await_end(link.call, reader)
             elif not reader.cancelled():  # gRPC cancels whoever reads from a call that was cancelled
                 reason = reader.result()
         finally:
@@ -457,6 +463,14 @@ async def _part(link: _Link, writer: asyncio.Task[None]) -> None:
     written = asyncio.get_running_loop().create_task(link.queue.join())
     await asyncio.wait({written, writer}, timeout=PARTING_S, return_when=asyncio.FIRST_COMPLETED)
     written.cancel()
+
+
+async def _await_end(call: _LinkCall, reader: asyncio.Task[str]) -> None:
+    """Say that nothing more comes, and let the other side end the call when it has read all."""
+    with suppress(grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError, TimeoutError):
+        async with asyncio.timeout(PARTING_S):
+            await call.done_writing()
+    await asyncio.wait({reader}, timeout=PARTING_S)
 
 
 async def _transmit(link: _Link, stream: Stream) -> None:

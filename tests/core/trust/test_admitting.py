@@ -1,11 +1,13 @@
 """One window: whom it lets in, what ends a conversation, and what a guesser gets."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
 import pytest
 
+from meshgpu.core.trust import admitting
 from meshgpu.core.trust.admitting import (
     ANSWERED_LIMIT,
     COMPARISON_LIFE_S,
@@ -277,15 +279,57 @@ def test_one_address_alone_is_muted_before_the_admins_patience_ends() -> None:
     assert FAILURES_LIMIT < DECLINED_LIMIT
 
 
-def test_man_in_the_middle_of_two_windows_gets_different_digits(office: Office, at: Clock) -> None:
-    """He is the admitter to the joiner and a joiner to the admitter; each real nonce comes only for one of his."""
+# -- a man in the middle ---------------------------------------------------------------------------------------------
+
+GRINDS_LIMIT = 50_000_000
+"""Six digits come up once in a million: fewer are enough but for one time in 10^21."""
+
+
+def both_screens(office: Office, at: Clock, seed: int, *, chooses_late: bool = False) -> tuple[str, str]:
+    """The digits at the joiner and at the admitter, with him between: to each he is the other.
+
+    chooses_late: he shows the admitter a nonce that he picks when he knows all else, not the one he committed to.
+    """
+    random = Random(seed)
     joiner, his = Joiner(office, "new"), Joiner(office, "false")
     joiner.knock = replace(joiner.knock, certificate=digest(b"of the man in the middle"))
+    joiner.nonce, his.nonce, to_joiner, fresh = (random.randbytes(32) for _ in range(4))
+    joiner.commitment, his.commitment = commit(joiner.knock, joiner.nonce), commit(his.knock, his.nonce)
+    real, false = Window(office.notaries[0], Strangers(), at(0)), Window(office.notaries[0], Strangers(), at(0))
+    joiner.begin(false, at(0), to_joiner)
+    his.begin(real, at(0), fresh)
+    at_joiner = joiner.show(false, at(1), to_joiner)
+    if chooses_late:
+        his.nonce = ground(his.knock, fresh, at_joiner)
+    return at_joiner, his.show(real, at(1), fresh)
+
+
+def ground(knock: Knock, fresh: bytes, wanted: str) -> bytes:
+    """A nonce with which the admitter would show the digits `wanted`."""
+    placeholder = b"?" * 32
+    before, after = transcript(knock, TERMS, placeholder, fresh).split(placeholder)
+    begun, number = hashlib.sha256(before), int(wanted.replace(" ", ""))
+    for tried in range(GRINDS_LIMIT):
+        nonce = tried.to_bytes(32, "big")
+        attempt = begun.copy()
+        attempt.update(nonce + after)
+        if int.from_bytes(attempt.digest(), "big") % 1_000_000 == number:
+            return nonce
+    raise AssertionError("no nonce was found")
+
+
+def test_man_in_the_middle_of_two_windows_gets_different_digits(office: Office, at: Clock) -> None:
     for seed in range(1000):
-        random = Random(seed)
-        joiner.nonce, his.nonce, to_joiner, fresh = (random.randbytes(32) for _ in range(4))
-        joiner.commitment, his.commitment = commit(joiner.knock, joiner.nonce), commit(his.knock, his.nonce)
-        real, false = Window(office.notaries[0], Strangers(), at(0)), Window(office.notaries[0], Strangers(), at(0))
-        joiner.begin(false, at(0), to_joiner)
-        his.begin(real, at(0), fresh)
-        assert his.show(real, at(1), fresh) != joiner.show(false, at(1), to_joiner), seed
+        at_joiner, at_admitter = both_screens(office, at, seed)
+        assert at_joiner != at_admitter, seed
+
+
+def test_man_in_the_middle_who_chooses_late_is_refused_and_would_else_fool_both(
+    office: Office, at: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the commitment is for: without it, the man of the test above gets equal digits at the first try."""
+    with pytest.raises(TrustError, match="another nonce"):
+        both_screens(office, at, 1, chooses_late=True)
+    monkeypatch.setattr(admitting, "check_commitment", lambda commitment, knock, nonce: None)
+    at_joiner, at_admitter = both_screens(office, at, 1, chooses_late=True)
+    assert at_joiner == at_admitter

@@ -1,0 +1,61 @@
+"""An agent's directory is its account's alone, whatever it was before."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from meshgpu.agent.home import Home
+from meshgpu.errors import MeshgpuError
+
+
+def mode(path: Path) -> int:
+    return path.lstat().st_mode & 0o777
+
+
+def test_new_directory_is_private(tmp_path: Path) -> None:
+    home = Home(tmp_path / "a" / "home")
+    mask = os.umask(0)
+    try:
+        home.prepare()
+    finally:
+        os.umask(mask)
+    assert mode(home.directory) == mode(home.jobs) == mode(home.environments) == 0o700
+
+
+def test_what_others_could_read_is_closed_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    home = Home(tmp_path / "home")
+    home.jobs.mkdir(parents=True)
+    outside = tmp_path / "outside"
+    files = [home.database, home.config, home.directory / "state.db-wal", home.directory / "agent.log", outside]
+    for path in files:
+        path.write_text("x")
+        path.chmod(0o664)
+    (home.directory / "link").symlink_to(outside)
+    program = home.directory / "program"
+    program.write_text("x")
+    program.chmod(0o755)
+    home.directory.chmod(0o755)
+    home.jobs.chmod(0o755)
+    caplog.set_level(logging.WARNING)
+    home.prepare()
+    assert [mode(path) for path in files] == [0o600] * 4 + [0o664]
+    assert [mode(path) for path in (program, home.directory, home.jobs)] == [0o700] * 3
+    named = {str(record.args[0]) for record in caplog.records if isinstance(record.args, tuple)}
+    assert named == {str(path) for path in (*files[:-1], program, home.directory, home.jobs)}
+    caplog.clear()
+    home.prepare()
+    assert caplog.records == []
+
+
+def test_directory_of_another_account_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to give a directory away")
+    home = Home(tmp_path / "home")
+    home.directory.mkdir()
+    os.chown(home.directory, 65534, 65534)
+    with pytest.raises(MeshgpuError, match="belongs to the account 65534") as raised:
+        home.prepare()
+    assert raised.value.code == "bad-home"
+    assert not home.jobs.exists()
