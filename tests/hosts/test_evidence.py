@@ -134,6 +134,18 @@ def test_machine_that_forgets_what_ran_on_it_is_named_by_the_others(
     assert "whole" in rig.meshgpu("audit", "--verify").stdout  # alone it shows nothing
 
 
+def test_audit_and_receipts_hold_under_new_keys(lab: Any, tmp_path: Path, wait_until: Callable[..., None]) -> None:
+    ada, rig, _ = lab
+    before = run(ada, tmp_path, "echo", "before")
+    count = len(rig.json("audit", "-n", "1000")["entries"])
+    rig.meshgpu("rekey", "--yes")
+    wait_until(lambda: any(m["name"] == "rig" and m["state"] == "alive" for m in ada.json("machines")["machines"]))
+    after = run(ada, tmp_path, "echo", "after")
+    assert f"{count + 3:,} entries, whole" in rig.meshgpu("audit", "--verify").stdout
+    for job in (before, after):
+        assert "ok  log" in ada.meshgpu("info", job, "--receipt").stdout
+
+
 def audit_check(host: Any) -> Any:
     checks = json.loads(host.meshgpu("doctor", "--json", code=None).stdout)["checks"]
     return next(check for check in checks if check["name"] == "audit")

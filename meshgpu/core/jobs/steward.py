@@ -364,7 +364,7 @@ class Stewardship:
             return []  # it was never accepted there
         try:
             receipt = read_receipt(report.receipt, self._log, self._notary)
-            check_about(receipt, job.spec, self._notary.digest(job.signed))
+            check_about(receipt, job.spec, self._notary.digest(job.signed), self._log)
             check_told(receipt, job.register, report, result)
         except TrustError as error:
             assert job.register.node is not None

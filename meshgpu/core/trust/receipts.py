@@ -31,14 +31,15 @@ def read_receipt(signed: Signed, log: MeshLog, notary: Notary) -> Receipt:
     return receipt
 
 
-def check_about(receipt: Receipt, spec: JobSpec, digest: Digest) -> None:
+def check_about(receipt: Receipt, spec: JobSpec, digest: Digest, log: MeshLog) -> None:
     """Raises TrustError unless the receipt is about this very request. digest: of the signed spec, as read from it."""
+    is_elsewhere = spec.machine is not None and log.current(spec.machine) != log.current(receipt.node)
     for is_wrong, fault in (
         (receipt.mesh != spec.mesh, "of another mesh"),
         (receipt.job != spec.job, "of another job"),
         (receipt.spec != digest, "of a request with another text"),
         (receipt.tree != spec.tree, "of another working directory"),
-        (spec.machine not in (None, receipt.node), "of a machine that the request does not name"),
+        (is_elsewhere, "of a machine that the request does not name"),
         (receipt.epoch < 1, "of no attempt"),
     ):
         if is_wrong:
@@ -94,7 +95,7 @@ def examine(proof: Proof, rules: RequestRules, log: MeshLog, notary: Notary) -> 
         checks.append(Check("run", False, error.message))
     if spec is not None and receipt is not None:
         try:
-            check_about(receipt, spec, notary.digest(proof.spec))
+            check_about(receipt, spec, notary.digest(proof.spec), log)
             checks.append(Check("together", True, "the run is of this very request"))
         except TrustError as error:
             checks.append(Check("together", False, error.message))

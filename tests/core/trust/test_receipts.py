@@ -159,3 +159,10 @@ def test_receipt_says_what_its_machine_reports(bench: Bench, changes: dict[str, 
     check_told(bench.receipt(), register, REPORT, REPORT.result)
     with pytest.raises(TrustError, match="says something else than the report"):
         check_told(bench.receipt(**changes), register, REPORT, REPORT.result)
+
+
+def test_machine_that_was_asked_for_may_have_new_keys_since(office: Office, bench: Bench, signed: Sign) -> None:
+    old = office.setups[2].node
+    bench.spec, bench.signed = signed(machine=old)
+    bench.log.heirs = {old: bench.node}
+    assert bench.faults(bench.sign(bench.receipt())) == []
