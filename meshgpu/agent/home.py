@@ -76,7 +76,8 @@ class Home:
     def prepare(self) -> None:
         """Make the directory, for this account alone; what others could read until now is closed, with a warning.
 
-        Keys are another matter: `KeyFiles` refuses those that others could read. Raises MeshgpuError `bad-home`.
+        Keys and the join file are another matter: those that others could read or write are refused, not mended.
+        Raises MeshgpuError `bad-home`.
         """
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         owner = self.directory.stat().st_uid
@@ -86,7 +87,7 @@ class Home:
         own = (self.directory, self.jobs, self.environments)
         for path in own:
             path.mkdir(mode=0o700, exist_ok=True)
-        for path in (*own, *self.directory.iterdir()):
+        for path in (*own, *(path for path in self.directory.iterdir() if path != self.join_file)):
             mode = stat.S_IMODE(path.lstat().st_mode)
             if mode & 0o077 and (path in own or path.is_file()) and not path.is_symlink():
                 logger.warning("%s was open to other accounts (mode %04o), and is closed now", path, mode)

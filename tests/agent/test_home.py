@@ -59,3 +59,13 @@ def test_directory_of_another_account_is_refused(tmp_path: Path) -> None:
         home.prepare()
     assert raised.value.code == "bad-home"
     assert not home.jobs.exists()
+
+
+def test_join_file_that_others_could_write_is_left_to_be_refused(tmp_path: Path) -> None:
+    """Closed here, it would be taken for one that only this account ever wrote."""
+    home = Home(tmp_path / "home")
+    home.prepare()
+    home.join_file.write_text("mgpu1-")
+    home.join_file.chmod(0o666)
+    home.prepare()
+    assert home.join_file.stat().st_mode & 0o777 == 0o666
