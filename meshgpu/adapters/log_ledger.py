@@ -17,6 +17,12 @@ LONGEST_WAIT_S: Final = 0.2
 STEP_BYTES: Final = 256 * 1024
 """Payload read at a time while following."""
 _STREAMS: Final = {1: LogStream.STDOUT, 2: LogStream.STDERR}
+_NUMBERS: Final = {stream: number for number, stream in _STREAMS.items()}
+
+
+def as_written(record: LogRecord) -> bytes:
+    """The record's bytes in the ledger that it was read from."""
+    return LEDGER_HEADER.pack(_NUMBERS[record.stream], record.wall_s, len(record.data)) + record.data
 
 
 def read_records(path: Path, position: int, limit_bytes: int) -> list[LogRecord]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from meshgpu.adapters import job_trees
-from meshgpu.model.ids import Digest
+from meshgpu.model.ids import NO_DIGEST, Digest
 from meshgpu.model.receipt import Evidence
 
 NOT_OUTPUT: Final = "__pycache__"
@@ -30,7 +30,7 @@ def find_evidence(directory: Path) -> Evidence:
     staged: dict[str, str] = {}
     with contextlib.suppress(FileNotFoundError):
         staged = json.loads((directory / "staged.json").read_bytes())
-    log = Digest("")
+    log = NO_DIGEST
     with contextlib.suppress(FileNotFoundError), (directory / "log").open("rb") as ledger:
         log = Digest(hashlib.file_digest(ledger, "sha256").hexdigest())
     return Evidence(staged.get("environment", ""), staged.get("image", ""), log)

@@ -11,6 +11,7 @@ from typing import Final
 from meshgpu import ports
 from meshgpu.core import events as ev
 from meshgpu.core.node import Node
+from meshgpu.core.trust.joining import GIVEN_ROLES
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import KeyId, key_id
 from meshgpu.model.trust import (
@@ -26,11 +27,8 @@ from meshgpu.model.trust import (
     UserKey,
 )
 
-GIVEN_ROLES: Final = (Role.RIG, Role.SUBMITTER, Role.VIEWER)
-"""What `meshgpu role` gives; `burst` comes with `meshgpu burst setup`, which asks what may be spent."""
-
 PARTING_S: Final = 0.5
-"""From the word that this machine leaves to its end: the open Links carry it in milliseconds."""
+"""From the word that this machine leaves, or has new keys, to its end: the open Links carry it in milliseconds."""
 
 
 @dataclass(slots=True)

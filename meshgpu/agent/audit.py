@@ -33,8 +33,7 @@ def newest(store: ports.Store) -> list[AuditRecord]:
     """
     found: list[AuditRecord] = []
     for key, data in store.last(AUDIT, 1):
-        seq = int(key) if key.isdecimal() else 0
-        found.append(_readable(data) or AuditRecord(seq, Signed("", data, KeyId(""), b"")))
+        found.append(_readable(data) or AuditRecord(_number(key), Signed("", data, KeyId(""), b"")))
     return found
 
 
@@ -72,7 +71,7 @@ class AuditTrail:
         record = _readable(data)
         try:
             if record is None:
-                raise is_broken(int(key) if key.isdecimal() else 0, "cannot be read")
+                raise is_broken(_number(key), "cannot be read")
             public_key = self.key_of(NodeId(record.entry.key))
             if public_key is None:
                 raise is_broken(record.seq, "was signed by another machine")
@@ -129,11 +128,16 @@ class AuditTrail:
 
     async def _check_nothing_beyond(self) -> None:
         """Raises TrustError where there are entries that the running agent never wrote."""
-        last = (await self.runtime.stored(lambda store: store.last(AUDIT, 1)))[-1:]
+        last = await self.runtime.stored(lambda store: store.last(AUDIT, 1))
         head = self.runtime.node.attempts.audit.head
         for key, _ in last:
             if head is None or key > audit_key(head.seq):
-                raise is_broken(int(key) if key.isdecimal() else 0, "is on disk, and the running agent never wrote it")
+                raise is_broken(_number(key), "is on disk, and the running agent never wrote it")
+
+
+def _number(key: str) -> int:
+    """Of the entry that lies under `key`; 0 for a key that no agent writes."""
+    return int(key) if key.isdecimal() else 0
 
 
 def _read_on(store: ports.Store, after: str) -> Rows:

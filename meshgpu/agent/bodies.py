@@ -78,7 +78,7 @@ def whole_of(body: Mapping[str, Any], key: str) -> int:
 
 
 def role_of(body: Mapping[str, Any]) -> Role:
-    """The role that a newcomer gets; a rig's where nothing is said."""
+    """The role that a machine is to get; a rig's where nothing is said."""
     role = body.get("role", Role.RIG.value)
     if role not in list(Role):
         raise MeshgpuError("bad-request", f"there is no role {role!r}: expected rig, submitter or viewer")

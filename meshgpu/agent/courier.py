@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from meshgpu import ports
+from meshgpu.agent.runtime import anchors
 from meshgpu.core.membership.gossip import fitting
 from meshgpu.core.node import Node
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.gossip import MemberState
 from meshgpu.model.ids import Address, NodeId
 from meshgpu.model.messages import GossipDigest, LogDelta
-from meshgpu.model.trust import OFFICE_ROLES, Role
+from meshgpu.model.trust import OFFICE_ROLES
 from meshgpu.wire.codec import decode_frame, encode_frame
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,7 @@ class Courier:
             errands = _Errands(self.node, transport)
             await transport.start(errands.heard, _serve_nothing)
             try:
-                transport.trust(
-                    [ports.Anchor(m.node, m.device_ca, m.role is Role.CLOUD) for m in self.node.log.members.values()]
-                )
+                transport.trust(anchors(self.node.log.members.values()))
                 for peer in waiting:
                     for address in self.node.addresses(peer):
                         await errands.run(peer, address)

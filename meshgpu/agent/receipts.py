@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from meshgpu.adapters.log_ledger import as_written
 from meshgpu.agent.jobs import Found, Jobs
 from meshgpu.agent.views import Document, command_text
 from meshgpu.core.node import Node
 from meshgpu.core.trust.receipts import Check, Examined
 from meshgpu.errors import MeshgpuError
-from meshgpu.guard import LEDGER_HEADER
 from meshgpu.model.ids import KeyId
-from meshgpu.model.job import Action, JobSpec, JobView
-from meshgpu.model.logs import LogStream
+from meshgpu.model.job import Action, JobView
 from meshgpu.model.receipt import Proof, Receipt
 from meshgpu.wire.codec import decode, encode
 
@@ -25,8 +24,6 @@ LOG_LIMIT_BYTES: Final = 256 * 2**20
 
 LOG_LIMIT_S: Final = 20.0
 """For which it may take: below the patience of the command line."""
-
-_NUMBERS: Final = {LogStream.STDOUT: 1, LogStream.STDERR: 2}
 
 
 @dataclass(slots=True)
@@ -43,7 +40,7 @@ class Receipts:
         checks = [*examined.checks]
         if examined.receipt is not None and examined.receipt.log:
             checks.append(await self._compare_log(key, job, examined.receipt))
-        return _document(proof, examined, tuple(checks))
+        return _document(proof, _facts(examined, proof), checks)
 
     async def _proof(self, key: KeyId, job: Found) -> Proof:
         view = await self.jobs.act(key, job.view, Action.RECEIPT)
@@ -62,10 +59,8 @@ class Receipts:
         try:
             async with asyncio.timeout(LOG_LIMIT_S):
                 async for printed in self.jobs.log(key, register, 0, follow=False):
-                    record = printed.record
-                    found.update(LEDGER_HEADER.pack(_NUMBERS[record.stream], record.wall_s, len(record.data)))
-                    found.update(record.data)
-                    if record.position > LOG_LIMIT_BYTES:
+                    found.update(as_written(printed.record))
+                    if printed.record.position > LOG_LIMIT_BYTES:
                         return Check("log", None, "not compared: it is too long")
         except (MeshgpuError, TimeoutError) as error:
             return Check("log", None, f"not compared: {error or 'its machine is too slow'}")
@@ -77,10 +72,10 @@ class Receipts:
         """What a kept receipt is worth. Raises MeshgpuError `bad-request` for what is none."""
         proof = _read_proof(kept.get("proof"))
         examined = self.node.examine(proof)
-        checks = [*examined.checks]
-        if examined.spec is not None and examined.receipt is not None:
-            checks.append(_compare_facts(kept.get("facts"), _facts(examined.spec, examined.receipt, proof)))
-        return _document(proof, examined, tuple(checks))
+        facts, checks = _facts(examined, proof), [*examined.checks]
+        if facts is not None:
+            checks.append(_compare_facts(kept.get("facts"), facts))
+        return _document(proof, facts, checks)
 
 
 def _why_none(view: JobView) -> str:
@@ -117,20 +112,20 @@ def _compare_facts(kept: object, signed: Document) -> Check:
     return Check("text", False, f"it does not say what was signed: {', '.join(map(str, wrong[:8]))}")
 
 
-def _document(proof: Proof, examined: Examined, checks: tuple[Check, ...]) -> Document:
-    both = examined.spec is not None and examined.receipt is not None
+def _document(proof: Proof, facts: Document | None, checks: list[Check]) -> Document:
     return {
-        "facts": _facts(examined.spec, examined.receipt, proof) if both else None,
+        "facts": facts,
         "proof": _written(proof),
         "checks": [{"about": check.about, "holds": check.holds, "found": check.found} for check in checks],
         "holds": all(check.holds is not False for check in checks),
     }
 
 
-def _facts(spec: JobSpec | None, receipt: Receipt | None, proof: Proof) -> Document:
-    """What is signed, as text, and nothing else: so it is the same whenever it is read."""
-    assert spec is not None
-    assert receipt is not None
+def _facts(examined: Examined, proof: Proof) -> Document | None:
+    """What is signed, as text, and nothing else: so it is the same whenever it is read. None where one part is not."""
+    spec, receipt = examined.spec, examined.receipt
+    if spec is None or receipt is None:
+        return None
     return {
         "mesh": receipt.mesh,
         "job": receipt.job,

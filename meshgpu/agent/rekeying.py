@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
 
 from meshgpu import ports
+from meshgpu.agent.admins import PARTING_S
 from meshgpu.core import events as ev
 from meshgpu.core.effects import Answered
 from meshgpu.core.node import Node
@@ -14,9 +14,6 @@ from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.gossip import MemberState
 from meshgpu.model.ids import NodeId, node_id
 from meshgpu.model.trust import NewKey, Notary, Rekey, Role
-
-PARTING_S: Final = 0.5
-"""From the word on disk to the end of the old node: the open Links carry it in milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)

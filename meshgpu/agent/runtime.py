@@ -7,7 +7,7 @@ that has gathered meanwhile goes into the next transaction (group commit).
 import asyncio
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar, assert_never
@@ -22,7 +22,7 @@ from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model.ids import Address, JobId, NodeId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Register, Result
 from meshgpu.model.messages import Message
-from meshgpu.model.trust import Role
+from meshgpu.model.trust import Member, Role
 from meshgpu.wire.codec import decode_frame, encode, encode_frame
 
 logger = logging.getLogger(__name__)
@@ -223,8 +223,7 @@ class Runtime:
             case fx.Identify(address=address):
                 self._start(self._identify(address))
             case fx.TrustMembers(members=members):
-                anchors = [ports.Anchor(m.node, m.device_ca, m.role is Role.CLOUD) for m in members]
-                self.outside.transport.trust(anchors)
+                self.outside.transport.trust(anchors(members))
             case fx.NoteNewKeys(name=name, before=before, after=after):
                 logger.info("%s goes on under new keys: %s, before that %s", name, after, before)
             case fx.Announce():
@@ -403,3 +402,8 @@ async def _contained(work: Awaitable[T]) -> T:
 def sendable(text: str) -> str:
     """`text` with what UTF-8 cannot hold (undecodable bytes of file names) spelt out, and not endless."""
     return text.encode("utf-8", "backslashreplace").decode()[:REASON_CHARACTERS]
+
+
+def anchors(members: Iterable[Member]) -> list[ports.Anchor]:
+    """The members as a transport trusts them."""
+    return [ports.Anchor(member.node, member.device_ca, member.role is Role.CLOUD) for member in members]

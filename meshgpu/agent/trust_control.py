@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from meshgpu.agent.admins import Admins
-from meshgpu.agent.bodies import read_body, text_of
+from meshgpu.agent.bodies import read_body, role_of, text_of
 from meshgpu.agent.rekeying import Rekeying
 from meshgpu.agent.views import Document
-from meshgpu.errors import MeshgpuError
-from meshgpu.model.trust import Role, UserKey
+from meshgpu.model.trust import UserKey
 
 
 @dataclass(slots=True)
@@ -44,11 +43,9 @@ class TrustControl:
 
     async def _role(self, request: web.Request) -> web.Response:
         body = await read_body(request)
-        role = text_of(body, "role")
-        if role not in list(Role):
-            raise MeshgpuError("bad-request", f"there is no role {role!r}: expected rig, submitter or viewer")
-        member = await self.admins.set_role(self.uid_of(request), text_of(body, "name"), Role(role))
-        return web.json_response({"name": member.name, "node": member.node, "role": role})
+        role = role_of({"role": text_of(body, "role")})  # where nothing is said, nothing changes
+        member = await self.admins.set_role(self.uid_of(request), text_of(body, "name"), role)
+        return web.json_response({"name": member.name, "node": member.node, "role": role.value})
 
     async def _list(self, request: web.Request) -> web.Response:
         self.admins.account(self.uid_of(request))

@@ -72,9 +72,7 @@ def kill(jobs: JobIds) -> None:
 
 
 def info(
-    job: Annotated[
-        str, typer.Argument(metavar="ID", help="A job's id or any unique part of it.", autocompletion=job_names)
-    ] = "",
+    job: JobId = "",
     receipt: Annotated[
         bool, typer.Option("--receipt", help="What its machine signed when it ended, checked here and now.")
     ] = False,

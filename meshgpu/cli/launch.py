@@ -6,6 +6,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -62,16 +63,8 @@ def ensure_agent() -> tuple[AgentClient, AgentView]:
 def start_service(home: Path) -> AgentView:
     """Have systemd start the agent of `home`. Raises MeshgpuError `service-failed` or `agent-failed`."""
     service.systemctl("start", service.UNIT)
-    deadline = time.monotonic() + START_LIMIT_S
-    while (agent := running_agent(home)) is None:
-        if time.monotonic() > deadline:
-            raise MeshgpuError(
-                "agent-failed",
-                f"the service was started, but no agent answers in {home} after {START_LIMIT_S:.0f} s",
-                f"journalctl --user -u {service.UNIT}",
-            )
-        time.sleep(POLL_S)
-    return agent
+    missing = f"the service was started, but no agent answers in {home}"
+    return _await_meant(home, lambda _: True, missing, f"journalctl --user -u {service.UNIT}")
 
 
 def stop_agent(home: Path) -> bool:
@@ -103,14 +96,16 @@ def stop_agent(home: Path) -> bool:
 
 def await_agent(home: Path, node: str) -> AgentView:
     """Wait until the agent of `home` answers as `node`, as it does once it has begun anew. Raises `agent-failed`."""
+    missing = f"the agent in {home} does not answer under its new keys"
+    return _await_meant(home, lambda agent: agent["node"] == node, missing, f"meshgpu up; less {home / LOG_NAME}")
+
+
+def _await_meant(home: Path, is_it: Callable[[AgentView], bool], missing: str, hint: str) -> AgentView:
+    """Wait for the agent of `home` that is meant. Raises MeshgpuError `agent-failed`."""
     deadline = time.monotonic() + START_LIMIT_S
-    while (agent := running_agent(home)) is None or agent["node"] != node:
+    while (agent := running_agent(home)) is None or not is_it(agent):
         if time.monotonic() > deadline:
-            raise MeshgpuError(
-                "agent-failed",
-                f"the agent in {home} does not answer under its new keys after {START_LIMIT_S:.0f} s",
-                f"meshgpu up; less {home / LOG_NAME}",
-            )
+            raise MeshgpuError("agent-failed", f"{missing} after {START_LIMIT_S:.0f} s", hint)
         time.sleep(POLL_S)
     return agent
 

@@ -12,7 +12,7 @@ from meshgpu.core.effects import Effect, Persist, Warn
 from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.errors import TrustError
 from meshgpu.model.audit import AuditEntry, AuditEvent, AuditHead, AuditStart
-from meshgpu.model.ids import Digest, KeyId, NodeId
+from meshgpu.model.ids import NO_DIGEST, KeyId, NodeId
 from meshgpu.model.records import AuditRecord, AuditStartRecord, Record
 from meshgpu.model.trust import Notary, Signed
 
@@ -74,7 +74,7 @@ class AuditChain:
         entry = AuditEntry(
             self._node,
             0 if self.head is None else self.head.seq + 1,
-            Digest("") if self.head is None else self.head.entry,
+            NO_DIGEST if self.head is None else self.head.entry,
             at_wall_s,
             event,
             attempt.spec.job,
@@ -87,7 +87,7 @@ class AuditChain:
             tuple(share.uuid for share in attempt.gpus),
             None if result is None else result.outcome,
             None if result is None else result.exit_code,
-            Digest("") if receipt is None else self._notary.digest(receipt),
+            NO_DIGEST if receipt is None else self._notary.digest(receipt),
         )
         signed = self._notary.sign(KeyId(self._node), entry)
         self.head = AuditHead(entry.seq, self._notary.digest(signed))

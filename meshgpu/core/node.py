@@ -38,7 +38,6 @@ from meshgpu.core.trust.roles import may_say
 from meshgpu.core.trust.sealing import NO_WRAP, Seal, no_seal
 from meshgpu.errors import BrokenInvariant, MeshgpuError, TrustError
 from meshgpu.model import messages as msg
-from meshgpu.model.audit import AuditHead
 from meshgpu.model.clock import Now
 from meshgpu.model.enrolment import InstanceTerms
 from meshgpu.model.gossip import Capacity, Demand, MemberState, NodeRecord
@@ -130,7 +129,6 @@ class Node:
         self._instance = InstanceLife(config.instance, now) if config.instance else None
         self._is_drained = False
         self.audits = AuditWatch()
-        self._told_audit: AuditHead | None = None
         self._notary = notary
         self._inventory = Inventory(0, 0)
         self._readings: tuple[GpuReading, ...] = ()
@@ -247,7 +245,8 @@ class Node:
         effects += self.burst.step(now)
         effects += self._live_on(now)
         effects = self._loop_back(now, effects)
-        if self.attempts.audit.head != self._told_audit:
+        told = self._gossip.record(self.node)
+        if told is not None and told.audit != self.attempts.audit.head:
             self._say_record(now)
         self._say_capacity(now, force=False)
         self._say_demand(now)
@@ -589,7 +588,6 @@ class Node:
 
     def _say_record(self, now: Now) -> None:
         config = self._config
-        self._told_audit = self.attempts.audit.head
         self._gossip.say(
             now,
             NodeRecord(
@@ -604,7 +602,7 @@ class Node:
                 config.policy.needs_image,
                 self.owner.pause,
                 config.sealing_key,
-                self._told_audit,
+                self.attempts.audit.head,
             ),
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.hosts.office import MESHGPU
+from tests.hosts.office import MESHGPU, until
 
 DEADLINE_S = 60.0
 
@@ -56,3 +56,19 @@ def screens(*started: Screen) -> Iterator[None]:
     finally:
         for screen in started:
             screen.close()
+
+
+def admit_by_digits(admin: Any, host: Any) -> tuple[str, str]:
+    """`host` joins by digits under its own name, both people say yes; returns what stood on the two screens."""
+    until(lambda: not admin.json("discover")["machines"][0]["pairing"], "the listener stays open")
+    there = Screen(admin, "admit", host.name)
+    there.read_until("Waiting for")
+    here = Screen(host, "join", "--name", host.name, "--as", host.name, "--yes")
+    with screens(there, here):
+        for screen in (there, here):
+            screen.read_until(r"\[y/N\]")
+            screen.type("y")
+        there.read_until(f"{host.name} is a member now")
+        here.read_until(f"{host.name} is in lab")
+        assert there.process.wait(60) == here.process.wait(60) == 0
+    return there.text, here.text

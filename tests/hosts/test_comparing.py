@@ -8,7 +8,7 @@ import pytest
 from tests.hosts.office import until
 from tests.hosts.screen import DEADLINE_S, Screen, screens
 
-pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("comparing")]
+pytestmark = [pytest.mark.hosts]
 
 
 @pytest.fixture(scope="module")

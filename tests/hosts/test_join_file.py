@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("join-file")]
+pytestmark = [pytest.mark.hosts]
 
 
 @pytest.fixture(scope="module")

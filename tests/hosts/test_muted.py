@@ -8,7 +8,7 @@ import pytest
 from meshgpu.core.trust.joining import read_invite, write_invite
 from meshgpu.core.trust.strangers import FAILURES_LIMIT
 
-pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("muted")]
+pytestmark = [pytest.mark.hosts]
 
 
 def test_stranger_with_false_strings_mutes_only_himself(office: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.hosts, pytest.mark.xdist_group("rekey")]
+pytestmark = [pytest.mark.hosts]
 
 
 @pytest.fixture(scope="module")

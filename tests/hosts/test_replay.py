@@ -17,7 +17,7 @@ import pytest
 from tests.hosts import eavesdropper
 from tests.hosts.eavesdropper import Capture, Flow
 from tests.hosts.office import ip, until
-from tests.hosts.screen import Screen, screens
+from tests.hosts.screen import admit_by_digits
 
 pytestmark = [pytest.mark.hosts]
 
@@ -129,7 +129,7 @@ def live(office: Any, session: Session, directory: Path) -> Session:
     ada.meshgpu("init", "--mesh", "lab", "--name", "ada", "--user", USER, "--yes")
     session.invites.append(ada.meshgpu("invite").stdout.split()[-1])
     bob.meshgpu("join", "--name", MACHINE, "--yes", session.invites[0])
-    let_in_by_digits(ada, session.dan)
+    admit_by_digits(ada, session.dan)
     until(lambda: office.sees_all(ada, 3))
     (directory / "project").mkdir()
     (directory / "project" / "in.txt").write_text(FETCHED)
@@ -152,19 +152,6 @@ def live(office: Any, session: Session, directory: Path) -> Session:
     subprocess.run(bob.argv(sys.executable, "-c", ASK, ada.address), check=True, timeout=10)
     until(lambda: session.obeyed.read_text().count(ORDER.decode()) == 2)
     return session
-
-
-def let_in_by_digits(ada: Any, dan: Any) -> None:
-    until(lambda: not ada.json("discover")["machines"][0]["pairing"], "the listener stays open")
-    there = Screen(ada, "admit", "dan")
-    there.read_until("Waiting for")
-    here = Screen(dan, "join", "--name", "dan", "--as", "dan", "--yes")
-    with screens(there, here):
-        for screen in (there, here):
-            screen.read_until(r"\[y/N\]")
-            screen.type("y")
-        here.read_until("dan is in lab")
-        assert there.process.wait(60) == here.process.wait(60) == 0
 
 
 @pytest.fixture(scope="module")

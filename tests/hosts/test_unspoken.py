@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from meshgpu.core.trust.joining import read_invite, write_invite
 from meshgpu.model.ids import Address
 from tests.hosts.office import MESHGPU, until
-from tests.hosts.screen import Screen, screens
+from tests.hosts.screen import admit_by_digits
 
 pytestmark = [pytest.mark.hosts]
 
@@ -122,18 +122,8 @@ def live(lab: Lab) -> None:
     lab.told(bob, "join", "-", "--name", "bob", "--yes", line=string)
     lab.told(bob, "join", "-", "--name", "bob", "--yes", line=string, code=125)
 
-    until(lambda: not ada.json("discover")["machines"][0]["pairing"], "the listener stays open")
-    there = Screen(ada, "admit", "cyd")
-    there.read_until("Waiting for")
-    here = Screen(cyd, "join", "--name", "cyd", "--as", "cyd", "--yes")
-    with screens(there, here):
-        for screen in (there, here):
-            screen.read_until(r"\[y/N\]")
-            screen.type("y")
-        there.read_until("cyd is a member now")
-        here.read_until("cyd is in lab")
-        assert there.process.wait(60) == here.process.wait(60) == 0
-    lab.printed += [("admit", there.text), ("join by digits", here.text)]
+    there, here = admit_by_digits(ada, cyd)
+    lab.printed += [("admit", there), ("join by digits", here)]
 
     lab.unspoken["secret"] = CANARY
     run_with_secret(lab)

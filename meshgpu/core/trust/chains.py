@@ -19,7 +19,7 @@ from typing import Final
 
 from meshgpu.core.trust.rekeying import Lineage, check_rekey
 from meshgpu.errors import TrustError
-from meshgpu.model.ids import Digest, KeyId, MeshId, NodeId, key_id, node_id
+from meshgpu.model.ids import NO_DIGEST, Digest, KeyId, MeshId, NodeId, key_id, node_id
 from meshgpu.model.trust import (
     AddAdmin,
     AddNode,
@@ -310,7 +310,7 @@ class Chains:
     def _run(self, author: KeyId) -> list[Written]:
         chain, pinned = self._held[author], self._pins.get(author, {})
         run: list[Written] = []
-        previous = Digest("")
+        previous = NO_DIGEST
         while found := chain.get(len(run)):
             pin = pinned.get(len(run))
             meant = [written for written in found if written.name == pin] or found

@@ -39,6 +39,8 @@ CONVERSATIONS_LIMIT: Final = 256
 CONVERSATIONS_OF_ONE: Final = 64
 """Of one address: many machines may stand behind one."""
 GIVEN_ROLES: Final = (Role.RIG, Role.SUBMITTER, Role.VIEWER)
+"""What admins give, to newcomers and by `meshgpu role`; `burst` comes with `meshgpu burst setup`, which asks what may
+be spent."""
 SECRET_BYTES: Final = 13
 """104 random bits, of which 20 base32 characters carry 100: beyond guessing, so failures need no lock-out."""
 SECRET_CHARACTERS: Final = 20

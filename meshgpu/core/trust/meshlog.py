@@ -18,7 +18,7 @@ from meshgpu.core.trust.chains import Chains
 from meshgpu.core.trust.lines import Line, is_admission, lines
 from meshgpu.errors import TrustError
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
-from meshgpu.model.ids import Digest, KeyId, MeshId, NodeId, UserName, key_id, node_id
+from meshgpu.model.ids import NO_DIGEST, KeyId, MeshId, NodeId, UserName, key_id, node_id
 from meshgpu.model.trust import (
     OFFICE_ROLES,
     AddAdmin,
@@ -282,7 +282,7 @@ class MeshLog:
             )
         self._check_not_frozen(author)
         run = chains.run(author)
-        seq, previous = len(run), run[-1].name if run else Digest("")
+        seq, previous = len(run), run[-1].name if run else NO_DIGEST
         others = tuple(head for head in chains.citable() if head.author != author)
         written: list[Signed] = []
         for body in bodies:
@@ -340,7 +340,7 @@ class MeshLog:
 
 def found(notary: Notary, admin: KeyId, genesis: Genesis) -> tuple[MeshId, Signed]:
     """The first entry of a new mesh, signed by its founder, and the id that follows from it."""
-    entry = notary.sign(admin, LogEntry(MeshId(""), admin, 0, Digest(""), (), genesis))
+    entry = notary.sign(admin, LogEntry(MeshId(""), admin, 0, NO_DIGEST, (), genesis))
     return MeshId(notary.digest(entry)), entry
 
 
