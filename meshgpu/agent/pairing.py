@@ -228,10 +228,10 @@ class Pairing:
         check_ca(newcomer)
         async with self.writing:
             transcripts = self._greeted.transcripts(self.listener.fingerprint(), newcomer)
-            joining.check_name(self.node.log, newcomer.name)
             nonce, invite = self._invites.redeem(self.clock.now(), application.proof, transcripts)
             self._greeted.end(nonce)
-            try:
+            try:  # to who has no invite we say nothing, not even which names are taken
+                joining.check_name(self.node.log, newcomer.name)
                 joining.check_possession(self.notary, self.node.log, application, transcripts[nonce])
                 await self.settle(ev.LogWritten(joining.admit(self.node.log, invite, newcomer)))
             except MeshgpuError:
@@ -318,7 +318,7 @@ class Pairing:
     async def _enter(self, invite: InviteString, log: MeshLog, me: Member, inviter_at: tuple[Address, ...]) -> Joined:
         self.check_outside()  # somebody else may have entered one meanwhile
         await self.settle(ev.MeshEntered(invite.genesis, log.all_entries(), ((invite.inviter, inviter_at),)))
-        return Joined(log.mesh_name, me.name, me.owner, log.members[invite.inviter].name, me.role)
+        return Joined(log.mesh_name, me.name, me.owner, log.name_of(invite.inviter), me.role)
 
 
 def reachable(addresses: Sequence[Address], answered: Address) -> tuple[Address, ...]:

@@ -219,7 +219,7 @@ class LogEntry:
     """One link of one author's chain: an admin's, or a node's own.
 
     seq counts from 0 without gaps; previous is the digest of the author's entry before, empty at seq 0;
-    heads are the newest entries of other chains that the author had seen.
+    heads are the newest entries of other admins' chains that the author had seen.
     """
 
     mesh: MeshId

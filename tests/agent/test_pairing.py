@@ -195,6 +195,21 @@ async def test_address_with_bad_proofs_is_muted_and_others_still_join(tmp_path: 
         assert office.ada.names() == {"ada", "bob"}
 
 
+async def test_stranger_without_an_invite_learns_no_names_and_is_muted(tmp_path: Path) -> None:
+    async with lab(tmp_path) as office:
+        await office.invite()
+        eve, possession = office.make("eve"), Possession(digest(b"anything"))
+        answers: list[str] = []
+        for name in ["ada", "nobody"] * FAILURES_LIMIT:
+            newcomer = eve.newcomer(name)
+            keys = (key_id(newcomer.public_key), key_id(newcomer.user_key))
+            application = Application(newcomer, b"junk", *(eve.notary.sign(key, possession) for key in keys))
+            with pytest.raises(MeshgpuError) as refused:
+                await Dialog(office.ada.listener).call("apply", encode(application))
+            answers.append(refused.value.code)
+        assert answers == ["bad-invite"] * FAILURES_LIMIT + ["busy"] * FAILURES_LIMIT
+
+
 async def test_address_that_is_silent_again_and_again_is_muted(tmp_path: Path) -> None:
     async with lab(tmp_path) as office:
         await office.invite()
@@ -210,8 +225,8 @@ async def test_address_that_is_silent_again_and_again_is_muted(tmp_path: Path) -
 async def test_mistakes_of_honest_people_mute_nobody(tmp_path: Path) -> None:
     async with lab(tmp_path) as office:
         invite, bob = await office.invite(), office.make("bob")
-        apply = await greeted(bob, invite, office.ada.listener)
         for _ in range(FAILURES_LIMIT + 1):
+            apply = await greeted(bob, invite, office.ada.listener)
             with pytest.raises(TrustError, match="has a machine of that name"):
                 await Dialog(office.ada.listener).call("apply", encode(apply(bob.newcomer("ada"))[0]))
             with pytest.raises(TrustError, match="no admin compares digits"):

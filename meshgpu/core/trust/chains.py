@@ -11,6 +11,9 @@ Nothing is discarded and order of arrival does not matter. Four rules decide:
 4. Two entries with one number freeze their author there, unless a removal names which of the two it goes on from.
 
 A node that goes on under new keys stays the same machine: who revokes one of its ids revokes all that come after it.
+
+Entries follow from what admins wrote, and from nothing else: so what a node says, and who has yet to hear of it, holds
+up nobody's entries but its own.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -93,29 +96,38 @@ class Chains:
     def add(self, entries: Iterable[Signed]) -> tuple[tuple[Signed, ...], tuple[str, ...]]:
         """Take in what verifies and is new. Returns it, and why other entries were refused.
 
-        Who is not known (yet) to write here is passed over in silence: his admission may be on its way.
+        What has to do with somebody who is not known (yet) is passed over in silence: his admission may be on its way.
         """
         added: list[Signed] = []
         refused: list[str] = []
         waiting = list(entries)
         while waiting:
-            known = [signed for signed in waiting if signed.key in self._keys]
-            waiting = [signed for signed in waiting if signed.key not in self._keys]
+            early: list[Signed] = []
             before = len(added)
-            for signed in known:
+            for signed in waiting:
                 try:
-                    if self._take(signed):
-                        added.append(signed)
+                    taken = self._take(signed)
                 except TrustError as error:
                     refused.append(error.message)
+                    continue
+                if taken is None:
+                    early.append(signed)
+                elif taken:
+                    added.append(signed)
+            waiting = early
             if len(added) == before:
-                break  # else who has just been named may have written some of the rest
+                break  # else who has just been named may have to do with some of the rest
         if added:
             self._recount()
         return tuple(added), tuple(refused)
 
-    def _take(self, signed: Signed) -> bool:
-        """Whether it is new. Raises TrustError for what its author did not sign, or may never write."""
+    def _take(self, signed: Signed) -> bool | None:
+        """Whether it is new; None while nobody here knows whom it needs.
+
+        Raises TrustError for what its author did not sign, or may never write.
+        """
+        if signed.key not in self._keys:
+            return None
         name = self._notary.digest(signed)
         chain = self._held.get(signed.key, {})
         entry = self._notary.read(signed, self._keys[signed.key], LogEntry)
@@ -127,7 +139,11 @@ class Chains:
         if not self._may_ever_write(entry):
             raise TrustError("not-allowed", f"an entry of {signed.key[:12]} says what no node may say")
         if not (entry.author in self._admins or _is_parting(entry) or self._may_rent(NodeId(entry.author))):
-            return False  # that it may rent may be on its way, too
+            return None
+        if any(head.author not in self._admins for head in entry.heads):
+            return None
+        if entry.author not in self._admins and self.lineage.is_below_fork(NodeId(entry.author)):
+            return False  # some hold what it wrote, some do not, and it is nothing to anybody
         found = chain.get(entry.seq, [])
         if any(written.name == name for written in found):
             return False
@@ -136,7 +152,10 @@ class Chains:
         if isinstance(entry.body, Rekey):
             self.check_rekey(entry.author, entry.body)
         written = Written(name, signed, entry)
-        self._held.setdefault(signed.key, {}).setdefault(entry.seq, []).append(written)
+        siblings = self._held.setdefault(signed.key, {}).setdefault(entry.seq, [])
+        siblings.append(written)
+        if len(siblings) > 1 and any(isinstance(sibling.entry.body, Rekey) for sibling in siblings):
+            self.lineage.fork(NodeId(entry.author))
         self._name(written)
         self._introduce(written)
         return True
@@ -213,7 +232,8 @@ class Chains:
         found: dict[NodeId, Written | None] = {}
         for node, written in sorted(self._rekeys.items()):
             if any(self._is_complete(entry) for entry in written):
-                meant = (w for w in self.run(KeyId(node)) if isinstance(w.entry.body, Rekey) and w.name in self._clocks)
+                run = () if self.lineage.is_forked(node) else self.run(KeyId(node))
+                meant = (w for w in run if isinstance(w.entry.body, Rekey) and w.name in self._clocks)
                 found[node] = next(meant, None)
         return found
 
@@ -233,15 +253,21 @@ class Chains:
         return earlier.is_in(self._clocks.get(later.name, {}))
 
     def heads(self) -> tuple[Head, ...]:
-        return tuple(Head(author, len(run) - 1, run[-1].name) for author, run in sorted(self._runs.items()) if run)
+        runs = ((author, run) for author, run in sorted(self._runs.items()) if run and self._is_told(author))
+        return tuple(Head(author, len(run) - 1, run[-1].name) for author, run in runs)
+
+    def _is_told(self, author: KeyId) -> bool:
+        """Whether what he wrote is passed on: not that of keys below a fork, of which everybody may hold other ones."""
+        return author in self._admins or not self.lineage.is_below_fork(NodeId(author))
 
     def citable(self) -> tuple[Head, ...]:
-        """What a new entry follows from: of each author the newest entry whose every root is here.
+        """What a new entry follows from: of each admin the newest entry whose every root is here.
 
         Were others cited, a member could name a head that does not exist, and nothing that anybody wrote after hearing
         of it would ever count.
         """
-        tops = ([written for written in run if written.name in self._clocks] for _, run in sorted(self._runs.items()))
+        runs = (run for author, run in sorted(self._runs.items()) if author in self._admins)
+        tops = ([written for written in run if written.name in self._clocks] for run in runs)
         return tuple(Head(top[-1].author, top[-1].entry.seq, top[-1].name) for top in tops if top)
 
     def last_of(self, author: KeyId) -> Head | None:
@@ -257,7 +283,7 @@ class Chains:
 
     def frozen(self) -> tuple[KeyId, ...]:
         """Authors who wrote two entries with one number, and nobody said which is meant."""
-        return tuple(author for author in sorted(self._held) if self._is_frozen(author))
+        return tuple(author for author in sorted(self._held) if self._is_told(author) and self._is_frozen(author))
 
     def _is_frozen(self, author: KeyId) -> bool:
         return len(self._held[author].get(len(self._runs.get(author, ())), ())) > 1
@@ -267,7 +293,8 @@ class Chains:
         theirs = {head.author: head for head in heads}
         lacking: list[Signed] = []
         # Rekeys last: who hears one lets its author go, and must have heard before all that it follows from.
-        for author in sorted(self._held, key=lambda author: (NodeId(author) in self._rekeys, author)):
+        told = filter(self._is_told, self._held)
+        for author in sorted(told, key=lambda author: (NodeId(author) in self._rekeys, author)):
             chain, head = self._held[author], theirs.get(author)
             agrees = head is not None and any(written.name == head.entry for written in chain.get(head.seq, ()))
             start = head.seq + 1 if head is not None and agrees else 0

@@ -52,16 +52,15 @@ def lines(chains: Chains) -> list[Line]:
             admitted.setdefault(body.node, written)
     rekeyed = chains.rekeyed()
     found: list[Line] = []
-    for node, reason in admitted.items():
+    for node, admission in admitted.items():
         line = Line([node])
-        while (said := rekeyed.get(line.current)) is not None and chains.follows(said, reason):
+        while (said := rekeyed.get(line.current)) is not None and chains.follows(said, admission):
             assert isinstance(said.entry.body, Rekey)
             heir = node_id(said.entry.body.public_key)
             if heir in admitted or chains.lineage.is_disputed(heir):
                 break
             line.ids.append(heir)
             line.steps.append(said.entry.body)
-            reason = said
         line.is_lost = line.current in rekeyed
         line.removals = chains.lineage.ancestry(line.current)
         found.append(line)

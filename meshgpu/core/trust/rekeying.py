@@ -57,20 +57,36 @@ def check_rekey(notary: Notary, mesh: MeshId, author: KeyId, rekey: Rekey) -> No
 
 
 class Lineage:
-    """Who said that he goes on as whom. It only grows, so the order in which it was learned leaves no trace."""
+    """Who said that he goes on as whom. It only grows, so the order in which it was learned leaves no trace.
+
+    Whoever says it twice is *forked*: nobody goes on in his place. Of those below he may have told each of us another
+    story, so no more is taken in of it: then one machine leaves at most two keys for each time that it may change them.
+    """
 
     def __init__(self) -> None:
         self._before: dict[NodeId, set[NodeId]] = {}
-        self._count: dict[NodeId, int] = {}
+        self._forked: set[NodeId] = set()
 
     def add(self, before: NodeId, after: NodeId) -> None:
-        for root in self._roots(before):
-            self._count[root] = self._count.get(root, 0) + 1
         self._before.setdefault(after, set()).add(before)
 
+    def fork(self, node: NodeId) -> None:
+        """`node` said something else besides, in the same place."""
+        self._forked.add(node)
+
+    def is_forked(self, node: NodeId) -> bool:
+        return node in self._forked
+
+    def is_below_fork(self, node: NodeId) -> bool:
+        """Whether `node` may have come after one who is forked."""
+        return not self._forked.isdisjoint(self.ancestry(node) - {node})
+
     def is_full(self, node: NodeId) -> bool:
-        """Whether the machine of `node` has changed its keys too often for us to remember one more time."""
-        return any(self._count.get(root, 0) >= REKEYS_LIMIT for root in self._roots(node))
+        """Whether the machine of `node` has changed its keys too often for us to remember one more time.
+
+        It hangs on what came before `node` alone, which who knows `node` knows: so all say the same.
+        """
+        return len(self.ancestry(node)) > REKEYS_LIMIT
 
     def is_disputed(self, node: NodeId) -> bool:
         """Whether several nodes say that they go on as this one."""
@@ -88,7 +104,3 @@ class Lineage:
                     seen.add(before)
                     waiting.append(before)
         return frozenset(seen)
-
-    def _roots(self, node: NodeId) -> list[NodeId]:
-        ancestry = self.ancestry(node)
-        return [one for one in ancestry if not self._before.get(one)] or [min(ancestry)]

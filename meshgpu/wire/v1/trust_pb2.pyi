@@ -489,7 +489,7 @@ class LogEntry(_message.Message):
     """Digest of the author's entry before; empty at seq 0."""
     @_builtins.property
     def heads(self) -> _containers.RepeatedCompositeFieldContainer[Global___Head]:
-        """Newest entries of other chains that the author had seen."""
+        """Newest entries of other admins' chains that the author had seen."""
 
     @_builtins.property
     def genesis(self) -> Global___Genesis:

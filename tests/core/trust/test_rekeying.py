@@ -49,9 +49,9 @@ def renew(seat: Seat, name: str) -> Seat:
 
 
 def entry_of(seat: Seat, body: Rekey | RemoveNode, heads: tuple[Head, ...] | None = None, seq: int = 0) -> Signed:
-    """What the machine's key would sign, taken in by nobody yet."""
-    cited = seat.log.heads() if heads is None else heads
-    cited = tuple(head for head in cited if head.author != KeyId(seat.node))
+    """What the machine's key would sign, taken in by nobody yet. heads: what admins wrote, without them."""
+    admins = (head for head in seat.log.heads() if seat.log.known(NodeId(head.author)) is None)
+    cited = tuple(admins) if heads is None else heads
     return seat.notary.sign(KeyId(seat.node), LogEntry(seat.mesh, KeyId(seat.node), seq, Digest(""), cited, body))
 
 
@@ -391,6 +391,86 @@ def test_no_machine_fills_memories_with_keys(monkeypatch: pytest.MonkeyPatch) ->
     assert ada.log.add((over,)) == ()
     assert "too many" in ada.log.refused[-1]
     assert ada.names == {"ada", "bob", "eve"}
+
+
+def test_machine_that_tells_each_another_story_is_out_everywhere_also_at_its_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rekeying, "REKEYS_LIMIT", 5)
+    ada, bob, eve = founded("ada", "bob", "eve")
+    seat = eve
+    for number in range(4):
+        seat = renew(seat, f"eve{number}")
+    meet((ada, bob, seat))
+    for admin, heir in ((ada, Seat("for ada")), (bob, Seat("for bob"))):
+        assert admin.log.add((entry_of(seat, rekey_to(seat, heir)),))
+        assert heir.node in admin.log.members
+    meet((ada, bob))
+    assert ada.names == bob.names == {"ada", "bob"}
+    assert ada.log.heads() == bob.log.heads()
+
+
+@given(st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=60)
+def test_liar_with_many_stories_keeps_admins_from_nothing(rng: random.Random) -> None:
+    ada, bob, eve = founded("ada", "bob", "eve")
+    told: list[Signed] = []
+    tellers = [eve]
+    while tellers and len(told) < 12:
+        teller = tellers.pop(rng.randrange(len(tellers)))
+        for number in range(rng.choice((1, 1, 2))):
+            heir = Seat(f"{teller.name}.{number}")
+            heir.mesh, heir.log = eve.mesh, eve.log
+            told.append(entry_of(teller, rekey_to(teller, heir)))
+            tellers.append(heir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rekeying, "REKEYS_LIMIT", 3)
+        for admin, friend in ((ada, Seat("new at ada")), (bob, Seat("new at bob"))):
+            for entry in rng.sample(told, len(told)):
+                if rng.random() < 0.7:  # else only the other admin hears it from the liar
+                    admin.log.add((entry,))
+            admin.admit(friend)
+        meet((ada, bob))
+    assert ada.names == bob.names
+    assert {"ada", "bob", "new at ada", "new at bob"} <= ada.names
+    assert ada.log.heads() == bob.log.heads()
+
+
+def test_liar_who_forks_everywhere_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rekeying, "REKEYS_LIMIT", 5)
+    ada, _, eve = founded("ada", "bob", "eve")
+    deepest_first: list[Signed] = []
+    tellers = [eve]
+    for depth in range(5):
+        heirs: list[Seat] = []
+        for teller in tellers:
+            for side in "ab":
+                heir = Seat(f"{teller.name}{side}")
+                heir.mesh, heir.log = eve.mesh, eve.log
+                entry = entry_of(teller, rekey_to(teller, heir))
+                deepest_first.insert(0 if side == "b" else depth * 1000, entry)
+                heirs.append(heir)
+        tellers = heirs
+    kept = sum(len(ada.log.add((entry,))) for _ in range(6) for entry in deepest_first)
+    assert len(deepest_first) == 62
+    assert 2 <= kept <= 10
+
+
+def test_no_removal_says_who_goes_on_for_a_machine_that_told_two_stories() -> None:
+    ada, bob, eve = founded("ada", "bob", "eve")
+    stories = [entry_of(eve, rekey_to(eve, Seat(f"eve{number}"))) for number in range(2)]
+    assert len(ada.log.add(stories)) == 2
+    ada.write(Revoke(bob.node, (Head(KeyId(eve.node), 0, Digest(eve.notary.digest(stories[0]))),), False))
+    assert ada.names == {"ada"}
+
+
+def test_entry_that_follows_from_what_a_node_wrote_waits_until_that_is_an_admins() -> None:
+    ada, bob, eve = founded("ada", "bob", "eve")
+    heir = renew(eve, "eve2")
+    heads = tuple(head for head in heir.log.heads() if head.author == KeyId(eve.node))
+    assert heads
+    assert ada.log.add((*heir.log.all_entries(), entry_of(bob, rekey_to(bob, Seat("bob2")), heads=heads)))
+    assert bob.node in ada.log.members, "nobody could hold up a rekey by what only some have"
 
 
 def test_chain_of_a_machine_that_does_not_rent_is_one_entry_long() -> None:
