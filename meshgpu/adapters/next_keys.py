@@ -17,7 +17,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from meshgpu.adapters.key_files import NODE_FILE, KeyFiles, create, sync
+from meshgpu.adapters.key_files import LEAF_BACKDATED, NODE_FILE, KeyFiles, create, sync
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.ids import NodeId, node_id
 from meshgpu.wire.certificates import der, pem
@@ -102,7 +102,7 @@ class NextKeys:
         path = self._directory / f"{_LAST_LEAF}{before}.pem"
         if path.exists():
             return  # a crash came after it; what it was made with may be half replaced by now
-        key, certificate = old.new_leaf(now_wall_s, LAST_LEAF_LIFETIME)
+        key, certificate = old.new_leaf(now_wall_s, LEAF_BACKDATED + LAST_LEAF_LIFETIME)
         with _told(self._directory):
             create(path, key + certificate + pem(x509.load_der_x509_certificate(old.device_ca())))
 

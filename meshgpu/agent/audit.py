@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from meshgpu import ports
 from meshgpu.agent.runtime import Runtime
@@ -24,16 +24,19 @@ STEP: Final = 1_000
 """Entries read at a time: a tenth of a second to verify."""
 
 Rows = Sequence[tuple[str, bytes]]
+Kept = TypeVar("Kept", AuditRecord, AuditStartRecord)
 
 
-def newest(store: ports.Store) -> list[AuditRecord]:
-    """The newest entry, with which an agent goes on; none before the first.
+def kept_audit(store: ports.Store) -> list[AuditStartRecord | AuditRecord]:
+    """Where the audit begins and its newest entry, with which an agent goes on; none before the first.
 
-    One that cannot be read is still there: the chain goes on after whatever it is, and who verifies it is told.
+    What cannot be read is still there: the chain goes on after whatever it is, and who verifies it is told.
     """
-    found: list[AuditRecord] = []
+    found: list[AuditStartRecord | AuditRecord] = []
+    for _, data in store.last(AUDIT_START, 1):
+        found.append(_readable(AuditStartRecord, data) or AuditStartRecord(_unsigned(data)))
     for key, data in store.last(AUDIT, 1):
-        found.append(_readable(data) or AuditRecord(_number(key), Signed("", data, KeyId(""), b"")))
+        found.append(_readable(AuditRecord, data) or AuditRecord(_number(key), _unsigned(data)))
     return found
 
 
@@ -68,7 +71,7 @@ class AuditTrail:
         return await asyncio.to_thread(lambda: [self._document(key, data) for key, data in rows])
 
     def _document(self, key: str, data: bytes) -> Document:
-        record = _readable(data)
+        record = _readable(AuditRecord, data)
         try:
             if record is None:
                 raise is_broken(_number(key), "cannot be read")
@@ -146,14 +149,18 @@ def _read_on(store: ports.Store, after: str) -> Rows:
 
 def _take(walk: AuditWalk, rows: Rows) -> None:
     for key, data in rows:
-        walk.take(key, _readable(data))
+        walk.take(key, _readable(AuditRecord, data))
 
 
-def _readable(data: bytes) -> AuditRecord | None:
+def _readable(kind: type[Kept], data: bytes) -> Kept | None:
     try:
-        return decode(AuditRecord, data)
+        return decode(kind, data)
     except MeshgpuError:
         return None
+
+
+def _unsigned(data: bytes) -> Signed:
+    return Signed("", data, KeyId(""), b"")
 
 
 def _start(store: ports.Store) -> bytes | None:

@@ -37,19 +37,21 @@ ERRAND_S: Final = 8.0
 class Courier:
     """One for each identity that this machine gave up and that somebody may still know it by.
 
-    open_as: a transport that is the old node's and listens nowhere. forget: everybody has been told.
+    ends_wall_s: Unix time from which on the old leaf opens no Link. open_as: a transport that is the old node's and
+    listens nowhere. forget: everybody has been told, or cannot be any more.
     """
 
     node: Node
     clock: ports.Clock
+    ends_wall_s: float
     open_as: Callable[[], ports.Transport]
     forget: Callable[[], None]
     _met: set[NodeId] = field(default_factory=set)
 
     async def run(self) -> None:
-        """Until every machine of the office has opened a Link to the new node."""
+        """Until every machine of the office has opened a Link to the new node, or the leaf ends."""
         await asyncio.sleep(FIRST_S)
-        while (waiting := self._waiting()) and self._is_member():
+        while (waiting := self._waiting()) and self._is_useful():
             transport = self.open_as()
             errands = _Errands(self.node, transport)
             await transport.start(errands.heard, _serve_nothing)
@@ -71,8 +73,8 @@ class Courier:
         members = self.node.log.members.values()
         return sorted(m.node for m in members if m.role in OFFICE_ROLES and m.node not in self._met)
 
-    def _is_member(self) -> bool:
-        return self.node.node in self.node.log.members
+    def _is_useful(self) -> bool:
+        return self.node.node in self.node.log.members and self.clock.now().wall_s < self.ends_wall_s
 
 
 class _Errands:

@@ -76,19 +76,37 @@ class Home:
     def prepare(self) -> None:
         """Make the directory, for this account alone; what others could read until now is closed, with a warning.
 
-        Keys and the join file are another matter: those that others could read or write are refused, not mended.
+        What another account put there, this one cannot close, which is told and no more: nobody else gets into the
+        directory. Keys and the join file are another matter: those that others could read or write are refused.
         Raises MeshgpuError `bad-home`.
         """
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = self.directory.stat().st_uid
-        if owner not in (0, os.geteuid()):
-            found = f"it belongs to the account {owner}, which could change everything in it"
-            raise MeshgpuError("bad-home", f"cannot keep an agent in {self.directory}: {found}", "unset MESHGPU_HOME")
-        own = (self.directory, self.jobs, self.environments)
-        for path in own:
-            path.mkdir(mode=0o700, exist_ok=True)
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owner = self.directory.stat().st_uid
+            if owner not in (0, os.geteuid()):
+                raise self._is_bad(f"it belongs to the account {owner}, which could change everything in it")
+            own = (self.directory, self.jobs, self.environments)
+            for path in own:
+                path.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise self._is_bad(error.strerror or str(error)) from error
         for path in (*own, *(path for path in self.directory.iterdir() if path != self.join_file)):
             mode = stat.S_IMODE(path.lstat().st_mode)
             if mode & 0o077 and (path in own or path.is_file()) and not path.is_symlink():
-                logger.warning("%s was open to other accounts (mode %04o), and is closed now", path, mode)
-                path.chmod(mode & 0o700)
+                _close(path, mode)
+
+    def _is_bad(self, found: str) -> MeshgpuError:
+        return MeshgpuError("bad-home", f"cannot keep an agent in {self.directory}: {found}", "unset MESHGPU_HOME")
+
+
+def _close(path: Path, mode: int) -> None:
+    try:
+        path.chmod(mode & 0o700)
+    except PermissionError:
+        owner = path.lstat().st_uid
+        logger.warning(
+            "%s is open to other accounts (mode %04o) and belongs to the account %d: chown it, or remove it",
+            path, mode, owner,
+        )  # fmt: skip
+    else:
+        logger.warning("%s was open to other accounts (mode %04o), and is closed now", path, mode)

@@ -36,7 +36,7 @@ from meshgpu.adapters.process_executor import ProcessExecutor
 from meshgpu.adapters.sqlite_store import SqliteStore
 from meshgpu.adapters.uv_environments import UvEnvironments
 from meshgpu.agent.admins import Admins
-from meshgpu.agent.audit import AuditTrail, newest
+from meshgpu.agent.audit import AuditTrail, kept_audit
 from meshgpu.agent.burst import Burst
 from meshgpu.agent.control import Control, serve
 from meshgpu.agent.courier import Courier
@@ -57,7 +57,7 @@ from meshgpu.agent.user_data import make_user_data
 from meshgpu.config import Config, load_config
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
-from meshgpu.core.audit import AUDIT
+from meshgpu.core.audit import AUDIT, AUDIT_START
 from meshgpu.core.node import Node, NodeConfig, take_up
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import MeshgpuError
@@ -169,9 +169,11 @@ class Agent:
         store = SqliteStore(self._home.database)
         self._closing.callback(store.close)
         records: list[Record] = [
-            decode(kind_of(_KINDS[kind]), data) for (kind, _), data in sorted(store.load(but=AUDIT).items())
+            decode(kind_of(_KINDS[kind]), data)
+            for (kind, _), data in sorted(store.load(but=AUDIT).items())
+            if kind != AUDIT_START
         ]
-        records += newest(store)
+        records += kept_audit(store)
         self._next_keys = NextKeys(self._home.keys)
         self._become_current(records)
         self._keys = KeyFiles(self._home.keys)
@@ -228,6 +230,7 @@ class Agent:
             courier = Courier(
                 self._node,
                 self._clock,
+                leaf.ends_wall_s,
                 functools.partial(GrpcLink, leaf, self._clock, ()),
                 functools.partial(self._next_keys.forget, leaf),
             )
@@ -433,7 +436,6 @@ _KINDS = {
     "obeyed": "ObeyedRecord",
     "attempt": "AttemptRecord",
     "pause": "PauseRecord",
-    "audit-start": "AuditStartRecord",
     "launch": "LaunchRecord",
     "spend": "SpendRecord",
     "burst": "BurstRecord",

@@ -194,8 +194,7 @@ class Status:
     def _audit_check(self) -> Document:
         node = self.node
         for fault in node.audits.faults:
-            member = node.log.members.get(fault.node)
-            name = member.name if member else fault.node[:12]
+            name = node.log.name_of(fault.node)
             return _check(
                 "audit", False, f"{name}: {fault.reason}", f"ask its owner, and on {name}: meshgpu audit --verify"
             )

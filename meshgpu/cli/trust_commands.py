@@ -89,7 +89,7 @@ def rekey(yes: Yes = False, as_json: Json = False) -> None:
     client = AgentClient.found()
     if not (yes or as_json):
         note("This machine stays what it is: its name, owner, role and users, and who is an admin here.")
-        note("It gets a new id. Jobs that wait for it with secrets cannot run here any more.")
+        note("It gets a new id. Invites made here end. Jobs that wait for it with secrets cannot run here any more.")
         _ask("Give this machine new keys?")
     view = client.rekey()
     await_agent(find_home(), view["node"])

@@ -195,6 +195,18 @@ class AuditWatch:
         """How many members have told a head."""
         return len(self._heads)
 
+    def go_on(self, before: NodeId, after: NodeId) -> AuditFault | None:
+        """The member goes on under another id: what it told, and what was found, is of that one now."""
+        fault = self._faults.pop(before, None)
+        if fault is not None:
+            self._faults[after] = AuditFault(after, fault.reason)
+        head = self._heads.pop(before, None)
+        if head is None:
+            return None
+        told = self._heads.get(after)
+        self._heads[after] = head
+        return self.heard(after, told) if told is not None else None
+
     def heard(self, node: NodeId, head: AuditHead | None) -> AuditFault | None:
         """A member's newest record holds `head`. Returns what is wrong with it; the watch goes on from there."""
         before = self._heads.get(node)

@@ -475,6 +475,8 @@ class Node:
             if heir is None:
                 continue
             effects.append(NoteNewKeys(heir.name, node, heir.node))
+            if (fault := self.audits.go_on(node, heir.node)) is not None:
+                effects.append(Warn(heir.node, fault.reason))
             if addresses := self._links.addresses(node):
                 effects += self._meet(now, heir.node, addresses)
         return effects

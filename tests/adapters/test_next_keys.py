@@ -175,6 +175,7 @@ def test_last_leaf_opens_links_as_the_old_node_for_a_while(directory: Path) -> N
     assert node_of_leaf(certificate) == node_of_ca(leaf.device_ca()) == old
     assert leaf_belongs_to(certificate, x509.load_der_x509_certificate(before[1]))
     late = NOW + LAST_LEAF_LIFETIME.total_seconds()
+    assert leaf.ends_wall_s == late
     assert NextKeys(directory).last_leaves(late) == []
     assert list(directory.glob("last-leaf-*")) == []
 

@@ -15,10 +15,10 @@ import pytest
 
 from meshgpu.adapters.key_files import KeyFiles
 from meshgpu.adapters.sqlite_store import SqliteStore
-from meshgpu.agent.audit import AuditTrail, Verdict, newest
+from meshgpu.agent.audit import AuditTrail, Verdict, kept_audit
 from meshgpu.agent.receipts import Receipts
 from meshgpu.core.audit import AUDIT, AUDIT_START, AuditChain, audit_key
-from meshgpu.core.effects import Persist
+from meshgpu.core.effects import Persist, Warn
 from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.node import Node, NodeConfig
 from meshgpu.core.trust.meshlog import MeshLog, found
@@ -166,12 +166,23 @@ def test_agent_goes_on_after_a_newest_entry_that_cannot_be_read(rig: Rig) -> Non
     rig.audit(3)
     rig.store.write([(AUDIT, audit_key(2), b"\xff\xff")])
     again = AuditChain(rig.node.node, rig.notary)
-    again.restore(newest(rig.store))
+    again.restore(kept_audit(rig.store))
     assert again.count == 3
     rig.node.attempts.audit = again
     rig.audit(1)
     assert rig.verify().fault == "cannot trust the audit: entry 2 cannot be read: its bytes were changed"
     assert [row["fault"] is None for row in asyncio.run(rig.trail.newest(10))] == [True, True, False, True]
+
+
+def test_agent_goes_on_where_the_beginning_cannot_be_read(rig: Rig) -> None:
+    rig.audit(3)
+    rig.store.write([(AUDIT_START, AUDIT_START, b"\xff\xff")])
+    again = AuditChain(rig.node.node, rig.notary)
+    (warning,) = again.restore(kept_audit(rig.store))
+    assert isinstance(warning, Warn)
+    assert "start of the audit cannot be read" in warning.reason
+    assert again.count == 3
+    assert "where it begins cannot be read" in rig.verify().fault
 
 
 def test_long_audit_is_read_in_steps(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,31 @@ def test_directory_of_another_account_is_refused(tmp_path: Path) -> None:
         home.prepare()
     assert raised.value.code == "bad-home"
     assert not home.jobs.exists()
+
+
+def test_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MeshgpuError, match="cannot keep an agent in .*: Not a directory"):
+        Home(tmp_path / "file" / "home").prepare()
+
+
+def test_what_another_account_put_there_is_named_and_keeps_no_agent_from_starting(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to be two accounts")
+    home = Home(tmp_path / "home")
+    home.prepare()
+    home.config.write_text("")
+    home.config.chmod(0o644)
+    os.chown(home.directory, 65534, 65534)
+    for path in (home.jobs, home.environments):
+        os.chown(path, 65534, 65534)
+    program = "import os; from meshgpu.agent.home import *; os.setgid(65534); os.setuid(65534); Home(Path()).prepare()"
+    done = subprocess.run(
+        (sys.executable, "-c", program), cwd=home.directory, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "config.toml is open to other accounts (mode 0644) and belongs to the account 0" in done.stderr
+    assert mode(home.config) == 0o644
 
 
 def test_join_file_that_others_could_write_is_left_to_be_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The agent's part of a rekey: keys ready before anybody is told, none lost after, and who was away is told later."""
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -199,7 +200,11 @@ class Line:
 
 
 async def carried(
-    desk: Desk, node: Node, monkeypatch: pytest.MonkeyPatch, answers: list[Callable[[Line], None]]
+    desk: Desk,
+    node: Node,
+    monkeypatch: pytest.MonkeyPatch,
+    answers: list[Callable[[Line], None]],
+    ends_wall_s: float = math.inf,
 ) -> tuple[list[Line], int]:
     """The lines that a courier used, one for each of `answers`, and how often it said that it is done."""
     monkeypatch.setattr(courier_module, "FIRST_S", 0.0)
@@ -212,7 +217,7 @@ async def carried(
         return lines[-1]  # type: ignore[return-value]  # what a courier uses of it
 
     async with asyncio.timeout(DEADLINE_S):
-        await Courier(node, StillClock(), open_as, lambda: done.append(None)).run()
+        await Courier(node, StillClock(), ends_wall_s, open_as, lambda: done.append(None)).run()
     return lines, len(done)
 
 
@@ -255,6 +260,11 @@ async def test_courier_of_a_machine_that_is_out_has_nothing_to_tell(
     node = desk.heir()
     node.step(NOW, LogWritten(node.log.write(KeyId(node.node), (RemoveNode(node.node),))))
     assert await carried(desk, node, monkeypatch, []) == ([], 1)
+
+
+async def test_courier_ends_with_its_leaf(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    await desk.rekeying.rekey()
+    assert await carried(desk, desk.heir(), monkeypatch, [], ends_wall_s=NOW.wall_s) == ([], 1)
 
 
 async def test_who_was_met_once_is_not_told_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

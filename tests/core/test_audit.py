@@ -259,6 +259,36 @@ def test_head_that_goes_back_changes_or_vanishes_is_named_once_each_time() -> No
     assert last.reason == "its audit was rewritten: entry 5 is another than it was"
 
 
+HEIR = NodeId("h" * 52)
+
+
+def test_member_under_new_keys_goes_on_with_its_audit() -> None:
+    watch = AuditWatch()
+    watch.heard(NODE, heads(5)[0])
+    assert watch.go_on(NODE, HEIR) is None
+    assert watch.heard(HEIR, heads(6)[0]) is None
+    assert watch.watched == 1
+
+
+@pytest.mark.parametrize("is_told_first", [False, True])
+def test_who_rewrites_its_audit_and_takes_new_keys_is_named(is_told_first: bool) -> None:
+    watch = AuditWatch()
+    watch.heard(NODE, heads(5)[0])
+    told = [watch.heard(HEIR, heads(0)[0])] if is_told_first else []
+    told += [watch.go_on(NODE, HEIR)]
+    told += [] if is_told_first else [watch.heard(HEIR, heads(0)[0])]
+    assert [fault.node for fault in told if fault] == [HEIR]
+    assert [fault.reason for fault in watch.faults] == ["its audit went back from entry 5 to 0"]
+
+
+def test_fault_stays_with_a_member_that_takes_new_keys() -> None:
+    watch = AuditWatch()
+    watch.heard(NODE, heads(5)[0])
+    watch.heard(NODE, heads(3)[0])
+    assert watch.go_on(NODE, HEIR) is None
+    assert [fault.node for fault in watch.faults] == [HEIR]
+
+
 def test_heads_of_any_order_are_faults_exactly_where_they_do_not_grow() -> None:
     rng = random.Random(1)
     for _ in range(200):

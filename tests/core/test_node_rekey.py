@@ -9,11 +9,13 @@ import pytest
 
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
+from meshgpu.core.audit import AuditFault
 from meshgpu.core.jobs.placement import Rule
 from meshgpu.core.node import Node, NodeConfig, take_up
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.rekeying import make_rekey
 from meshgpu.errors import TrustError
+from meshgpu.model.audit import AuditHead
 from meshgpu.model.clock import Now
 from meshgpu.model.cloud import BurstSettings, Caps, Market, Rung
 from meshgpu.model.gossip import Demand, Need
@@ -132,6 +134,16 @@ class Room:
 
 def entries_of(effects: Iterable[fx.Effect]) -> int:
     return sum(isinstance(effect, fx.Persist) and effect.kind == "log" for effect in effects)
+
+
+def test_audit_of_before_is_held_against_the_new_keys() -> None:
+    room = Room(2)
+    first, second = room.nodes
+    audits = room.machines[first].node.audits
+    audits.heard(second, AuditHead(5, Digest("a" * 64)))
+    _, _, heir, _ = room.rekey(second)
+    fault = audits.heard(heir, AuditHead(0, Digest("b" * 64)))
+    assert fault == AuditFault(heir, "its audit went back from entry 5 to 0")
 
 
 def test_idle_node_hands_over_and_everybody_hears() -> None:
