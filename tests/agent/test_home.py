@@ -65,7 +65,7 @@ def test_directory_of_another_account_is_refused(tmp_path: Path) -> None:
 
 def test_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MeshgpuError, match="cannot keep an agent in .*: Not a directory"):
+    with pytest.raises(MeshgpuError, match=r"cannot keep an agent in .*: Not a directory"):
         Home(tmp_path / "file" / "home").prepare()
 
 
