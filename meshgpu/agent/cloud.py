@@ -140,7 +140,7 @@ class CloudAgent(Agent):
         self._tasks.create_task(self._follow_interruptions(), name="interruptions")
 
     def _make_transport(self) -> ports.Transport:
-        return GrpcLink(self._keys, self._clock, self._hosts(), self._config.link_port, dials=False)
+        return GrpcLink(self._keys, self._clock, self._hosts(), self._config.link_port, dials=False, pace=self._pace)
 
     def _power_off(self) -> Callable[[], Awaitable[None]]:
         return power_off

@@ -58,13 +58,14 @@ from meshgpu.config import Config, load_config
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
 from meshgpu.core.audit import AUDIT, AUDIT_START
+from meshgpu.core.membership.pace import Paces
 from meshgpu.core.node import Node, NodeConfig, take_up
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.cloud import INSTANCE_PORT
 from meshgpu.model.enrolment import BootTerms, InstanceTerms
 from meshgpu.model.gossip import Sighting
-from meshgpu.model.ids import Address, JobId, MeshId, as_name, node_id
+from meshgpu.model.ids import Address, JobId, MeshId, NodeId, as_name, node_id
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.records import Record
 from meshgpu.wire.codec import decode, kind_of
@@ -158,6 +159,7 @@ class Agent:
         self._rng = random.SystemRandom()
         self._clock = BootClock()
         self._vault = Vault()
+        self._paces = Paces()
         self._port = 0
         self._addresses: list[Address] = []
         self._discovery: ports.Discovery | None = None
@@ -237,7 +239,10 @@ class Agent:
             self._tasks.create_task(courier.run(), name="courier")
 
     def _make_transport(self) -> ports.Transport:
-        return GrpcLink(self._keys, self._clock, self._hosts(), self._config.link_port)
+        return GrpcLink(self._keys, self._clock, self._hosts(), self._config.link_port, pace=self._pace)
+
+    def _pace(self, peer: NodeId, size: int) -> float:
+        return self._paces.heard(self._clock.now(), peer, size)
 
     def _power_off(self) -> Callable[[], Awaitable[None]] | None:
         """How this machine ends; None for all that are not rented."""

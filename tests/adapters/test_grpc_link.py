@@ -55,12 +55,13 @@ class Node:
         self.anchor = Anchor(self.id, self.keys.device_ca())
         self.clock = FakeClock()
         self.events: list[LinkEvent] = []
+        self.pace: Callable[[NodeId, int], float] = lambda _peer, _size: 0.0
         self.bulk: Callable[[NodeId, bytes], AsyncIterator[bytes]] = no_bulk
         self._changed = asyncio.Event()
         self.renew(port)
 
     def renew(self, port: int) -> None:
-        self.link = GrpcLink(self.keys, self.clock, ["127.0.0.1"], port)
+        self.link = GrpcLink(self.keys, self.clock, ["127.0.0.1"], port, pace=lambda peer, size: self.pace(peer, size))
 
     async def start(self) -> "Node":
         self.port = await self.link.start(self._emit, lambda peer, request: self.bulk(peer, request))
@@ -363,6 +364,28 @@ async def test_slow_reader_is_cut_off(mesh: Mesh, is_dialled: bool) -> None:
         await eventually(lambda: not low.link._work)
     stuck.set()
     await server.stop(None)
+
+
+async def test_member_that_speaks_too_fast_waits_and_others_do_not(mesh: Mesh) -> None:
+    low, middle, high = await mesh(3)
+    for dialler in (low, middle):
+        await linked(dialler, high)
+    sizes: list[int] = []
+
+    def pace(peer: NodeId, size: int) -> float:
+        if peer == low.id:
+            sizes.append(size)
+        return 60.0 if peer == low.id and len(sizes) == 2 else 0.0
+
+    high.pace = pace
+    for _ in range(5):
+        low.link.send(high.id, b"fast")
+    await high.until(lambda: len(sizes) == 2)
+    middle.link.send(high.id, b"calm")
+    await high.until(lambda: b"calm" in high.frames())
+    assert high.frames() == [b"fast", b"fast", b"calm"]
+    low.link.close(high.id, "enough")
+    await high.until(lambda: not high.has_open(low))
 
 
 async def raw_server(member: Node, methods: dict[str, Callable[[Context], Any]]) -> tuple[grpc.aio.Server, Address]:

@@ -102,19 +102,28 @@ class _Link:
 class GrpcLink:
     """Transport on `hosts`; accepts nobody before `trust`. dials: False where it must never open a connection.
 
-    Without hosts it only dials, and its port is 0.
+    Without hosts it only dials, and its port is 0. pace: told of each frame's sender and bytes, says for how many
+    seconds not to read on from that one.
 
     `emit` may be called from within any method. A dial while a Link is open does nothing: its LinkOpened came before.
     """
 
     def __init__(
-        self, keys: Identity, clock: Clock, hosts: Sequence[str], port: int = 7443, *, dials: bool = True
+        self,
+        keys: Identity,
+        clock: Clock,
+        hosts: Sequence[str],
+        port: int = 7443,
+        *,
+        dials: bool = True,
+        pace: Callable[[NodeId, int], float] = lambda _peer, _size: 0.0,
     ) -> None:
         self._hosts = tuple(hosts)
         self._port = port
         self._gate = Gate(keys, clock)
         self._routes = Routes(self._gate)
         self._dials_others = dials
+        self._pace = pace
         self._clouds: frozenset[NodeId] = frozenset()
         self._offers = Offers(self._routes, self._bulk_messages)
         self._standings = Standings()
@@ -355,6 +364,8 @@ class GrpcLink:
             while (frame := await stream.read()) is not grpc.aio.EOF:
                 if self._links.get(link.peer) is link:
                     self._publish(FrameReceived(link.peer, frame))
+                    if wait_s := self._pace(link.peer, len(frame)):
+                        await asyncio.sleep(wait_s)  # what it sends meanwhile waits, at its side at the latest
         except grpc.aio.AioRpcError as error:
             return reason_from(error)
         except grpc.aio.BaseError:
