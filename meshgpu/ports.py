@@ -81,10 +81,11 @@ class Signer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LinkOpened:
-    """An authenticated Link with `peer` is up. `dialled`: this side opened it."""
+    """An authenticated Link with `peer` is up. dialled: this side opened it. protocol: the newest that both speak."""
 
     peer: NodeId
     dialled: bool
+    protocol: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from meshgpu.model.gossip import MemberState
 from meshgpu.model.ids import Address, NodeId
 from meshgpu.model.messages import GossipDigest, LogDelta
 from meshgpu.model.trust import OFFICE_ROLES
-from meshgpu.wire.codec import decode_frame, encode_frame
+from meshgpu.wire.codec import PROTOCOL, decode_frame, encode_frame
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class _Errands:
         self._node = node
         self._transport = transport
         self._over = asyncio.Event()
+        self._protocol = PROTOCOL
 
     async def run(self, peer: NodeId, address: Address) -> None:
         self._over.clear()
@@ -96,7 +97,8 @@ class _Errands:
 
     def heard(self, event: ports.LinkEvent) -> None:
         match event:
-            case ports.LinkOpened(peer=peer):
+            case ports.LinkOpened(peer=peer, protocol=protocol):
+                self._protocol = protocol
                 logger.info("telling %s of the new keys", peer[:12])
             case ports.FrameReceived(peer=peer, frame=frame):
                 self._tell(peer, frame)
@@ -115,7 +117,7 @@ class _Errands:
         lacking = self._node.log.beyond(message.heads)
         while lacking:
             part = fitting(lacking)
-            self._transport.send(peer, encode_frame(mesh, LogDelta(part)))
+            self._transport.send(peer, encode_frame(mesh, LogDelta(part), self._protocol))
             lacking = lacking[len(part) :]
 
 

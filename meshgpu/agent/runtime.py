@@ -23,7 +23,7 @@ from meshgpu.model.ids import Address, JobId, NodeId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Register, Result
 from meshgpu.model.messages import Message
 from meshgpu.model.trust import Member, Role
-from meshgpu.wire.codec import decode_frame, encode, encode_frame
+from meshgpu.wire.codec import PROTOCOL, decode_frame, encode, encode_frame
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class Runtime:
     tasks: asyncio.TaskGroup
     _inbox: asyncio.Queue[ev.Event | _Mark] = field(default_factory=asyncio.Queue)
     _outbox: asyncio.Queue[list[fx.Effect | _Mark]] = field(default_factory=asyncio.Queue)
+    _protocols: dict[NodeId, int] = field(default_factory=dict)
     _queries: dict[str, Query] = field(default_factory=dict)
     _query_count: int = 0
     _watchers: dict[JobId, list[asyncio.Queue[Register]]] = field(default_factory=dict)
@@ -110,11 +111,13 @@ class Runtime:
 
     def link_event(self, event: ports.LinkEvent) -> None:
         match event:
-            case ports.LinkOpened(peer=peer):
+            case ports.LinkOpened(peer=peer, protocol=protocol):
                 logger.info("link opened: %s", peer[:12])
+                self._protocols[peer] = protocol
                 self.post(ev.LinkOpened(peer))
             case ports.LinkClosed(peer=peer, reason=reason):
                 logger.info("link closed: %s: %s", peer[:12], reason)
+                self._protocols.pop(peer, None)
                 self.post(ev.LinkClosed(peer, reason))
             case ports.DialFailed(peer=peer, address=address, reason=reason):
                 logger.debug("dial failed: %s at %s: %s", peer[:12], address, reason)
@@ -264,8 +267,9 @@ class Runtime:
     def _send(self, peer: NodeId, message: Message) -> None:
         """A message that does not fit the wire is our own bug, but no reason to end the jobs' agent."""
         assert self.node.log.mesh is not None
+        protocol = self._protocols.get(peer, PROTOCOL)
         try:
-            self.outside.transport.send(peer, encode_frame(self.node.log.mesh, message))
+            self.outside.transport.send(peer, encode_frame(self.node.log.mesh, message, protocol))
         except MeshgpuError:
             logger.exception("cannot send a %s to %s", type(message).__name__, peer[:12])
 

@@ -56,6 +56,9 @@ from meshgpu.wire.v1 import (
 PROTOCOL: Final = 1
 """Version of the wire that every frame names; raised only where old and new cannot understand each other."""
 
+OLDEST_PROTOCOL: Final = 1
+"""What an agent of this version speaks all the same to those that are not newer: PROTOCOL, or the one before it."""
+
 ELEMENTS_LIMIT: Final = 65_536
 """List elements of one value, all levels together: 64 nodes need some thousands, and each may cost 1 kB here."""
 
@@ -147,10 +150,16 @@ def decode(kind: type[T], data: bytes) -> T:
 # -- frames ----------------------------------------------------------------------------------------------------------
 
 
-def encode_frame(mesh: MeshId, message: messages.Message) -> bytes:
-    """One message to a member of `mesh`; raises as `encode` does."""
+def common_protocol(newest: int, oldest: int) -> int | None:
+    """The newest that this agent speaks and one that speaks `oldest` to `newest`; None where there is none."""
+    spoken = min(PROTOCOL, newest)
+    return spoken if spoken >= max(OLDEST_PROTOCOL, oldest) else None
+
+
+def encode_frame(mesh: MeshId, message: messages.Message, protocol: int = PROTOCOL) -> bytes:
+    """One message to a member of `mesh`, in the protocol that it speaks; raises as `encode` does."""
     kind = type(message)
-    arguments = {"protocol": PROTOCOL, "mesh": mesh, field_name(kind): _codec(kind).write(message)}
+    arguments = {"protocol": protocol, "mesh": mesh, field_name(kind): _codec(kind).write(message)}
     return _serialise(envelope_pb2.Frame, arguments, kind.__name__)
 
 
@@ -161,7 +170,7 @@ def decode_frame(data: bytes) -> tuple[MeshId, messages.Message]:
     agent knows, which is to be ignored.
     """
     frame = cast(envelope_pb2.Frame, _parse(envelope_pb2.Frame, data, "frame"))
-    if frame.protocol != PROTOCOL:
+    if not OLDEST_PROTOCOL <= frame.protocol <= PROTOCOL:
         raise MeshgpuError(
             "version",
             f"cannot read a frame of protocol {frame.protocol}: this agent speaks protocol {PROTOCOL}",

@@ -26,7 +26,9 @@ from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Address, NodeId, node_id
 from meshgpu.ports import Anchor, DialFailed, FrameReceived, LinkClosed, LinkEvent, LinkOpened
+from meshgpu.wire import codec
 from meshgpu.wire.certificates import make_leaf, pem, server_name
+from meshgpu.wire.codec import PROTOCOL
 from meshgpu.wire.endpoints import certificate_at
 from meshgpu.wire.grpc_calls import Context, service
 
@@ -175,8 +177,8 @@ async def test_link_carries_frames_both_ways_in_order(mesh: Mesh, dialler: int) 
     nodes = await mesh(2)
     one, other = nodes[dialler], nodes[1 - dialler]
     await linked(one, other)
-    assert one.events == [LinkOpened(other.id, True)]
-    assert other.events == [LinkOpened(one.id, False)]
+    assert one.events == [LinkOpened(other.id, True, PROTOCOL)]
+    assert other.events == [LinkOpened(one.id, False, PROTOCOL)]
     sent = [b"%d" % number for number in range(500)] + [b"", bytes(MIB)]
     for frame in sent:
         one.link.send(other.id, frame)
@@ -211,11 +213,11 @@ async def test_both_dial_at_once_and_keep_the_link_of_the_lower_id(mesh: Mesh, a
     for _ in range(attempt % 7):
         await asyncio.sleep(0.003)
     high.link.dial(low.id, low.address)
-    await low.until(lambda: low.last(LinkOpened) == LinkOpened(high.id, True))
+    await low.until(lambda: low.last(LinkOpened) == LinkOpened(high.id, True, PROTOCOL))
     await eventually(lambda: len(low.link._work) == len(high.link._work) == 1)
     assert low.has_open(high)
     assert high.has_open(low)
-    assert high.last(LinkOpened) == LinkOpened(low.id, False)
+    assert high.last(LinkOpened) == LinkOpened(low.id, False, PROTOCOL)
     assert not [event for node in (low, high) for event in node.events if isinstance(event, DialFailed)]
     low.link.send(high.id, b"ping")
     high.link.send(low.id, b"pong")
@@ -282,7 +284,7 @@ async def test_restarted_peer_replaces_a_link_that_looks_alive(mesh: Mesh) -> No
     await twin.start(lambda _event: None, no_bulk)
     twin.trust([low.anchor])
     twin.dial(low.id, low.address)
-    await low.until(lambda: low.last(LinkOpened) == LinkOpened(high.id, False))
+    await low.until(lambda: low.last(LinkOpened) == LinkOpened(high.id, False, PROTOCOL))
     assert low.link is first
     assert low.has_open(high)
     await twin.stop()
@@ -423,6 +425,38 @@ async def test_answerer_of_another_version_is_named_in_the_reason(mesh: Mesh) ->
     assert low.events == [
         DialFailed(high.id, address, "protocol versions differ: the answerer speaks 2, the dialler 1")
     ]
+    await server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "spoken"),
+    [((1, 2), (1, 1), 1), ((1, 1), (1, 2), 1), ((1, 2), (2, 3), 2), ((2, 3), (1, 2), 2)],
+    ids=str,
+)
+async def test_neighbouring_versions_speak_the_newest_that_both_know(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, ours: tuple[int, int], theirs: tuple[int, int], spoken: int
+) -> None:
+    monkeypatch.setattr(codec, "OLDEST_PROTOCOL", ours[0])
+    monkeypatch.setattr(codec, "PROTOCOL", ours[1])
+    low, high = await mesh(2)
+    said = json.dumps({"oldest": theirs[0], "version": theirs[1], "instance": "x", "dial": 1}).encode()
+    ended = asyncio.Event()
+
+    async def other(context: Context) -> None:
+        await context.read()
+        await context.write(said)
+        await ended.wait()
+
+    async with raw_channel(high, low) as channel:
+        call: LinkCall = channel.stream_stream(LINK)()
+        await call.write(said)
+        await low.until(lambda: low.last(LinkOpened) == LinkOpened(high.id, False, spoken))
+        call.cancel()
+        await low.until(lambda: not low.has_open(high))
+    server, address = await raw_server(high, {"Link": other})
+    low.link.dial(high.id, address)
+    await low.until(lambda: low.last(LinkOpened) == LinkOpened(high.id, True, spoken))
+    ended.set()
     await server.stop(None)
 
 

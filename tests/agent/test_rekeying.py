@@ -25,7 +25,7 @@ from meshgpu.model.ids import Address, KeyId, NodeId, UserName, key_id, node_id
 from meshgpu.model.messages import GossipDigest, LogDelta
 from meshgpu.model.records import Record
 from meshgpu.model.trust import AddNode, Genesis, LinkUser, RemoveNode, Role
-from meshgpu.wire.codec import decode_frame, encode_frame
+from meshgpu.wire.codec import PROTOCOL, decode_frame, encode_frame
 from meshgpu.wire.notary import WireNotary
 
 NOW = Now(1.0, 1_800_000_001.0, "boot")
@@ -233,7 +233,7 @@ async def test_courier_tells_who_was_away_what_it_lacks_and_ends_when_it_was_met
         line.emit(ports.DialFailed(desk.peer, Address("peer:7443"), "timed out"))
 
     def back(line: Line) -> None:
-        line.emit(ports.LinkOpened(desk.peer, dialled=True))
+        line.emit(ports.LinkOpened(desk.peer, dialled=True, protocol=PROTOCOL))
         line.emit(ports.FrameReceived(desk.peer, b"rubbish"))
         digest = GossipDigest((), theirs.heads(), wants_answer=True)
         line.emit(ports.FrameReceived(desk.peer, encode_frame(desk.mesh, digest)))

@@ -11,7 +11,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import grpc
@@ -34,10 +34,10 @@ from meshgpu.ports import (
     LinkOpened,
 )
 from meshgpu.wire.certificates import node_of_leaf
+from meshgpu.wire.codec import OLDEST_PROTOCOL, PROTOCOL, common_protocol
 from meshgpu.wire.endpoints import certificate_at, free_port, join_address
 from meshgpu.wire.grpc_calls import Context, Stream, abort, reason_from, service
 
-PROTOCOL_VERSION: Final = 1
 QUEUE_LIMIT_FRAMES: Final = 1024
 """Frames that wait for a slow peer; one more and it is as good as gone."""
 
@@ -76,10 +76,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Hello:
-    """First frame of each side. instance: random for each start of an agent. dial: counts the dialler's dials."""
+    """First frame of each side. instance: random for each start of an agent. dial: counts the dialler's dials.
+
+    protocol: the newest that both sides speak.
+    """
 
     instance: str
     dial: int
+    protocol: int = PROTOCOL
 
 
 @dataclass(eq=False, slots=True)
@@ -247,7 +251,7 @@ class GrpcLink:
                 return False
             self._drop(current, "replaced by a newer Link")
         self._links[link.peer] = link
-        self._publish(LinkOpened(link.peer, link.is_dialled))
+        self._publish(LinkOpened(link.peer, link.is_dialled, link.hello.protocol))
         return True
 
     def _wins(self, link: _Link, current: _Link) -> bool:
@@ -322,7 +326,7 @@ class GrpcLink:
             raise MeshgpuError("no-answer", str(error)) from error
         except grpc.aio.AioRpcError as error:
             raise MeshgpuError("no-answer", reason_from(error)) from error
-        return _Hello(answer.instance, hello.dial)
+        return replace(answer, dial=hello.dial)
 
     async def _answer_link(self, context: Context) -> None:
         async def serve(peer: NodeId) -> None:
@@ -502,19 +506,28 @@ async def _abort_soon(context: Context, error: MeshgpuError) -> None:
 
 
 def _encode(hello: _Hello) -> bytes:
-    return json.dumps({"version": PROTOCOL_VERSION, "instance": hello.instance, "dial": hello.dial}).encode()
+    """What this side speaks; whoever reads it knows what both do."""
+    said = {"version": PROTOCOL, "oldest": OLDEST_PROTOCOL, "instance": hello.instance, "dial": hello.dial}
+    return json.dumps(said).encode()
 
 
 def _decode(frame: Any, side: str) -> _Hello:
     """Read the hello of `side`; raises MeshgpuError `protocol` whose message is a reason in few words."""
     try:
         fields = json.loads(frame) if isinstance(frame, bytes) and len(frame) <= HELLO_LIMIT_BYTES else {}
-        version = fields["version"]
-        if version == PROTOCOL_VERSION:
-            return _Hello(str(fields["instance"]), int(fields["dial"]))
+        newest = int(fields["version"])
+        oldest = int(fields.get("oldest", newest))
+        if (spoken := common_protocol(newest, oldest)) is not None:
+            return _Hello(str(fields["instance"]), int(fields["dial"]), spoken)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise MeshgpuError("protocol", f"the {side}'s first frame is no hello") from error
     other = "answerer" if side == "dialler" else "dialler"
     raise MeshgpuError(
-        "protocol", f"protocol versions differ: the {side} speaks {version}, the {other} {PROTOCOL_VERSION}"
+        "protocol",
+        f"protocol versions differ: the {side} speaks {_span(oldest, newest)}, "
+        f"the {other} {_span(OLDEST_PROTOCOL, PROTOCOL)}",
     )
+
+
+def _span(oldest: int, newest: int) -> str:
+    return str(newest) if oldest == newest else f"{oldest} to {newest}"
