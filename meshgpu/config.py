@@ -30,6 +30,7 @@ class Config:
     require_containers: True runs jobs in containers only; those that name no image in default_image, if there is one.
     join_file: where a string may lie by which an agent in no mesh joins, before `join` in its home; empty: nowhere.
     keep_free_gb: chunks and results are refused below this much free disk; None: the larger of 10 GB and 5 %.
+    log: `info`, or `debug`, which also names every message that is heard, for whoever looks for a fault.
     """
 
     seeds: tuple[str, ...] = ()
@@ -45,6 +46,7 @@ class Config:
     default_image: str = ""
     join_file: str = "/etc/meshgpu/join"
     keep_free_gb: float | None = None
+    log: str = "info"
 
     @property
     def seed_addresses(self) -> tuple[Address, ...]:
@@ -101,7 +103,12 @@ def host_of(address: str) -> str:
 
 
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-_CHOICES = {"advertise": ("gpus", "presence", "off"), "fence": ("auto", "none"), "policy": tuple(Lending)}
+_CHOICES = {
+    "advertise": ("gpus", "presence", "off"),
+    "fence": ("auto", "none"),
+    "policy": tuple(Lending),
+    "log": ("info", "debug"),
+}
 _KINDS: dict[str, type] = {
     "seeds": tuple,
     "advertise": str,
@@ -116,6 +123,7 @@ _KINDS: dict[str, type] = {
     "default_image": str,
     "join_file": str,
     "keep_free_gb": float,
+    "log": str,
 }
 
 

@@ -118,7 +118,9 @@ async def run(home: Home, make: "Callable[[Home, Config, Room], Agent]") -> bool
     try:
         async with asyncio.TaskGroup() as tasks:
             async with contextlib.AsyncExitStack() as closing:
-                await make(home, load_config(home.config), Room(tasks, closing, stopping.set, begin_anew)).start()
+                config = load_config(home.config)
+                logging.getLogger("meshgpu").setLevel(config.log.upper())
+                await make(home, config, Room(tasks, closing, stopping.set, begin_anew)).start()
                 await stopping.wait()
                 logger.info("agent stops; jobs run on")
             raise _Stopped

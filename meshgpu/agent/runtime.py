@@ -136,6 +136,7 @@ class Runtime:
         if mesh != self.node.log.mesh:
             self._rejected(peer, "a frame of another mesh")
             return
+        logger.debug("heard %s of %s", type(message).__name__, peer[:12])
         self.post(ev.MessageArrived(peer, message))
 
     def executor_event(self, event: ports.ExecutorEvent) -> None:
