@@ -311,7 +311,7 @@ class Agent:
         def sampled(inventory: Inventory, readings: tuple[GpuReading, ...]) -> None:
             self._status.inventory = inventory
             strangers = without_jobs(locks.claim(inventory, readings), self._executor)
-            self._runtime.post(ev.MachineRead(inventory, strangers))
+            self._runtime.post(ev.MachineRead(inventory, strangers, round(os.getloadavg()[0])))
 
         probe = NvmlGpus()
         await probe.start(sampled)

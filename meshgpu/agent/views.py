@@ -44,6 +44,10 @@ def machine_document(view: MachineView) -> Document:
         "gpu_note": inventory.gpu_note if inventory else "",
         "down_s": view.down_s,
         "version": record.agent_version if record else "",
+        "address": record.addresses[0] if record and record.addresses else "",
+        "load": capacity.load if capacity else None,
+        "jobs": len(allocations),
+        "said_s": view.said_s,
         "gpus": [
             _gpu_document(gpu, readings.get(gpu.uuid), allocations) for gpu in (inventory.gpus if inventory else ())
         ],

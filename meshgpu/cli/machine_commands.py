@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Annotated, Final
 
 import typer
 
@@ -19,6 +19,8 @@ from meshgpu.errors import AgentUnreachable
 
 COLUMNS: Final = ("MACHINE", "GPU", "TEMP", "UTIL", "MEMORY", "STATE")
 NUMBERS: Final = frozenset({"TEMP", "UTIL", "MEMORY"})
+SAID_COLUMNS: Final = ("MACHINE", "OWNER", "LENDS", "FENCE", "LOAD", "JOBS", "ADDRESS", "AGENT", "SAID")
+SAID_NUMBERS: Final = frozenset({"LOAD", "JOBS"})
 
 
 def up() -> None:
@@ -37,7 +39,13 @@ def down() -> None:
     note("the agent is stopped; jobs run on (meshgpu up brings it back)")
 
 
-def machines(as_json: Json = False, watch: Watch = False) -> None:
+def machines(
+    as_json: Json = False,
+    watch: Watch = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also what each machine says of itself, where, and how long ago.")
+    ] = False,
+) -> None:
     """Show the machines of the mesh, one line for each GPU."""
     client = AgentClient.found()
 
@@ -47,6 +55,9 @@ def machines(as_json: Json = False, watch: Watch = False) -> None:
             print(json.dumps({"machines": found}), flush=True)
         else:
             print_table(COLUMNS, [row for machine in found for row in machine_rows(machine)], NUMBERS)
+            if verbose:
+                print()
+                print_table(SAID_COLUMNS, [_said_row(machine) for machine in found], SAID_NUMBERS)
 
     repeat(show, watch=watch)
 
@@ -129,6 +140,19 @@ def machine_rows(machine: MachineView) -> Iterator[tuple[str, ...]]:
             "-" if gone else _memory(gpu),
             gone or _gpu_state(machine, gpu),
         )
+
+
+def _said_row(machine: MachineView) -> tuple[str, ...]:
+    """What the machine says of itself besides its GPUs, and how old that is: nobody else can say it."""
+    said_s, load = machine["said_s"], machine["load"]
+    if said_s is None:
+        return (machine["name"], machine["owner"] or "-", *["-"] * 6, "nothing yet")
+    lends = "nothing" if machine["paused"] or not _lends(machine) else machine["lending"]
+    busy = "-" if load is None else f"{load} / {machine['cpus']}"
+    return (
+        *(machine["name"], machine["owner"] or "-", lends, machine["fence"] or "none", busy, str(machine["jobs"])),
+        *(machine["address"] or "-", machine["version"], f"{ago(said_s)} ago"),
+    )
 
 
 def _absence(machine: MachineView) -> str:

@@ -175,6 +175,8 @@ class MachineView(TypedDict):
     """A member and its GPUs. state: `alive suspect down left revoked`; down_s: seconds since it was last heard.
 
     lending: `polite shared dedicated`. paused: its owner lends nothing, until paused_until, or until he says so (None).
+    load: processors busy or waited for during the last minute. said_s: seconds since the machine, which alone says all
+    of this, last said something new. jobs: how many run there or are about to, those without a GPU included.
     """
 
     name: str
@@ -191,6 +193,11 @@ class MachineView(TypedDict):
     paused_until: float | None
     gpu_note: str
     down_s: float | None
+    version: str
+    address: str
+    load: int | None
+    jobs: int
+    said_s: float | None
     gpus: list[GpuView]
 
 

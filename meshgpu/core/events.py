@@ -68,10 +68,11 @@ class IdentifyFailed:
 
 @dataclass(frozen=True, slots=True)
 class MachineRead:
-    """What this machine has, and how its GPUs stand now."""
+    """What this machine has, how its GPUs stand now, and how many processors are busy."""
 
     inventory: Inventory
     readings: tuple[GpuReading, ...]
+    load: int = 0
 
 
 @dataclass(frozen=True, slots=True)

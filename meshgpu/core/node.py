@@ -88,7 +88,10 @@ class NodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class MachineView:
-    """A member as people see it. down_s: for how long it has not answered; None if it answers or never did."""
+    """A member as people see it. down_s: for how long it has not answered; None if it answers or never did.
+
+    said_s: how long ago it said the newest of record and capacity; None where it has not said anything.
+    """
 
     member: Member
     state: MemberState
@@ -96,6 +99,7 @@ class MachineView:
     down_s: float | None
     record: NodeRecord | None
     capacity: Capacity | None
+    said_s: float | None
 
 
 class Node:
@@ -132,6 +136,7 @@ class Node:
         self._notary = notary
         self._inventory = Inventory(0, 0)
         self._readings: tuple[GpuReading, ...] = ()
+        self._load = 0
         self._addresses: tuple[Address, ...] = ()
         self._kept_addresses: dict[NodeId, tuple[Address, ...]] = {}
         self._told_capacity_at = now.boot_s - config.capacity_s
@@ -145,7 +150,7 @@ class Node:
 
     def _machine(self, now: Now, member: Member) -> MachineView:
         is_alive = self._is_alive(member.node)
-        lost_at = self._links.last_seen(member.node)
+        lost_at, said_at = self._links.last_seen(member.node), self._gossip.said_at(member.node)
         return MachineView(
             member,
             MemberState.ALIVE if is_alive else MemberState.DOWN,
@@ -153,6 +158,7 @@ class Node:
             now.boot_s - lost_at if not is_alive and lost_at is not None else None,
             self._gossip.record(member.node),
             self._gossip.capacity(member.node),
+            None if said_at is None else now.boot_s - said_at,
         )
 
     def why(self, spec: JobSpec) -> tuple[MachineVerdict, ...]:
@@ -316,7 +322,8 @@ class Node:
                 return []
             case ev.IdentifyFailed():
                 return []
-            case ev.MachineRead(inventory=inventory, readings=readings):
+            case ev.MachineRead(inventory=inventory, readings=readings, load=load):
+                self._load = load
                 return self._machine_read(now, inventory, readings)
             case ev.AddressesChanged(addresses=addresses):
                 self._addresses = addresses
@@ -617,7 +624,7 @@ class Node:
             self._told_capacity_at = now.boot_s
             # Which programs the owner runs is nobody else's business.
             readings = tuple(replace(reading, processes=()) for reading in self._readings)
-            capacity = Capacity(readings, allocations)
+            capacity = Capacity(readings, allocations, self._load)
             if capacity != told:
                 self._gossip.say(now, capacity)
                 self.stewardship.room_changed(now)

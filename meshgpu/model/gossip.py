@@ -66,10 +66,14 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What changes often: readings and allocations. Placement reads it as a hint; the node itself decides."""
+    """What changes often: readings and allocations. Placement reads it as a hint; the node itself decides.
+
+    load: processors that were busy or waited for during the last minute, for people; placement counts allocations.
+    """
 
     readings: tuple[GpuReading, ...]
     allocations: tuple[Allocation, ...]
+    load: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from meshgpu.model.resources import GpuRequest, Resources
 from meshgpu.sim.office import Office, furnish
 
 NOW = Now(10.0, 1_800_000_000.0, "boot")
-EXTRA = {"version", "compute_capability"}
+EXTRA = {"compute_capability"}
 """Told to scripts; the command line has no use for them."""
 
 

@@ -59,6 +59,11 @@ def machine(name: str, *gpus: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "paused_until": None,
         "gpu_note": "",
         "down_s": None,
+        "version": "0.1",
+        "address": "10.0.0.7:7443",
+        "load": 3,
+        "jobs": 0,
+        "said_s": 4.0,
         "gpus": list(gpus),
     }
     assert not changes.keys() - facts.keys()
@@ -127,6 +132,24 @@ def test_machines_show_one_line_per_gpu(cli: Cli, stub: "StubAgent") -> None:
         "dan         RTX 4090 24 GB      -     -           -  out of touch 3 m",
         "eve         RTX 4090 24 GB      -     -           -  does not answer",
         "fay         RTX 4090 24 GB  38 °C   0 %   0 / 24 GB  free",
+    ]
+
+
+def test_machines_say_at_length_what_each_says_of_itself_and_how_long_ago(cli: Cli, stub: "StubAgent") -> None:
+    silent = {"said_s": None, "load": None, "address": "", "version": ""}
+    view = {
+        "machines": [
+            machine("ada", gpu(0), self=True, owner="ada"),
+            machine("bob", fence="", paused=True, jobs=2, said_s=7300.0),
+            machine("cyd", state="down", owner="cyd", **silent),
+        ]
+    }
+    stub.on("GET /v1/machines", view)
+    assert cli("machines", "-v").stdout.splitlines()[5:] == [
+        "MACHINE  OWNER  LENDS    FENCE         LOAD  JOBS  ADDRESS        AGENT  SAID",
+        "ada      ada    polite   bubblewrap  3 / 16     0  10.0.0.7:7443  0.1    4 s ago",
+        "bob      bob    nothing  none        3 / 16     2  10.0.0.7:7443  0.1    2 h 1 m ago",
+        "cyd      cyd    -        -                -     -  -              -      nothing yet",
     ]
 
 

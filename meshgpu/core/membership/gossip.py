@@ -54,13 +54,18 @@ class GossipTiming:
 
 @dataclass(slots=True)
 class _Owner:
-    """All that is known of one owner, by the type of the entry's value. version: the highest of its entries."""
+    """All that is known of one owner, by the type of the entry's value. version: the highest of its entries.
+
+    said_at: `boot_s` at which the newest of them came.
+    """
 
     incarnation: Incarnation
     entries: dict[type, tuple[GossipEntry, Signed]] = field(default_factory=dict)
     version: int = 0
+    said_at: float = 0.0
 
-    def put(self, entry: GossipEntry, signed: Signed) -> None:
+    def put(self, now: Now, entry: GossipEntry, signed: Signed) -> None:
+        self.said_at = now.boot_s
         self.entries[type(entry.value)] = (entry, signed)
         self.version = max(self.version, entry.version)
 
@@ -106,6 +111,11 @@ class Gossip:
         found = owner.entries.get(kind) if owner else None
         return found[0].value if found else None
 
+    def said_at(self, node: NodeId) -> float | None:
+        """`boot_s` at which the newest word of its owner came; None if there is none."""
+        owner = self._owners.get(node)
+        return owner.said_at if owner and owner.entries else None
+
     def known(self) -> tuple[Known, ...]:
         if self._known is None:
             owners = [(node, owner) for node, owner in sorted(self._owners.items()) if owner.entries]
@@ -120,13 +130,13 @@ class Gossip:
         found = own.entries.get(type(value))
         if (found is not None and found[0].value == value) or self._log.mesh is None:
             return
-        self._write(own, value)
+        self._write(now, own, value)
         self._schedule_push(now)
 
-    def _write(self, own: _Owner, value: GossipValue) -> None:
+    def _write(self, now: Now, own: _Owner, value: GossipValue) -> None:
         assert self._log.mesh is not None
         entry = GossipEntry(self._log.mesh, self._node, own.incarnation, own.version + 1, value)
-        own.put(entry, self._notary.sign(KeyId(self._node), entry))
+        own.put(now, entry, self._notary.sign(KeyId(self._node), entry))
         self._known = None
 
     def _schedule_push(self, now: Now) -> None:
@@ -259,7 +269,7 @@ class Gossip:
         found = owner.entries.get(type(entry.value))
         if entry.incarnation < owner.incarnation or (found is not None and entry.version <= found[0].version):
             return False
-        owner.put(entry, signed)
+        owner.put(now, entry, signed)
         self._known = None
         return True
 
@@ -271,7 +281,7 @@ class Gossip:
         values = [entry.value for entry, _ in own.in_order()]
         own = self._owners[self._node] = _Owner(replace(heard, counter=heard.counter + 1))
         for value in values:
-            self._write(own, value)
+            self._write(now, own, value)
         self._schedule_push(now)
 
 

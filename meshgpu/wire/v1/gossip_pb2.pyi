@@ -187,6 +187,9 @@ class Capacity(_message.Message):
 
     READINGS_FIELD_NUMBER: _builtins.int
     ALLOCATIONS_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    load: _builtins.int
+    """Processors that were busy or waited for during the last minute."""
     @_builtins.property
     def readings(self) -> _containers.RepeatedCompositeFieldContainer[_inventory_pb2.GpuReading]:
         """One reading for each GPU."""
@@ -200,10 +203,11 @@ class Capacity(_message.Message):
         *,
         readings: _abc.Iterable[_inventory_pb2.GpuReading] | None = ...,
         allocations: _abc.Iterable[Global___Allocation] | None = ...,
+        load: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocations", b"allocations", "readings", b"readings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocations", b"allocations", "load", b"load", "readings", b"readings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

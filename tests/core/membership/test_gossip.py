@@ -144,6 +144,20 @@ def test_digests_go_to_a_random_peer_every_second(
     assert 8 <= sent <= 13
 
 
+def test_it_is_known_when_a_machine_last_said_something_new(
+    pair: tuple[Gossip, Gossip], nodes: tuple[NodeId, NodeId], at: Clock
+) -> None:
+    one, other = pair
+    assert one.said_at(nodes[0]) is None
+    one.link_opened(at(0), nodes[1])
+    one.say(at(3), Capacity((), ()))
+    (push,) = messages(one.step(at(3)), GossipDelta)
+    assert isinstance(push, GossipDelta)
+    other.delta_arrived(at(5), nodes[0], push)
+    other.delta_arrived(at(9), nodes[0], push)
+    assert (one.said_at(nodes[0]), other.said_at(nodes[0])) == (3, 5)
+
+
 def test_closed_link_is_not_used(pair: tuple[Gossip, Gossip], nodes: tuple[NodeId, NodeId], at: Clock) -> None:
     one, _ = pair
     one.link_opened(at(0), nodes[1])
