@@ -198,7 +198,7 @@ def test_steward_that_takes_a_preempted_job_for_a_finished_one_is_caught(monkeyp
         for attempt in (self._live.get((job, epoch)),):
             if attempt is not None and attempt.result is not None and attempt.preempted:
                 attempt.result = replace(attempt.result, outcome=AttemptState.EXITED, reason=result.reason)
-                return [attempt.persist(), attempt.report()]
+                return [attempt.persist(), self._report(attempt)]
         return effects
 
     monkeypatch.setattr(Attempts, "finished", forgetful)
