@@ -8,7 +8,7 @@ import pytest
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.records import AttemptRecord, JobRecord
 from meshgpu.sim.faults import FaultRates
-from meshgpu.sim.scenario import INSTANCES, OWNERS, SWEEPS, WRONG_CLOCKS, Outcome, Scenario, simulate
+from meshgpu.sim.scenario import INSTANCES, OWNERS, REKEYS, SWEEPS, WRONG_CLOCKS, Outcome, Scenario, simulate
 
 FAST_SEEDS = 20
 ALL_SEEDS = 420
@@ -65,6 +65,19 @@ def test_jobs_survive_the_instances_they_run_on_and_stay_home_if_they_must(first
             died += sum(isinstance(record, JobRecord) and record.register.died for record in records)
     assert ran > 20  # else this proves nothing
     assert died
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(8, 128, 40))])
+def test_machines_take_new_keys_in_the_middle_of_everything_and_nothing_waits_for_the_old_ones(first: int) -> None:
+    taken = refused = errands = 0
+    for seed in range(first, first + (8 if first == 0 else 40)):
+        world = check(seed, REKEYS).world
+        taken += sum(len(machine.before) for machine in world.machines.values())
+        refused += sum(query.startswith("rekey") and bool(a.code) for query, a in world.answers.items())
+        errands += world.network.errands
+    assert taken > 20  # else this proves nothing
+    assert refused > 20
+    assert errands, "nobody was away when a machine took new keys"
 
 
 def check_wrong_clocks(seed: int) -> tuple[int, int]:
