@@ -186,7 +186,7 @@ class World:
         renter = self.ledger.ids[self.office.setups[1].node]
 
         def seen() -> None:
-            if renter.agent is None or renter.agent.log.mesh is None:
+            if renter.agent is None or renter.node not in renter.agent.log.members:
                 self.timeline.after(1.0, seen)
             elif machine.node in renter.agent.log.members:
                 renter.post(LogWritten(renter.agent.log.write(KeyId(renter.node), [RemoveNode(machine.node)])))
