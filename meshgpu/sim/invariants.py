@@ -48,13 +48,13 @@ class Confirmed:
 
 @dataclass(slots=True)
 class Ledger:
-    """What the world knows and no node does. machines: by the id of now. ids: by every id that they have or had.
+    """What the world knows and no node does.
 
-    submitted: jobs that a user signed. said: entries that their owner signed. stops_asked: jobs whose user, or whoever
-    revoked his machine, wants them to end. living: where each job may have a process.
-    accepted: {(job, epoch): node and hold}. preempted: attempts that had to make way for the owner of their machine.
-    stopped: machines that were revoked with all their jobs.
-    obeyed: requests to stop, by who obeyed them, key and nonce.
+    machines: by the id that each has now. ids: by every id that each has or had. submitted: jobs that a user signed.
+    said: entries that their owner signed. stops_asked: jobs whose user, or whoever revoked his machine, wants them to
+    end. living: where each job may have a process. accepted: {(job, epoch): node and hold}.
+    preempted: attempts that had to make way for the owner of their machine. stopped: machines that were revoked with
+    all their jobs. obeyed: requests to stop, by the name of the machine that obeyed them, key and nonce.
     """
 
     machines: dict[NodeId, Machine]

@@ -112,6 +112,7 @@ class Machine:
         self.before: dict[NodeId, dict[UserName, KeyId]] = {}
         """{id that it gave up: keys of its accounts then}, in order."""
         self.next_keys: NextKeys | None = None
+        """On disk, as `before` is; no power cut loses them."""
         self.addresses: tuple[Address, ...] = (setup.address,)
         self.is_on = True
         self.is_gone = False
