@@ -11,7 +11,7 @@ from meshgpu.core.trust.rekeying import make_rekey
 from meshgpu.model.ids import KeyId, NodeId, UserName, key_id, node_id
 from meshgpu.model.messages import LogDelta
 from meshgpu.model.records import Record
-from meshgpu.model.trust import OFFICE_ROLES, NewKey, Notary, Rekey
+from meshgpu.model.trust import OFFICE_ROLES, Head, NewKey, Notary, Rekey, Signed
 from meshgpu.sim.fakes import KeyRing, ToyNotary
 from meshgpu.sim.network import Network
 from meshgpu.sim.timeline import Timeline
@@ -53,13 +53,23 @@ def is_said(keys: NextKeys, node: NodeId, records: Iterable[Record]) -> bool:
 
 @dataclass(slots=True)
 class Courier:
-    """Brings the log to machines that know this one only by the id `before`, for as long as `agent` runs."""
+    """Brings the log to machines that know this one only by the id `before`, for as long as `agent` runs.
+
+    As the agent's: no more of it than was on disk when the agent began.
+    """
 
     before: NodeId
     agent: Node
     network: Network
     timeline: Timeline
     met: set[NodeId] = field(default_factory=set)
+    kept: frozenset[Signed] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = frozenset(self.agent.log.all_entries())
+
+    def _lacking(self, heads: tuple[Head, ...]) -> LogDelta:
+        return LogDelta(fitting(entry for entry in self.agent.log.beyond(heads) if entry in self.kept))
 
     def begin(self) -> None:
         self.timeline.after(FIRST_S, self._round)
@@ -72,6 +82,6 @@ class Courier:
         self.met |= {peer for peer in log.members if self.network.is_linked(me, peer)}
         waiting = [m.node for m in log.members.values() if m.role in OFFICE_ROLES and m.node not in (me, *self.met)]
         for peer in waiting:
-            self.network.errand(self.before, peer, lambda heads: LogDelta(fitting(log.beyond(heads))))
+            self.network.errand(self.before, peer, self._lacking)
         if waiting:
             self.timeline.after(ROUND_S, self._round)

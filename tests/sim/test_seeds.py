@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -105,6 +106,13 @@ def test_no_job_is_lost_when_half_the_mesh_loses_power_again_and_again(first: in
     rates = FaultRates(halves=3.0, crashes_at_write=8.0, snips=0.1, lost=0.0)
     for seed in range(first, first + 25):
         check(seed, Scenario(faults=rates))
+
+
+@pytest.mark.parametrize("seed", [186])
+def test_word_of_new_keys_is_brought_to_nobody_before_they_are_on_disk(seed: int) -> None:
+    """A courier once told what its node had just written; the agent crashed before that was kept, and took others."""
+    rates = replace(REKEYS.faults, partitions=4.0, rekeys=6.0)
+    check(seed, replace(REKEYS, jobs=8, faults=rates, world=replace(REKEYS.world, size=3)))
 
 
 @pytest.mark.parametrize("seed", [155])
