@@ -18,7 +18,7 @@ from meshgpu.errors import MeshgpuError
 from meshgpu.model.gossip import MemberState
 from meshgpu.model.ids import Address, NodeId
 from meshgpu.model.messages import GossipDigest, LogDelta
-from meshgpu.model.trust import OFFICE_ROLES
+from meshgpu.model.trust import OFFICE_ROLES, Signed
 from meshgpu.wire.codec import PROTOCOL, decode_frame, encode_frame
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ ERRAND_S: Final = 8.0
 class Courier:
     """One for each identity that this machine gave up and that somebody may still know it by.
 
+    Brings what was on disk when the agent began, so to be made before the node's first step: an entry that is not kept
+    yet may never be, and were it told, its number would be taken twice, or keys be gone that others wait for.
     ends_wall_s: Unix time from which on the old leaf opens no Link. open_as: a transport that is the old node's and
     listens nowhere. forget: everybody has been told, or cannot be any more.
     """
@@ -47,13 +49,17 @@ class Courier:
     open_as: Callable[[], ports.Transport]
     forget: Callable[[], None]
     _met: set[NodeId] = field(default_factory=set)
+    _kept: frozenset[Signed] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._kept = frozenset(self.node.log.all_entries())
 
     async def run(self) -> None:
         """Until every machine of the office has opened a Link to the new node, or the leaf ends."""
         await asyncio.sleep(FIRST_S)
         while (waiting := self._waiting()) and self._is_useful():
             transport = self.open_as()
-            errands = _Errands(self.node, transport)
+            errands = _Errands(self.node, transport, self._kept)
             await transport.start(errands.heard, _serve_nothing)
             try:
                 transport.trust(anchors(self.node.log.members.values()))
@@ -80,9 +86,10 @@ class Courier:
 class _Errands:
     """Over one transport, one errand at a time."""
 
-    def __init__(self, node: Node, transport: ports.Transport) -> None:
+    def __init__(self, node: Node, transport: ports.Transport, kept: frozenset[Signed]) -> None:
         self._node = node
         self._transport = transport
+        self._kept = kept
         self._over = asyncio.Event()
         self._protocol = PROTOCOL
 
@@ -114,7 +121,7 @@ class _Errands:
             return
         if mesh is None or found != mesh or not isinstance(message, GossipDigest):
             return
-        lacking = self._node.log.beyond(message.heads)
+        lacking = tuple(entry for entry in self._node.log.beyond(message.heads) if entry in self._kept)
         while lacking:
             part = fitting(lacking)
             self._transport.send(peer, encode_frame(mesh, LogDelta(part), self._protocol))

@@ -472,6 +472,7 @@ class Node:
             self._gossip.forget(node)
             if node in self.log.ended:
                 effects += self.stewardship.node_gone(now, node)
+        self.attempts.members_left()
         return effects
 
     def _go_on_with(self, now: Now, gone: Iterable[NodeId]) -> list[Effect]:

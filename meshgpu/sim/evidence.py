@@ -37,11 +37,11 @@ def faults(machines: Iterable[Machine], accepted: Iterable[tuple[JobId, int]]) -
 
 def _walked(machine: Machine, judge: Node) -> dict[tuple[JobId, int], list[AuditEntry]]:
     """What the machine's audit says of each attempt. Raises TrustError where it does not hold."""
-    member = judge.log.known(machine.node)
-    assert member is not None
+    members = [judge.log.known(node) for node in (*machine.before, machine.node)]
+    keys = {member.node: member.public_key for member in members if member is not None}
     start = machine.disk.get((AUDIT_START, AUDIT_START))
     signed = start.start if isinstance(start, AuditStartRecord) else None
-    walk = AuditWalk({machine.node: member.public_key}.get, machine.notary, signed)
+    walk = AuditWalk(keys.get, machine.notary, signed)
     found: dict[tuple[JobId, int], list[AuditEntry]] = defaultdict(list)
     for (kind, key), record in sorted(machine.disk.items(), key=lambda item: item[0]):
         if kind == AUDIT:

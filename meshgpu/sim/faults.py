@@ -14,6 +14,9 @@ MEAN_S: Final = 10.0
 """How long a fault lasts on average: as long as a steward waits before it calls a silent job unknown."""
 
 
+REKEY_AGAIN_S: Final = (0.2, 2.0)
+"""After which a machine that could not take new keys is told to once more."""
+
 OWNER_WAITS_S: Final = 30.0 + 2.0
 """What an owner is promised, and what a machine lags behind at most."""
 
@@ -22,6 +25,7 @@ OWNER_WAITS_S: Final = 30.0 + 2.0
 class FaultRates:
     """How many of each are expected in a world. lost: machines that go off for good.
 
+    rekeys: how often a machine is told to take new keys, again and again until it may or a while has passed.
     snips: probability that a Link breaks just as a message about a job is sent.
     halves: how often half the machines lose power at once. owners: who come back to their machines for a while.
     """
@@ -36,6 +40,7 @@ class FaultRates:
     lost: float = 0.15
     halves: float = 0.2
     owners: float = 2.0
+    rekeys: float = 0.0
     snips: float = 0.04
 
 
@@ -47,6 +52,7 @@ class Faults:
         self._network = network
         self._machines = machines
         self.owner_waited: Callable[[Machine, GpuId], None] = lambda _machine, _gpu: None
+        self.take_new_keys: Callable[[Machine], None] = lambda _machine: None
         for machine in machines.values():
             machine.crashed = self._restart_soon
 
@@ -63,6 +69,8 @@ class Faults:
             (rates.owners, self._owner_returns),
         ]
         rng = self._timeline.rng
+        if rates.rekeys:
+            kinds.append((rates.rekeys, self._rekey))
         for expected, fault in kinds:
             for _ in range(int(expected) + (rng.random() < expected % 1)):
                 begins = rng.uniform(0.5, for_s * 0.9)
@@ -82,7 +90,7 @@ class Faults:
         return self._timeline.rng.choice(list(self._machines.values()))
 
     def _all_well(self, lost: Machine | None) -> None:
-        for machine in self._machines.values():
+        for machine in list(self._machines.values()):
             machine.crash_at, machine.lag_s = None, 0.0
             if machine is lost:
                 continue
@@ -137,6 +145,17 @@ class Faults:
 
         self._timeline.after(OWNER_WAITS_S, waited)
         self._timeline.at(ends + rng.uniform(0.0, 2 * OWNER_WAITS_S), machine.owner_leaves)
+
+    def _rekey(self, ends: float) -> None:
+        machine = self._any()
+        given_up = len(machine.before)
+
+        def ask() -> None:
+            if len(machine.before) == given_up and self._timeline.time_s < ends:
+                self.take_new_keys(machine)
+                self._timeline.after(self._timeline.rng.uniform(*REKEY_AGAIN_S), ask)
+
+        ask()
 
     # -- paths --------------------------------------------------------------------------------------------------------
 

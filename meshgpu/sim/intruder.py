@@ -69,7 +69,7 @@ class Intruder:
             return
         message = told if not isinstance(told, tuple) else told[1]
         if isinstance(told, tuple):
-            victim = self.ledger.machines[told[0]]
+            victim = self.ledger.ids[told[0]]
         self.sent += 1
         if rng.random() < 0.2:
             victim.post(MessageArrived(STRANGER, message))
@@ -98,6 +98,7 @@ class Intruder:
             self._as_steward,
             self._as_node,
             self._confirm,
+            *([self._record_under_old_keys, self._stop_under_old_keys] * 3 if self._given_up() else []),
         ]
 
     # -- what was heard on the network ---------------------------------------------------------------------------------
@@ -197,9 +198,10 @@ class Intruder:
         if not mine:
             return None
         spec = self.timeline.rng.choice(mine).spec
-        wall_s = self.ledger.machines[spec.stewards[0]].now().wall_s
-        request = JobRequest(spec.mesh, spec.user, Action.STOP, spec.stewards[0], wall_s, f"again {spec.job}", spec.job)
-        return spec.stewards[0], Ask("evil", self.ring.sign(self._account(), request))
+        steward = self.ledger.ids[spec.stewards[0]]
+        wall_s, nonce = steward.now().wall_s, f"again {spec.job}"
+        request = JobRequest(spec.mesh, spec.user, Action.STOP, steward.node, wall_s, nonce, spec.job)
+        return steward.node, Ask("evil", self.ring.sign(self._account(), request))
 
     def _old_spec(self, challenge: bytes) -> Message | None:
         view = self._view()
@@ -251,6 +253,46 @@ class Intruder:
         if self.timeline.rng.random() < 0.5:
             return self.ring.sign(self._account(), request)
         return self._forged(view, request)
+
+    # -- with keys that were given up, from a backup that was stolen ---------------------------------------------------
+
+    def _given_up(self) -> list[tuple[NodeId, Machine]]:
+        """Ids whose keys it has, of machines that all who run know under other ones."""
+        agents = [machine.agent for machine in self.ledger.machines.values() if machine.agent is not None]
+        return [
+            (before, machine)
+            for machine in self._others()
+            for before in machine.before
+            if all(before not in agent.log.members for agent in agents)
+        ]
+
+    def _record_under_old_keys(self) -> Message | None:
+        """What a machine lends, by the id that it gave up or by the one it has now."""
+        before, machine = self.timeline.rng.choice(self._given_up())
+        view = self._view()
+        if view is None:
+            return None
+        record = NodeRecord("evil", (Address("evil:1"),), Inventory(1, 1))
+        owner = self.timeline.rng.choice((before, machine.node))
+        entry = GossipEntry(view.spec.mesh, owner, Incarnation(1000, 0), 1, record)
+        return GossipDelta((self.ring.sign(KeyId(before), entry),))
+
+    def _stop_under_old_keys(self) -> Aimed | None:
+        """To end a job with an account's key of before: of the very user who submitted it."""
+        old = dict(self._given_up())
+        specs = [confirmed.view.spec for confirmed in self.ledger.confirmed.values()]
+        specs = [spec for spec in specs if spec.submitter in old]
+        if not specs:
+            return None
+        spec = self.timeline.rng.choice(specs)
+        submitter, steward = old[spec.submitter], self.ledger.ids[spec.stewards[0]]
+        wall_s = steward.now().wall_s
+        request = JobRequest(spec.mesh, spec.user, Action.KILL, steward.node, wall_s, "old", spec.job)
+        signed = self.ring.sign(submitter.before[spec.submitter][spec.user], request)
+        peer = self.timeline.rng.choice((spec.submitter, submitter.node, self.machine.node))
+        steward.post(MessageArrived(peer, Ask("evil", signed)))
+        self.sent += 1
+        return None
 
     # -- speaking for others -------------------------------------------------------------------------------------------
 
@@ -371,7 +413,7 @@ class Intruder:
 
     def _forged(self, view: JobView, value: object) -> Signed:
         """Under the name of the job's user, with a wrong signature."""
-        submitter = self.ledger.machines[view.spec.submitter]
+        submitter = self.ledger.ids[view.spec.submitter]
         return self.ring.forge(submitter.setup.accounts[view.spec.user], value)
 
     def _own_job(self) -> tuple[JobId, bytes]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
 from meshgpu.core import effects as fx
-from meshgpu.core.events import Event, MessageArrived
+from meshgpu.core.events import Event, MessageArrived, RekeyAsked
 from meshgpu.core.jobs.placement import find_room, lacking, out_of_bounds
 from meshgpu.core.owner import permission
 from meshgpu.core.sweep import expand, trial_spec
@@ -16,6 +16,7 @@ from meshgpu.model.ids import GpuId, HoldId, JobId, KeyId, NodeId
 from meshgpu.model.inventory import Inventory
 from meshgpu.model.job import (
     ATTEMPT_ORDER,
+    ENDED_ATTEMPT_STATES,
     AttemptPlan,
     AttemptState,
     CloudUse,
@@ -49,14 +50,15 @@ class Confirmed:
 class Ledger:
     """What the world knows and no node does.
 
-    submitted: jobs that a user signed. said: entries that their owner signed. stops_asked: jobs whose user, or whoever
-    revoked his machine, wants them to end. living: where each job may have a process.
-    accepted: {(job, epoch): node and hold}. preempted: attempts that had to make way for the owner of their machine.
-    stopped: machines that were revoked with all their jobs.
-    obeyed: requests to stop, by who obeyed them, key and nonce.
+    machines: by the id that each has now. ids: by every id that each has or had. submitted: jobs that a user signed.
+    said: entries that their owner signed. stops_asked: jobs whose user, or whoever revoked his machine, wants them to
+    end. living: where each job may have a process. accepted: {(job, epoch): node and hold}.
+    preempted: attempts that had to make way for the owner of their machine. stopped: machines that were revoked with
+    all their jobs. obeyed: requests to stop, by the name of the machine that obeyed them, key and nonce.
     """
 
     machines: dict[NodeId, Machine]
+    ids: dict[NodeId, Machine] = field(default_factory=dict)
     confirmed: dict[JobId, Confirmed] = field(default_factory=dict)
     submitted: dict[JobId, JobSpec] = field(default_factory=dict)
     said: dict[NodeId, set[GossipValue | None]] = field(default_factory=dict)
@@ -66,7 +68,7 @@ class Ledger:
     results: dict[tuple[JobId, int], Result] = field(default_factory=dict)
     preempted: set[tuple[JobId, int]] = field(default_factory=set)
     stopped: set[NodeId] = field(default_factory=set)
-    obeyed: set[tuple[NodeId, KeyId, str]] = field(default_factory=set)
+    obeyed: set[tuple[str, KeyId, str]] = field(default_factory=set)
     started: int = 0
 
 
@@ -76,12 +78,18 @@ class Invariants:
     def __init__(self) -> None:
         self.ledger = Ledger({})
         self._story: deque[str] = deque(maxlen=STORY_LENGTH)
+        self._given_up: dict[tuple[str, int], set[NodeId]] = {}
+        """{(machine, agent there): ids that it has heard of being given up}"""
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def stepped(self, machine: Machine, event: Event | None, effects: list[fx.Effect]) -> None:
         if machine.agent is not None:
             self._check_room(machine, machine.agent.attempts.allocations())
+            if isinstance(event, RekeyAsked):
+                self._check_new_keys(machine, event.query, effects)
+            if any(isinstance(effect, fx.TrustMembers) for effect in effects):
+                self._check_members(machine)
         if isinstance(event, MessageArrived) and isinstance(event.message, GossipDelta):
             self._check_heard(machine, event.message)
         is_other = False
@@ -138,6 +146,44 @@ class Invariants:
             if any(share.uuid == gpu for share in plan.gpus):
                 self._fail(f"{plan.spec.job} still uses {gpu} of {machine.setup.name}, whose owner waits for it")
 
+    # -- new keys -----------------------------------------------------------------------------------------------------
+
+    def giving_up_keys(self, machine: Machine) -> None:
+        """That a machine goes on under new keys reaches its disk: nothing may be under way by its old id."""
+        for record in machine.disk.values():
+            if isinstance(record, JobRecord) and not record.register.state.is_final:
+                self._fail(f"{machine.setup.name} gives up its keys while it holds {record.register}")
+            if isinstance(record, AttemptRecord) and record.state is not AttemptState.DELIVERED:
+                self._fail(
+                    f"{machine.setup.name} gives up its keys while {record.job}/{record.epoch} is {record.state}"
+                )
+
+    def _check_new_keys(self, machine: Machine, query: str, effects: list[fx.Effect]) -> None:
+        """A machine that was told to take new keys did, or nothing has changed."""
+        assert machine.agent is not None
+        (answer,) = [effect for effect in effects if isinstance(effect, fx.Answered) and effect.query == query]
+        written = [effect for effect in effects if isinstance(effect, fx.Persist) and effect.kind == "log"]
+        is_member = machine.node in machine.agent.log.members
+        if answer.code and (written or not is_member):
+            self._fail(f"{machine.setup.name} was refused new keys ({answer.reason}), and wrote {written}")
+        if not answer.code and (not written or is_member):
+            self._fail(f"{machine.setup.name} has new keys, and wrote {written}")
+
+    def _check_members(self, machine: Machine) -> None:
+        """Nobody is a member twice, and who went on under another id never is one again under an old one."""
+        assert machine.agent is not None
+        members = machine.agent.log.members
+        names: dict[str, NodeId] = {}
+        known = self._given_up.setdefault((machine.setup.name, machine.instance), set())
+        for node in members:
+            if node in known:
+                self._fail(f"{machine.setup.name} believes in {node} again, which was given up")
+            name = self.ledger.ids[node].setup.name if node in self.ledger.ids else node
+            if name in names:
+                self._fail(f"{machine.setup.name} counts {name} twice: as {names[name]} and as {node}")
+            names[name] = node
+        known.update(machine.agent.log.heirs)
+
     # -- what is rented -----------------------------------------------------------------------------------------------
 
     def _is_rented(self, node: NodeId) -> bool:
@@ -154,7 +200,7 @@ class Invariants:
         """What is known of a member is what it said itself."""
         if machine.agent is None:
             return
-        for owner in {NodeId(signed.key) for signed in delta.entries} & self.ledger.machines.keys():
+        for owner in {NodeId(signed.key) for signed in delta.entries} & self.ledger.ids.keys():
             for value in machine.heard(owner):
                 if value is not None and value not in self.ledger.said[owner]:
                     self._fail(f"{machine.setup.name} believes of {owner} what it never said: {value}")
@@ -195,14 +241,15 @@ class Invariants:
             self._fail(f"{spec.job} of {spec.user} runs on {setup.name} of {setup.owner}, fenced: {plan.fenced}")
         if setup.is_rented and spec.cloud is CloudUse.NEVER:
             self._fail(f"{spec.job} runs on {setup.name}, but it may not leave the office")
-        if spec.machine not in (None, machine.node):
+        if spec.machine is not None and self.ledger.ids.get(spec.machine) is not machine:
             self._fail(f"{spec.job} runs on {setup.name}, which its user did not name")
         if spec.job not in self.ledger.submitted:
             self._fail(f"{spec.job} runs, but no user asked for it")
         register = self._register(spec.job, spec.stewards[0])
         is_active = (
             register is not None
-            and (register.node, register.epoch) == (machine.node, plan.epoch)
+            and register.node is not None
+            and (self.ledger.ids[register.node], register.epoch) == (machine, plan.epoch)
             and register.state in COMMITTED_STATES
         )
         if not is_active:
@@ -241,7 +288,7 @@ class Invariants:
         if key in self.ledger.accepted:
             self._fail(f"{key} is accepted again, on {machine.setup.name}: before by {self.ledger.accepted[key]}")
         higher = [e for job, e in self.ledger.accepted if job == record.job and e > record.epoch]
-        here = [e for e in higher if self.ledger.accepted[record.job, e][0] == machine.node]
+        here = [e for e in higher if self.ledger.ids[self.ledger.accepted[record.job, e][0]] is machine]
         if here:
             self._fail(f"{key} is accepted on {machine.setup.name} after {here}")
         known = [m for m in self.ledger.machines.values() if ("job", record.job) in m.disk]
@@ -251,7 +298,7 @@ class Invariants:
 
     def _check_obeyed(self, machine: Machine, record: ObeyedRecord) -> None:
         """A request is obeyed once, whatever is repeated and whoever restarts. (No world lasts longer than that.)"""
-        once = (machine.node, record.key, record.nonce)
+        once = (machine.setup.name, record.key, record.nonce)
         if once in self.ledger.obeyed:
             self._fail(f"{machine.setup.name} obeys the request {record.nonce} a second time")
         self.ledger.obeyed.add(once)
@@ -326,9 +373,20 @@ class Invariants:
             reason = self._job_unsettled(job, away)
             if reason:
                 reasons.append(reason)
+        reasons += [f"{m.setup.name} {untold}" for m in machines for untold in self._untold(m, away)]
         gone = {node for node, machine in self.ledger.machines.items() if machine.is_gone}
         reasons += [f"{m.setup.name} has not heard that an instance is gone" for m in machines if gone & _members(m)]
         return reasons or [*_links_unsettled(machines), *_gossip_unsettled(machines)]
+
+    def _untold(self, machine: Machine, away: set[NodeId]) -> list[str]:
+        """What ended on a machine, and who is there to hear it has not said that he did."""
+        records = [record for record in machine.disk.values() if isinstance(record, AttemptRecord)]
+        return [
+            f"has yet to tell {steward.setup.name} how {record.job}/{record.epoch} ended"
+            for record in records
+            if record.state in ENDED_ATTEMPT_STATES and record.state is not AttemptState.DELIVERED
+            if (steward := self.ledger.ids[self.ledger.submitted[record.job].stewards[0]]).node not in away
+        ]
 
     def check_end(self) -> None:
         """Nothing that was confirmed is lost, and nobody got in who was not let in."""
@@ -347,14 +405,15 @@ class Invariants:
 
     def _job_unsettled(self, job: JobId, away: set[NodeId]) -> str:
         spec = self.ledger.submitted[job]
-        steward = self.ledger.machines[spec.stewards[0]]
+        steward = self.ledger.ids[spec.stewards[0]]
         register = self._register(job, steward.node)
         if steward.node in away or register is None or steward.agent is None:
             return ""
         view = steward.agent.stewardship.view(job)
         if view is None:
             self._fail(f"{job} is on its steward's disk, but its steward does not know it")
-        if view.register.state.is_final or (view.register.node in away and view.register.state in UNSETTLED_STATES):
+        where = self.ledger.ids[view.register.node].node if view.register.node else None
+        if view.register.state.is_final or (where in away and view.register.state in UNSETTLED_STATES):
             return ""
         if view.register.state is JobState.QUEUED and view.register.reason and self._must_wait(view, away):
             return ""
@@ -374,7 +433,8 @@ class Invariants:
         spec = view.spec
         for node, machine in self.ledger.machines.items():
             setup = machine.setup
-            is_meant = spec.machine in (None, node) and node not in away and not machine.is_gone
+            is_named = spec.machine is None or self.ledger.ids.get(spec.machine) is machine
+            is_meant = is_named and node not in away and not machine.is_gone
             is_meant = is_meant and not out_of_bounds(spec.cloud, is_rented=setup.is_rented)
             if is_meant and not permission(setup.policy, spec.user, setup.at_home, setup.fence).refusal:
                 inventory = setup.inventory
@@ -386,7 +446,7 @@ class Invariants:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _register(self, job: JobId, steward: NodeId) -> Register | None:
-        record = self.ledger.machines[steward].disk.get(("job", job))
+        record = self.ledger.ids[steward].disk.get(("job", job))
         return record.register if isinstance(record, JobRecord) else None
 
     def _tell(self, machine: Machine, what: str) -> None:

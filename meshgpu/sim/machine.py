@@ -8,7 +8,7 @@ from typing import Final, Protocol, assert_never
 
 from meshgpu.core import effects as fx
 from meshgpu.core.audit import AUDIT
-from meshgpu.core.events import Event, MachineRead, Ticked, TreeArrived, TreeFailed, TreeProgressed
+from meshgpu.core.events import Event, MachineRead, RekeyAsked, Ticked, TreeArrived, TreeFailed, TreeProgressed
 from meshgpu.core.node import Node, NodeConfig
 from meshgpu.core.owner import OwnerPolicy
 from meshgpu.errors import BrokenInvariant
@@ -18,15 +18,18 @@ from meshgpu.model.ids import Address, Digest, GpuId, JobId, KeyId, NodeId, User
 from meshgpu.model.inventory import GpuProcess, GpuReading, Inventory, ProcessKind
 from meshgpu.model.job import AttemptPlan, Result
 from meshgpu.model.records import Record
-from meshgpu.model.trust import Notary
+from meshgpu.model.trust import Head, Notary
 from meshgpu.sim.cloud import SimCloud
-from meshgpu.sim.fakes import ExecutorTiming, FakeExecutor
+from meshgpu.sim.fakes import ExecutorTiming, FakeExecutor, KeyRing
 from meshgpu.sim.network import Network
+from meshgpu.sim.new_keys import Courier, NextKeys, is_said, make_next
 from meshgpu.sim.timeline import Timeline
 
 WALL_START_S: Final = 1_800_000_000.0
 DISK_S: Final = (0.0005, 0.008)
 """What one durable transaction takes."""
+PARTING_S: Final = (0.0, 0.5)
+"""How long the agent of keys that were given up still speaks: its last entry may be heard, or not."""
 READ_S: Final = 2.0
 """How often the GPUs are read."""
 NUDGE_S: Final = 1e-6
@@ -72,6 +75,10 @@ class Watcher(Protocol):
 
     def answered(self, answer: fx.Answered) -> None: ...
 
+    def renamed(self, machine: "Machine", before: NodeId) -> None:
+        """It goes on under new keys, and has another id than `before`."""
+        ...
+
 
 class CrashPoint(StrEnum):
     BEFORE_PERSIST = "before-persist"
@@ -102,6 +109,10 @@ class Machine:
     ) -> None:
         self.setup = setup
         self.node = setup.node
+        self.before: dict[NodeId, dict[UserName, KeyId]] = {}
+        """{id that it gave up: keys of its accounts then}, in order."""
+        self.next_keys: NextKeys | None = None
+        """On disk, as `before` is; no power cut loses them."""
         self.addresses: tuple[Address, ...] = (setup.address,)
         self.is_on = True
         self.is_gone = False
@@ -150,6 +161,12 @@ class Machine:
     def trusts(self, peer: NodeId) -> bool:
         return peer in self._trusted
 
+    def runs(self, agent: object) -> bool:
+        return self.agent is agent
+
+    def heads(self) -> tuple[Head, ...]:
+        return self.agent.log.heads() if self.agent is not None else ()
+
     def is_linked(self, other: "Machine") -> bool:
         return self._network.is_linked(self.node, other.node)
 
@@ -172,12 +189,45 @@ class Machine:
     def start_agent(self) -> None:
         if not self.is_on or self.agent is not None:
             return
+        self._become_current()
         self._starts += 1
         self.instance = self._starts
         rng = random.Random(f"{self._seed} {self.setup.name} {self._starts}")  # noqa: S311 - a reproducible world
         self.agent = Node(self.node, self.now(), self.notary, rng, self._config, self._loaded())
         self._stepped(None, self.agent.start(self.now()))
         self._read_gpus(self.instance)
+        for before in self.before:
+            if self.agent is not None:
+                Courier(before, self.agent, self._network, self._timeline).begin()
+
+    def _become_current(self) -> None:
+        """Where new keys wait: take them, if what is on disk says that this machine goes on under them."""
+        keys, self.next_keys = self.next_keys, None
+        if keys is not None and is_said(keys, self.node, self._loaded()):
+            before, self.node, self.notary = self.node, keys.node, keys.notary
+            self.before[before] = self.setup.accounts
+            self.setup = replace(self.setup, node=keys.node, accounts=keys.accounts)
+            self._watcher.renamed(self, before)
+
+    def take_new_keys(self, query: str, ring: KeyRing) -> None:
+        """As `meshgpu rekey`: the next keys lie on disk before anybody is asked."""
+        if self.agent is not None and self.next_keys is None and self.agent.node in self.agent.log.members:
+            self.next_keys = make_next(ring, self.agent, self.notary, f"{query} of {self.setup.name}")
+            self.post(RekeyAsked(query, self.next_keys.rekey))
+
+    def new_keys_answered(self, answer: fx.Answered) -> None:
+        """Begin anew as the other, or go on as before."""
+        if answer.code:
+            self.next_keys = None
+            return
+        life = self.instance
+
+        def begin_anew() -> None:
+            if self.instance == life:
+                self.crash_agent()
+                self.start_agent()
+
+        self._timeline.after(self.rng.uniform(*PARTING_S), begin_anew)
 
     def _loaded(self) -> list[Record]:
         """What an agent reads at its start: everything but the audit, and of that the newest entry."""
@@ -393,7 +443,7 @@ class Machine:
         for source in sources:
             host = self._network.hosts[source]
             assert isinstance(host, Machine)
-            may = host.agent is not None and host.agent.tree_for(job, self.node) == tree
+            may = host.node == source and host.agent is not None and host.agent.tree_for(job, self.node) == tree
             if may and tree in host.trees and self._network.can_reach(self.node, source):
                 self.trees.add(tree)
                 return True

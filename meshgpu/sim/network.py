@@ -19,6 +19,7 @@ from meshgpu.core.events import (
 )
 from meshgpu.model.ids import Address, NodeId
 from meshgpu.model.messages import GossipDelta, GossipDigest, Message
+from meshgpu.model.trust import Head
 from meshgpu.sim.timeline import Timeline
 
 DIAL_TIMEOUT_S: Final = 5.0
@@ -41,7 +42,15 @@ class Host(Protocol):
 
     def trusts(self, peer: NodeId) -> bool: ...
 
+    def runs(self, agent: object) -> bool:
+        """Whether it is this agent that runs there now."""
+        ...
+
     def post(self, event: Event) -> None: ...
+
+    def heads(self) -> tuple[Head, ...]:
+        """What it has of the mesh log."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -69,10 +78,14 @@ class Network:
         self._timeline = timeline
         self._latency_s = latency_s
         self.hosts: dict[NodeId, Host] = {}
+        """By every id that a machine has or had: what is under way to one that it gave up ends there."""
+        self._places: dict[NodeId, NodeId] = {}
         self._ends: dict[tuple[NodeId, NodeId], _Link] = {}
         self._cuts: dict[tuple[NodeId, NodeId], int] = {}
         self._slow: dict[tuple[NodeId, NodeId], float] = {}
         self._dials = 0
+        self.errands = 0
+        """How often somebody was told of new keys who knew only the old ones."""
         self.snips = 0.0
         """Probability that a Link breaks just when a message about a job is sent on it, which is lost or not."""
         self.tap: deque[Message] = deque(maxlen=200)
@@ -84,22 +97,33 @@ class Network:
 
     def cut(self, source: NodeId, target: NodeId) -> None:
         """From now on nothing gets from `source` to `target`; cuts add up and are healed one by one."""
-        self._cuts[source, target] = self._cuts.get((source, target), 0) + 1
+        path = self._path(source, target)
+        self._cuts[path] = self._cuts.get(path, 0) + 1
         self._break(source, target)
 
     def heal(self, source: NodeId, target: NodeId) -> None:
-        left = self._cuts[source, target] - 1
+        path = self._path(source, target)
+        left = self._cuts[path] - 1
         if left:
-            self._cuts[source, target] = left
+            self._cuts[path] = left
         else:
-            del self._cuts[source, target]
+            del self._cuts[path]
 
     def slow_down(self, source: NodeId, target: NodeId, delay_s: float) -> None:
         """Delay one direction of a path; 0 ends it."""
-        self._slow[source, target] = delay_s
+        self._slow[self._path(source, target)] = delay_s
 
     def is_cut(self, one: NodeId, other: NodeId) -> bool:
-        return (one, other) in self._cuts or (other, one) in self._cuts
+        return self._path(one, other) in self._cuts or self._path(other, one) in self._cuts
+
+    def renamed(self, before: NodeId, node: NodeId) -> None:
+        """A machine has another id. Its paths are what they were."""
+        self.hosts[node] = self.hosts[before]
+        self._places[node] = self._places.get(before, before)
+
+    def _path(self, source: NodeId, target: NodeId) -> tuple[NodeId, NodeId]:
+        """Between two machines, whatever their ids: by the first that each had."""
+        return self._places.get(source, source), self._places.get(target, target)
 
     def agent_died(self, node: NodeId) -> None:
         """The operating system closes what the process had open: peers hear of it, unless the path is cut."""
@@ -161,6 +185,27 @@ class Network:
         else:
             event = AddressIdentified(address, answerer.node)
         self._timeline.after(0.01, lambda: self.hosts[source].post(event))
+
+    def errand(self, source: NodeId, target: NodeId, tell: Callable[[tuple[Head, ...]], Message]) -> None:
+        """A Link under an id that its machine gave up, for one message: `tell` makes it of what `target` has."""
+        host = self.hosts.get(target)
+        if host is None or host.node != target or not host.instance or not host.trusts(source):
+            return  # nobody answers there, or nobody who means this machine by that id
+        if self.is_cut(source, target) or (target, source) in self._ends:
+            return
+        instance = host.instance
+
+        def said() -> None:
+            if host.instance != instance:
+                return
+            if not self.is_cut(source, target):
+                self.errands += 1
+                host.post(MessageArrived(source, tell(host.heads())))
+            if host.instance == instance:
+                host.post(LinkClosed(source, "closed by the other side"))
+
+        host.post(LinkOpened(source))
+        self._timeline.at(self._arrival(source, target), said)
 
     def drop_untrusted(self, node: NodeId) -> None:
         host = self.hosts[node]
@@ -285,5 +330,5 @@ class Network:
 
     def _arrival(self, source: NodeId, target: NodeId) -> float:
         low, high = self._latency_s
-        delay_s = low + (high - low) * self._timeline.rng.random() + self._slow.get((source, target), 0.0)
+        delay_s = low + (high - low) * self._timeline.rng.random() + self._slow.get(self._path(source, target), 0.0)
         return self._timeline.time_s + delay_s + self.hosts[target].lag_s

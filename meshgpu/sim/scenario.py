@@ -51,6 +51,14 @@ INSTANCES: Final = Scenario(faults=FaultRates(lost=0.0), world=WorldConfig(size=
 """A small office with two rented machines, which are taken back while jobs run on them."""
 
 
+REKEYS: Final = Scenario(
+    jobs=16,
+    faults=FaultRates(rekeys=8.0, crashes_at_write=5.0, cuts=5.0, partitions=1.0, snips=0.1, lost=0.0),
+    world=WorldConfig(executor=ExecutorTiming(run_s=(0.3, 3.0), long=0.05)),
+)
+"""Machines take new keys in the middle of everything, some while nobody hears them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of a world. settled_s: how long it took to come to rest."""

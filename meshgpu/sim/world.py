@@ -10,7 +10,8 @@ from meshgpu.model.gossip import GossipEntry, Sighting
 from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.inventory import GpuReading
 from meshgpu.model.job import AttemptPlan, JobSpec, Result
-from meshgpu.model.trust import LogEntry, RemoveNode, Revoke
+from meshgpu.model.records import MeshLogRecord
+from meshgpu.model.trust import LogEntry, Rekey, RemoveNode, Revoke
 from meshgpu.sim.fakes import ExecutorTiming
 from meshgpu.sim.faults import Faults
 from meshgpu.sim.intruder import Intruder
@@ -77,12 +78,15 @@ class World:
             self.network.hosts[setup.node] = machine
         self.ledger = self.invariants.ledger
         self.ledger.machines = self.machines
+        self.ledger.ids = dict(self.machines)
         self.office.ring.signed = self._signed
         self.people = People(self.timeline, self.ledger, bool(self.config.instances))
         last = self.machines[self.office.setups[self.config.size - 1].node]
         self.intruder = Intruder(last, self.ledger, self.network, self.timeline, self.office.ring)
         self.faults = Faults(self.timeline, self.network, self.machines)
         self.faults.owner_waited = self.invariants.owner_waited
+        self.faults.take_new_keys = self.take_new_keys
+        self._renewing: dict[str, Machine] = {}
 
     def named(self, name: str) -> Machine:
         return next(machine for machine in self.machines.values() if machine.setup.name == name)
@@ -117,6 +121,10 @@ class World:
 
     def persisting(self, machine: Machine, order: Persist) -> None:
         self.invariants.persisting(machine, order)
+        if isinstance(order.record, MeshLogRecord):
+            entry = self.office.ring.decode(order.record.entry.payload)
+            if isinstance(entry, LogEntry) and isinstance(entry.body, Rekey) and entry.author == KeyId(machine.node):
+                self.invariants.giving_up_keys(machine)
 
     def lives(self, machine: Machine, plan: AttemptPlan) -> None:
         self.invariants.lives(machine, plan)
@@ -126,8 +134,32 @@ class World:
 
     def answered(self, answer: Answered) -> None:
         self.answers[answer.query] = answer
+        if (renewed := self._renewing.pop(answer.query, None)) is not None:
+            renewed.new_keys_answered(answer)
+            return
         self.people.heard(answer)
         self.invariants.answered(answer)
+
+    def renamed(self, machine: Machine, before: NodeId) -> None:
+        self.network.renamed(before, machine.node)
+        self.ledger.ids[machine.node] = machine
+        machines = list(self.machines.values())  # in the same order under the ids of now
+        self.machines.clear()
+        self.machines.update((other.node, other) for other in machines)
+
+    def take_new_keys(self, machine: Machine) -> None:
+        """`meshgpu rekey` on a machine that has an agent and is not rented.
+
+        The last machine of the office keeps its keys. Where all change theirs while one is cut off that does so as
+        well, nobody answers it any more by an id that it knows: docs/trust.md, known weaknesses. And it is the
+        intruder's, whose rights would have two names.
+        """
+        keeps = machine.setup.is_rented or machine is self.intruder.machine
+        if machine.agent is None or keeps or machine.next_keys is not None:
+            return
+        query = f"rekey{len(self.answers)} {self.timeline.happened}"
+        self._renewing[query] = machine
+        machine.take_new_keys(query, self.office.ring)
 
     def _signed(self, value: object) -> None:
         if isinstance(value, JobSpec):
@@ -151,10 +183,10 @@ class World:
     def take_back(self, machine: Machine) -> None:
         """An instance is gone. Whoever rented it sees that, as soon as its agent runs, and says so to the mesh."""
         machine.vanish()
-        renter = self.machines[self.office.setups[1].node]
+        renter = self.ledger.ids[self.office.setups[1].node]
 
         def seen() -> None:
-            if renter.agent is None or renter.agent.log.mesh is None:
+            if renter.agent is None or renter.node not in renter.agent.log.members:
                 self.timeline.after(1.0, seen)
             elif machine.node in renter.agent.log.members:
                 renter.post(LogWritten(renter.agent.log.write(KeyId(renter.node), [RemoveNode(machine.node)])))

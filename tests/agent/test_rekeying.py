@@ -253,6 +253,30 @@ async def test_courier_tells_who_was_away_what_it_lacks_and_ends_when_it_was_met
     assert done == 1
 
 
+async def test_courier_brings_nothing_that_was_written_since_its_agent_began(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may not be on disk yet, and be lost."""
+    await desk.rekeying.rekey()
+    node = desk.heir()
+    theirs = MeshLog(desk.peer_notary)
+    theirs.enter(desk.mesh, desk.log)
+
+    def back(line: Line) -> None:
+        node.step(NOW, LogWritten(node.log.write(KeyId(node.node), (RemoveNode(node.node),))))
+        digest = GossipDigest((), theirs.heads(), wants_answer=True)
+        line.emit(ports.FrameReceived(desk.peer, encode_frame(desk.mesh, digest)))
+        for frame in line.sent:
+            _, message = decode_frame(frame)
+            assert isinstance(message, LogDelta)
+            theirs.add(message.entries)
+        line.emit(ports.LinkClosed(desk.peer, "no longer trusted"))
+
+    await carried(desk, node, monkeypatch, [back])
+    assert node.node not in node.log.members
+    assert node.node in theirs.members
+
+
 async def test_courier_of_a_machine_that_is_out_has_nothing_to_tell(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,18 +10,20 @@ import pytest
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
 from meshgpu.core.audit import AuditFault
+from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
 from meshgpu.core.jobs.placement import Rule
 from meshgpu.core.node import Node, NodeConfig, take_up
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.rekeying import make_rekey
 from meshgpu.errors import TrustError
+from meshgpu.model import messages as msg
 from meshgpu.model.audit import AuditHead
 from meshgpu.model.clock import Now
 from meshgpu.model.cloud import BurstSettings, Caps, Market, Rung
 from meshgpu.model.gossip import Demand, Need
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, NodeId, UserName, digest, key_id, node_id
-from meshgpu.model.job import Action, AttemptState, Draft, EnvironmentRequest, JobRequest, Result
-from meshgpu.model.records import Record
+from meshgpu.model.job import Action, AttemptState, Draft, EnvironmentRequest, JobRequest, JobState, Result
+from meshgpu.model.records import AttemptRecord, Record
 from meshgpu.model.resources import GB, NO_GPU, GpuRequest, Resources
 from meshgpu.model.trust import Head, LogEntry, NewKey, Rekey, RemoveNode, Role, SetRole, Signed
 from meshgpu.sim.fakes import ToyNotary
@@ -30,6 +32,8 @@ from meshgpu.sim.office import Office, furnish
 WALL_S = 1_800_000_000.0
 ADA = UserName("ada")
 TREE = digest(b"tree")
+DONE = Result(AttemptState.EXITED, 0)
+DAY_S = 86400.0
 
 
 @dataclass
@@ -46,6 +50,8 @@ class Room:
     def __init__(self, size: int) -> None:
         self.office: Office = furnish(random.Random(1), size, is_plain=True)
         self.at = 0.0
+        self.lost: tuple[type[msg.Message], ...] = ()
+        """Messages that nobody hears."""
         self.machines: dict[NodeId, Machine] = {}
         for setup, notary in zip(self.office.setups, self.office.notaries, strict=True):
             config = NodeConfig("1", fence=setup.fence, may_steward=setup.may_steward)
@@ -81,6 +87,8 @@ class Room:
 
     def _step(self, node: NodeId, event: ev.Event) -> list[fx.Effect]:
         machine = self.machines[node]
+        if isinstance(event, ev.MessageArrived) and isinstance(event.message, self.lost):
+            return []
         effects = machine.node.step(self.now(), event)
         for effect in effects:
             if isinstance(effect, fx.Persist) and effect.record is not None:
@@ -108,8 +116,22 @@ class Room:
         (answer,) = [effect for effect in effects if isinstance(effect, fx.Answered)]
         return answer, effects
 
-    def finish(self, holder: NodeId) -> JobId:
-        """Let the one job that `holder` holds run to its end."""
+    def begin_anew(self, before: NodeId, heir: NodeId, notary: ToyNotary) -> None:
+        """The agent of a machine that took new keys starts again with what is on disk, and all others link to it."""
+        old, setup = self.machines.pop(before), self.office.setups[self.nodes.index(before)]
+        node = Node(heir, self.now(), notary, random.Random(1), NodeConfig("1", setup.fence), old.disk.values())
+        self.machines[heir] = Machine(node, notary, old.disk)
+        node.start(self.now())
+        self.tell(heir, ev.MachineRead(setup.inventory, ()))
+        for other in self.machines:
+            if other != heir:
+                self.tell(other, ev.LinkClosed(before, "no longer trusted"))
+                self.tell(other, ev.LinkOpened(heir))
+                self.tell(heir, ev.LinkOpened(other))
+        self.pass_time(1.0)
+
+    def begin(self, holder: NodeId) -> tuple[NodeId, JobId, int]:
+        """Let the one job that `holder` holds begin. Returns the machine where it runs, the job, and its epoch."""
         (job,) = self.machines[holder].node.stewardship._jobs
         self.tell(holder, ev.TreeArrived(job))
         for _ in range(5):
@@ -121,8 +143,19 @@ class Room:
             if isinstance(effect, fx.StartAttempt)
         ]
         self.tell(runs[0], ev.AttemptBegan(job, runs[1].plan.epoch, WALL_S))
-        result = Result(AttemptState.EXITED, 0)
-        self.tell(runs[0], ev.AttemptFinished(job, runs[1].plan.epoch, WALL_S, result))
+        return runs[0], job, runs[1].plan.epoch
+
+    def revoke(self, node: NodeId) -> None:
+        """The admin, on the first machine, takes another one out; its jobs go on."""
+        first = self.nodes[0]
+        log, admin = self.machines[first].node.log, self.office.setups[0].accounts[ADA]
+        body = log.revocation(node, stops_jobs=False)
+        self.tell(first, ev.LogWritten(log.write(admin, (body,))))
+
+    def finish(self, holder: NodeId) -> JobId:
+        """Let the one job that `holder` holds run to its end."""
+        runs, job, epoch = self.begin(holder)
+        self.tell(runs, ev.AttemptFinished(job, epoch, WALL_S, DONE))
         return job
 
     def run(self, submitter: NodeId, machine: str, gpus: int = 1) -> list[fx.Effect]:
@@ -417,3 +450,225 @@ def test_member_that_names_what_does_not_exist_stops_no_rekey() -> None:
     answer, _, heir, _ = room.rekey(second)
     assert answer.code == ""
     assert heir in room.machines[first].node.log.members
+
+
+# -- attempts whose holder has gone, or goes on under new keys --------------------------------------------------------
+
+
+def running(machine: str = "rig1") -> tuple[Room, JobId, int]:
+    """The third machine holds a job that runs on the second. (room, job, epoch)"""
+    room = Room(3)
+    room.run(room.nodes[0], machine)
+    runs, job, epoch = room.begin(room.nodes[2])
+    assert runs == room.nodes[1]
+    return room, job, epoch
+
+
+def attempt_state(room: Room, node: NodeId, job: JobId) -> AttemptState:
+    attempt = room.machines[node].node.attempts.latest(job)
+    assert attempt is not None
+    return attempt.state
+
+
+def test_result_that_nobody_is_left_to_hear_keeps_no_machine_busy() -> None:
+    room, job, epoch = running()
+    _, second, third = room.nodes
+    room.lost = (msg.ReportAck,)
+    room.tell(second, ev.AttemptFinished(job, epoch, WALL_S, DONE))
+    room.lost = ()
+    node = room.machines[second].node
+    assert not node.attempts.is_idle, "whoever holds the job may yet say that it heard"
+    room.revoke(third)
+    assert node.attempts.is_idle
+    deadline = node.attempts.deadline()
+    assert deadline is None or deadline > room.at + 60.0, "nobody is told any more, so nothing is due"
+    assert room.rekey(second)[0].code == ""
+
+
+def test_job_of_a_holder_that_was_revoked_runs_to_its_end_and_keeps_no_machine_busy_after_it() -> None:
+    room, job, epoch = running()
+    _, second, third = room.nodes
+    room.revoke(third)
+    assert attempt_state(room, second, job) is AttemptState.RUNNING
+    assert not [e for e in room.machines[second].done if isinstance(e, fx.EndAttempt)]
+    assert "jobs run here (train)" in refused(room, second)
+    room.tell(second, ev.AttemptFinished(job, epoch, WALL_S, DONE))
+    assert attempt_state(room, second, job) is AttemptState.EXITED, "it was not heard, and nobody says that it was"
+    assert room.rekey(second)[0].code == ""
+
+
+def test_result_that_its_holder_may_not_hear_any_more_keeps_no_machine_busy_until_it_may() -> None:
+    room, job, epoch = running()
+    first, second, third = room.nodes
+    log, admin = room.machines[first].node.log, room.office.setups[0].accounts[ADA]
+    room.tell(first, ev.LogWritten(log.write(admin, (SetRole(third, Role.VIEWER),))))
+    room.tell(second, ev.AttemptFinished(job, epoch, WALL_S, DONE))
+    room.pass_time(2.0)
+    assert room.machines[second].node.attempts.is_idle
+    room.tell(first, ev.LogWritten(log.write(admin, (SetRole(third, Role.RIG),))))
+    room.pass_time(2.0)
+    assert attempt_state(room, second, job) is AttemptState.DELIVERED
+
+
+def test_hold_of_a_holder_that_was_revoked_is_let_go_at_once() -> None:
+    room = Room(3)
+    first, second, third = room.nodes
+    room.run(first, "rig1")
+    (held,) = room.machines[third].node.stewardship._jobs
+    room.lost = (msg.OfferAnswer,)
+    room.tell(third, ev.TreeArrived(held))
+    assert "jobs run here (train)" in refused(room, second)
+    room.revoke(third)
+    assert room.machines[second].node.attempts.allocations() == ()
+    assert room.rekey(second)[0].code == ""
+
+
+def test_result_reaches_a_holder_that_took_new_keys_before_it_said_that_it_heard() -> None:
+    room, job, epoch = running()
+    _, second, third = room.nodes
+    room.lost = (msg.ReportAck,)
+    room.tell(second, ev.AttemptFinished(job, epoch, WALL_S, DONE))
+    room.lost = ()
+    answer, _, heir, notary = room.rekey(third)
+    assert answer.code == ""
+    node = room.machines[second].node
+    assert not node.attempts.is_idle, "the machine that holds the job is still there"
+    room.begin_anew(third, heir, notary)
+    room.pass_time(2.0)
+    assert attempt_state(room, second, job) is AttemptState.DELIVERED
+    assert room.rekey(second)[0].code == ""
+
+
+def test_holder_under_new_keys_is_told_at_once_when_it_is_linked() -> None:
+    room, job, epoch = running()
+    _, second, third = room.nodes
+    room.lost = (msg.ReportAck,)
+    room.tell(second, ev.AttemptFinished(job, epoch, WALL_S, DONE))
+    _, _, heir, _ = room.rekey(third)
+    told = room.tell(second, ev.LinkOpened(heir))
+    (report,) = [e for e in told if isinstance(e, fx.Send) and isinstance(e.message, msg.AttemptReport)]
+    assert report.peer == heir
+
+
+def test_keys_that_a_holder_gave_up_acknowledge_nothing() -> None:
+    room, job, epoch = running()
+    _, second, third = room.nodes
+    room.lost = (msg.ReportAck,)
+    room.tell(second, ev.AttemptFinished(job, epoch, WALL_S, DONE))
+    room.lost = ()
+    room.rekey(third)
+    node = room.machines[second].node
+    assert node.attempts.acknowledged(third, msg.ReportAck(job, epoch)) == []
+    assert attempt_state(room, second, job) is AttemptState.EXITED
+
+
+def test_attempt_that_was_accepted_too_late_is_fenced_by_a_holder_under_new_keys() -> None:
+    room = Room(3)
+    first, second, third = room.nodes
+    room.run(first, "rig1")
+    (job,) = room.machines[third].node.stewardship._jobs
+    room.lost = (msg.CommitAnswer, msg.AttemptReport, msg.Cancel)
+    room.tell(third, ev.TreeArrived(job))
+    room.pass_time(0.1)
+    assert attempt_state(room, second, job) is AttemptState.ACCEPTED
+    room.pass_time(20.0)  # nobody answered: the job waits again
+    key = room.office.setups[0].accounts[ADA]
+    room.tell(first, ev.ActionAsked("stop", key, Action.STOP, job, third))
+    answer, _, heir, notary = room.rekey(third)
+    assert answer.code == "", answer
+    room.lost = ()
+    room.begin_anew(third, heir, notary)
+    room.pass_time(2.0)
+    assert attempt_state(room, second, job) is AttemptState.DELIVERED
+
+
+def test_stop_reaches_a_machine_that_took_new_keys_after_the_commit_to_it_was_lost() -> None:
+    room = Room(3)
+    first, second, third = room.nodes
+    room.run(first, "rig1")
+    (job,) = room.machines[third].node.stewardship._jobs
+    room.lost = (msg.Commit,)
+    room.tell(third, ev.TreeArrived(job))
+    key = room.office.setups[0].accounts[ADA]
+    room.lost = (msg.Commit, msg.Cancel)
+    room.tell(first, ev.ActionAsked("stop", key, Action.STOP, job, third))
+    steward = room.machines[third].node.stewardship
+    view = steward.view(job)
+    assert view is not None
+    assert (view.register.state, view.register.node) == (JobState.CANCELLING, second)
+    room.pass_time(4.0)  # the hold runs out
+    answer, _, heir, notary = room.rekey(second)
+    assert answer.code == "", answer
+    room.lost = ()
+    room.begin_anew(second, heir, notary)
+    room.pass_time(3.0)
+    view = steward.view(job)
+    assert view is not None
+    assert view.register.state is JobState.CANCELLED
+
+
+def test_rented_machine_that_the_log_knows_nothing_of_any_more_starts_and_tells_what_ran() -> None:
+    """Whoever rented it was revoked, and with it all that it had said of its instances."""
+    room, job, epoch = running()
+    second = room.nodes[1]
+    node = room.machines[second].node
+    del node.log.members[second]
+    assert node.log.known(second) is None
+    room.tell(second, ev.AttemptFinished(job, epoch, WALL_S, DONE))
+    assert node.attempts.latest(job) is not None
+    again = Attempts(
+        second,
+        node.log,
+        node.rules,
+        room.machines[second].notary,
+        random.Random(1),
+        node.owner,
+        AttemptTiming(),
+    )
+    records = [record for record in room.machines[second].disk.values() if isinstance(record, AttemptRecord)]
+    (running_record,) = [replace(record, state=AttemptState.RUNNING, result=None) for record in records]
+    (adopt,) = again.restore(room.now(), [running_record])
+    assert isinstance(adopt, fx.AdoptAttempt)
+
+
+def test_result_that_nobody_hears_is_forgotten_when_it_has_been_kept_long_enough() -> None:
+    room, job, epoch = running()
+    _, second, third = room.nodes
+    room.revoke(third)
+    room.tell(second, ev.AttemptFinished(job, epoch, WALL_S, DONE))
+    room.pass_time(29 * DAY_S)
+    assert room.machines[second].node.attempts.latest(job) is not None
+    room.pass_time(2 * DAY_S)
+    assert room.machines[second].node.attempts.latest(job) is None
+    assert fx.DiscardAttempt(job, epoch) in room.machines[second].done
+
+
+def test_watch_goes_on_where_the_holder_took_new_keys() -> None:
+    room = Room(3)
+    first, _, third = room.nodes
+    room.run(first, "rig1")
+    job = room.finish(third)
+    key = room.office.setups[0].accounts[ADA]
+    room.tell(first, ev.WatchStarted(key, job, third))
+    _, _, heir, notary = room.rekey(third)
+    room.begin_anew(third, heir, notary)
+    del room.machines[first].done[:]
+    room.tell(first, ev.LinkClosed(heir, "reset"))
+    room.tell(first, ev.LinkOpened(heir))
+    (told,) = [e.register for e in room.machines[first].done if isinstance(e, fx.TellWatchers)]
+    assert (told.job, told.state) == (job, JobState.SUCCEEDED)
+
+
+def test_job_is_confirmed_where_its_holder_took_new_keys_before_its_answer_was_heard() -> None:
+    room = Room(3)
+    first, _, third = room.nodes
+    room.lost = (msg.SubmitAnswer,)
+    room.run(first, "rig1")
+    room.finish(third)
+    answer, _, heir, notary = room.rekey(third)
+    assert answer.code == ""
+    room.lost = ()
+    room.begin_anew(third, heir, notary)
+    (answer,) = [e for e in room.machines[first].done if isinstance(e, fx.Answered) and e.query == "run"]
+    assert answer.code == ""
+    assert [view.spec.stewards for view in answer.views] == [(third,)]

@@ -16,12 +16,13 @@ from meshgpu.core.jobs.held_job import HeldJob
 from meshgpu.core.jobs.placement import Room, find_room
 from meshgpu.core.jobs.steward import Stewardship
 from meshgpu.core.jobs.submission import Submissions
-from meshgpu.core.membership.gossip import Gossip
+from meshgpu.core.membership.gossip import Gossip, _Owner
 from meshgpu.core.membership.links import Links
 from meshgpu.core.node import Node
 from meshgpu.core.owner import Owner, Permission
 from meshgpu.core.sweep import expand
 from meshgpu.core.trust.freshness import Challenges, Obeyed
+from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.audit import AuditEvent
@@ -36,7 +37,7 @@ from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import Role, Signed
 from meshgpu.sim.fakes import ToyNotary
 from meshgpu.sim.invariants import Invariants
-from meshgpu.sim.scenario import INSTANCES, OWNERS, SWEEPS, WRONG_CLOCKS, Scenario, simulate
+from meshgpu.sim.scenario import INSTANCES, OWNERS, REKEYS, SWEEPS, WRONG_CLOCKS, Scenario, simulate
 from meshgpu.sim.world import WorldConfig
 from tests.sim.test_seeds import check_wrong_clocks
 
@@ -198,7 +199,7 @@ def test_steward_that_takes_a_preempted_job_for_a_finished_one_is_caught(monkeyp
         for attempt in (self._live.get((job, epoch)),):
             if attempt is not None and attempt.result is not None and attempt.preempted:
                 attempt.result = replace(attempt.result, outcome=AttemptState.EXITED, reason=result.reason)
-                return [attempt.persist(), attempt.report()]
+                return [attempt.persist(), self._report(attempt)]
         return effects
 
     monkeypatch.setattr(Attempts, "finished", forgetful)
@@ -253,6 +254,76 @@ def test_instance_that_dials_into_the_office_is_caught(monkeypatch: pytest.Monke
 def test_steward_that_waits_for_an_instance_that_is_gone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stewardship, "node_gone", lambda *_args: [])
     find("not at rest", scenario=INSTANCES)
+
+
+# -- when machines take new keys ---------------------------------------------------------------------------------------
+
+
+SNAPPING = replace(REKEYS, faults=replace(REKEYS.faults, snips=0.3))
+"""Links break so often that many an acknowledgement is lost."""
+
+
+def test_node_that_tells_only_the_id_its_steward_had_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Attempts, "_report", lambda _self, attempt: Send(attempt.steward, attempt.report()))
+    find("has yet to tell", scenario=SNAPPING)
+
+
+def test_node_that_hears_only_the_id_its_steward_had_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Attempts, "_holds", lambda _self, node, spec: node in spec.stewards)
+    find("has yet to tell", scenario=SNAPPING)
+
+
+def test_node_that_takes_new_keys_whatever_runs_or_is_held_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Node, "_check_may_rekey", lambda _self: None)
+    find("gives up its keys while", scenario=REKEYS)
+
+
+def test_node_that_takes_new_keys_before_its_results_are_heard_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Attempts, "_is_heard", lambda _self, _attempt: False)
+    find("gives up its keys while|has yet to tell", scenario=REKEYS)
+
+
+def test_mesh_in_which_keys_that_were_given_up_stay_members_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = MeshLog._place
+
+    def lenient(self: MeshLog, *args: Any) -> None:
+        original(self, *args)
+        self.members |= {node: self.former[node] for node in self.heirs}
+
+    monkeypatch.setattr(MeshLog, "_place", lenient)
+    find("counts .* twice|has new keys, and wrote|no member under its new ones", scenario=REKEYS)
+
+
+def test_machine_that_forgets_its_next_keys_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshgpu.sim.machine.is_said", lambda *_args: False)
+    find("not at rest", scenario=REKEYS)
+
+
+def test_office_in_which_nobody_brings_the_word_of_new_keys_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the old keys, for."""
+    monkeypatch.setattr("meshgpu.sim.network.Network.errand", lambda *_args: None)
+    find("no Link between|knows .* as None", scenario=REKEYS)
+
+
+def test_node_that_believes_records_under_keys_that_were_given_up_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def accepted(self: Gossip, now: Now, signed: Signed) -> bool:
+        log = self._log
+        node = NodeId(signed.key)
+        if node in log.heirs:
+            entry = self._notary.read(signed, log.former[node].public_key, GossipEntry)
+            self._owners[entry.owner] = owner = _Owner(entry.incarnation)
+            owner.put(now, entry, signed)
+            return True
+        return original(self, now, signed)
+
+    original = Gossip._accept
+    monkeypatch.setattr(Gossip, "_accept", accepted)
+    find("what it never said", scenario=replace(REKEYS, world=replace(REKEYS.world, has_intruder=True)))
+
+
+def test_steward_that_obeys_keys_that_were_given_up_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RequestRules, "verify_addressed", lambda self, signed, _peer: self.read_request(signed))
+    find("its user did not ask for it", scenario=replace(REKEYS, world=replace(REKEYS.world, has_intruder=True)))
 
 
 # -- what an intruder finds --------------------------------------------------------------------------------------------

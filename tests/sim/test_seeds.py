@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.records import AttemptRecord, JobRecord
 from meshgpu.sim.faults import FaultRates
-from meshgpu.sim.scenario import INSTANCES, OWNERS, SWEEPS, WRONG_CLOCKS, Outcome, Scenario, simulate
+from meshgpu.sim.scenario import INSTANCES, OWNERS, REKEYS, SWEEPS, WRONG_CLOCKS, Outcome, Scenario, simulate
 
 FAST_SEEDS = 20
 ALL_SEEDS = 420
@@ -67,6 +68,19 @@ def test_jobs_survive_the_instances_they_run_on_and_stay_home_if_they_must(first
     assert died
 
 
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(8, 128, 40))])
+def test_machines_take_new_keys_in_the_middle_of_everything_and_nothing_waits_for_the_old_ones(first: int) -> None:
+    taken = refused = errands = 0
+    for seed in range(first, first + (8 if first == 0 else 40)):
+        world = check(seed, REKEYS).world
+        taken += sum(len(machine.before) for machine in world.machines.values())
+        refused += sum(query.startswith("rekey") and bool(a.code) for query, a in world.answers.items())
+        errands += world.network.errands
+    assert taken > 20  # else this proves nothing
+    assert refused > 20
+    assert errands, "nobody was away when a machine took new keys"
+
+
 def check_wrong_clocks(seed: int) -> tuple[int, int]:
     """(jobs, stops) that were taken although the clocks of who asked and who was asked differ by hours."""
     world = check(seed, WRONG_CLOCKS).world
@@ -92,6 +106,13 @@ def test_no_job_is_lost_when_half_the_mesh_loses_power_again_and_again(first: in
     rates = FaultRates(halves=3.0, crashes_at_write=8.0, snips=0.1, lost=0.0)
     for seed in range(first, first + 25):
         check(seed, Scenario(faults=rates))
+
+
+@pytest.mark.parametrize("seed", [186])
+def test_word_of_new_keys_is_brought_to_nobody_before_they_are_on_disk(seed: int) -> None:
+    """A courier once told what its node had just written; the agent crashed before that was kept, and took others."""
+    rates = replace(REKEYS.faults, partitions=4.0, rekeys=6.0)
+    check(seed, replace(REKEYS, jobs=8, faults=rates, world=replace(REKEYS.world, size=3)))
 
 
 @pytest.mark.parametrize("seed", [155])

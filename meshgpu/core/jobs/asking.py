@@ -144,7 +144,7 @@ class Asking:
         watch = self._watches.get(JobId(query.removeprefix(_WATCH))) if query.startswith(_WATCH) else None
         question = self._open.get(query)
         key, asked = None, None
-        if watch is not None and watch.steward == node:
+        if watch is not None and self._log.current(watch.steward) == node:
             key, asked = watch.key, watch.asked
         elif question is not None and node in question.waiting:
             key, asked = question.key, question.asked[node]
@@ -189,21 +189,21 @@ class Asking:
 
     def _is_steward_of(self, node: NodeId, register: Register) -> bool:
         watch = self._watches.get(register.job)
-        return watch is not None and watch.steward == node
+        return watch is not None and self._log.current(watch.steward) == node
 
     def updated(self, node: NodeId, update: JobUpdate) -> list[Effect]:
         return [TellWatchers(update.register)] if self._is_steward_of(node, update.register) else []
 
     def watch(self, now: Now, key: KeyId, job: JobId, steward: NodeId) -> None:
         """From now on every change of the job is told, until `unwatch`; renewed in `step`."""
-        self._watches[job] = _Watch(key, self._log.current(steward), now.boot_s)
+        self._watches[job] = _Watch(key, steward, now.boot_s)
 
     def unwatch(self, job: JobId) -> None:
         self._watches.pop(job, None)
 
     def linked_again(self, now: Now, node: NodeId) -> None:
         for watch in self._watches.values():
-            if watch.steward == node:
+            if self._log.current(watch.steward) == node:
                 watch.renew_at = now.boot_s
 
     def step(self, now: Now) -> list[Effect]:
@@ -214,12 +214,13 @@ class Asking:
         for job, watch in self._watches.items():
             if now.boot_s >= watch.renew_at:
                 watch.renew_at = now.boot_s + self._timing.watch_s
+                steward = self._log.current(watch.steward)
                 try:
-                    watch.asked = self._request(now, watch.key, Action.WATCH, job, watch.steward)
+                    watch.asked = self._request(now, watch.key, Action.WATCH, job, steward)
                     signed = self._notary.sign(watch.key, watch.asked)
                 except TrustError:
                     continue  # the account left the mesh: its watch simply tells no more
-                effects.append(Send(watch.steward, Ask(f"{_WATCH}{job}", signed)))
+                effects.append(Send(steward, Ask(f"{_WATCH}{job}", signed)))
         return effects
 
     def deadline(self) -> float | None:

@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from meshgpu.core.effects import Persist, Send
+from meshgpu.core.effects import Persist
 from meshgpu.core.jobs.placement import wanted_cpus
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.gossip import Allocation
@@ -35,7 +35,8 @@ class Attempt:
 
     trial: which of a sweep, None for a job of its own. metric: what the job has reported of its objective.
     preempted: why the machine's owner wants it gone, empty where he does not. kill_at: `boot_s` at which it must be.
-    fenced: whether it is shut in. receipt: what this node signed when it ended.
+    fenced: whether it is shut in. receipt: what this node signed when it ended. steward: as it was when it offered the
+    job; it may have other keys by now, and with them another id.
     """
 
     spec: JobSpec
@@ -130,8 +131,8 @@ class Attempt:
             self.ended_wall_s,
         )
 
-    def report(self) -> Send:
-        report = AttemptReport(
+    def report(self) -> AttemptReport:
+        return AttemptReport(
             self.spec.job,
             self.epoch,
             self.phase,
@@ -142,4 +143,3 @@ class Attempt:
             self.metric,
             self.receipt,
         )
-        return Send(self.steward, report)

@@ -23,7 +23,7 @@ from meshgpu.errors import TrustError
 from meshgpu.model.audit import AuditEvent
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Allocation
-from meshgpu.model.ids import RANDOM_ID_BYTES, HoldId, JobId, KeyId, NodeId, random_id
+from meshgpu.model.ids import RANDOM_ID_BYTES, HoldId, JobId, KeyId, NodeId, UserName, random_id
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import Action, AttemptPlan, AttemptState, JobSpec, Phase, PlacingVote, Result, StopMode
 from meshgpu.model.messages import (
@@ -41,10 +41,13 @@ from meshgpu.model.messages import (
 from meshgpu.model.receipt import NO_EVIDENCE, Evidence
 from meshgpu.model.records import AttemptRecord
 from meshgpu.model.sweep import Metric
-from meshgpu.model.trust import LENDING_ROLES, Member, Notary, Role
+from meshgpu.model.trust import LENDING_ROLES, STEWARD_ROLES, Notary, Role
 
 HOLDS_LIMIT: Final = 256
 """Open holds at a time: more than any burst of offers needs, less than what hurts."""
+
+NOBODY: Final = UserName("")
+"""Whose home a machine is that the mesh log does not know (any more): whoever rented it out may be gone."""
 
 MAY_LIVE: Final = (AttemptState.STAGING, AttemptState.RUNNING, AttemptState.STOPPING)
 
@@ -143,8 +146,8 @@ class Attempts:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing runs or is promised, and how everything ended is known to its steward."""
-        return not self._live
+        """Nothing runs or is promised, and how everything ended is known to its steward, where that still is one."""
+        return not any(map(self._is_pending, self._live.values()))
 
     def latest(self, job: JobId) -> Attempt | None:
         """The newest accepted attempt of a job on this node."""
@@ -246,7 +249,7 @@ class Attempts:
         attempt.advance(AttemptState.STAGING)
         attempt.phase = Phase.STAGING
         attempt.due = now.boot_s + self._timing.report_s
-        return [attempt.persist(), StartAttempt(self._plan(attempt), attempt.spec.stewards), attempt.report()]
+        return [attempt.persist(), StartAttempt(self._plan(attempt), attempt.spec.stewards), self._report(attempt)]
 
     def fenced(self, now: Now, steward: NodeId, fence: Fence) -> list[Effect]:
         """The steward says that this epoch is spent: what never started is dropped, what runs is ended."""
@@ -271,7 +274,7 @@ class Attempts:
         except TrustError as error:
             return [Reject(steward, error.message)]
         attempt = self._of_steward(steward, cancel.job, cancel.epoch)
-        if spec.job != cancel.job or steward not in spec.stewards:
+        if spec.job != cancel.job or not self._holds(steward, spec):
             return [Reject(steward, "cannot stop a job: the request does not come from a machine that holds it")]
         if attempt is None or attempt.state is AttemptState.HELD:
             if attempt is not None:  # without its hold a Commit that is still on its way is refused: it cannot start
@@ -281,7 +284,7 @@ class Attempts:
         if attempt.state is AttemptState.ACCEPTED:
             return self._never(now, attempt, AttemptState.ABANDONED, "stopped before it started")
         if not attempt.occupies:
-            return [attempt.report()]
+            return [self._report(attempt)]
         return self._end(attempt, StopMode.KILL if request.action is Action.KILL else StopMode.STOP)
 
     def acknowledged(self, steward: NodeId, ack: ReportAck) -> list[Effect]:
@@ -308,10 +311,16 @@ class Attempts:
                 effects += self._end(attempt, StopMode.STOP)
         return effects
 
+    def members_left(self) -> None:
+        """A hold whose steward left, or gave up the keys that it asked with, can never be committed: let it go."""
+        for key, attempt in list(self._live.items()):
+            if attempt.state is AttemptState.HELD and attempt.steward not in self._log.members:
+                del self._live[key]
+
     def steward_linked(self, now: Now, steward: NodeId) -> None:
         """A Link to a steward is up again: tell it at once how its attempts stand."""
         for attempt in self._live.values():
-            if attempt.steward == steward and attempt.needs_telling:
+            if self._log.current(attempt.steward) == steward and attempt.needs_telling:
                 attempt.due = now.boot_s
 
     # -- what the executor says ---------------------------------------------------------------------------------------
@@ -322,7 +331,7 @@ class Attempts:
         if attempt is None or attempt.state not in MAY_LIVE or attempt.metric == metric:
             return []
         attempt.metric = metric
-        return [attempt.report()]
+        return [self._report(attempt)]
 
     def progressed(self, job: JobId, epoch: int, phase: Phase, detail: str) -> list[Effect]:
         attempt = self._live.get((job, epoch))
@@ -331,7 +340,7 @@ class Attempts:
         if attempt.phase is not Phase.STOPPING or phase is Phase.SAVING:
             attempt.phase = phase
         attempt.detail = detail or attempt.detail
-        return [attempt.report()]
+        return [self._report(attempt)]
 
     def began(self, job: JobId, epoch: int, started_wall_s: float) -> list[Effect]:
         attempt = self._live.get((job, epoch))
@@ -343,7 +352,7 @@ class Attempts:
             attempt.advance(AttemptState.RUNNING)
         attempt.phase = Phase.STOPPING if attempt.state is AttemptState.STOPPING else Phase.RUNNING
         written = self.audit.wrote(AuditEvent.STARTED, attempt, started_wall_s) if is_new else []
-        return [attempt.persist(), *written, attempt.report()]
+        return [attempt.persist(), *written, self._report(attempt)]
 
     def finished(
         self, now: Now, job: JobId, epoch: int, ended_wall_s: float, result: Result, evidence: Evidence = NO_EVIDENCE
@@ -354,25 +363,25 @@ class Attempts:
         if attempt.preempted:  # also with exit code 0: it may have been asked to leave just before its end, or obeyed
             result = replace(result, outcome=AttemptState.PREEMPTED, reason=attempt.preempted)
         attempt.due = now.boot_s + self._timing.ask_s
-        return [*self._conclude(attempt, result, ended_wall_s, evidence), attempt.report()]
+        return [*self._conclude(attempt, result, ended_wall_s, evidence), self._report(attempt)]
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
     def step(self, now: Now) -> list[Effect]:
         effects = self._give_back(now)
         for key, attempt in list(self._live.items()):
-            if now.boot_s < attempt.due:
+            if now.boot_s < attempt.due or not self._is_pending(attempt):
                 continue
             if attempt.state is AttemptState.HELD:
                 del self._live[key]
             elif attempt.state is not AttemptState.ACCEPTED:
                 attempt.due = now.boot_s + (self._timing.report_s if attempt.occupies else self._timing.ask_s)
-                effects.append(attempt.report())
+                effects.append(self._report(attempt))
             elif now.boot_s >= attempt.accepted_at + self._timing.give_up_s:
                 effects.extend(self._never(now, attempt, AttemptState.ABANDONED, "nobody said that it may start"))
             else:
                 attempt.due = now.boot_s + self._timing.ask_s
-                effects.append(Send(attempt.steward, CommitAnswer(*key, accepted=True)))
+                effects.append(Send(self._log.current(attempt.steward), CommitAnswer(*key, accepted=True)))
         if self._sweep_at is not None and now.boot_s >= self._sweep_at:
             self._sweep_at = now.boot_s + self._timing.sweep_s
             effects.extend(self._forget_old(now))
@@ -380,21 +389,19 @@ class Attempts:
 
     def deadline(self) -> float | None:
         kills = (attempt.kill_at for attempt in self._live.values() if attempt.occupies)
-        return earliest(self._sweep_at, *(attempt.due for attempt in self._live.values()), *kills)
+        pending = (attempt.due for attempt in self._live.values() if self._is_pending(attempt))
+        return earliest(self._sweep_at, *pending, *kills)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _permission(self, spec: JobSpec) -> Permission:
-        return permission(self._owner.policy, spec.user, at_home(self._me()), self.fence)
-
-    def _me(self) -> Member:
-        """This machine, as it is or, once it was taken out, was: what runs there runs on."""
-        return self._log.members.get(self._node) or self._log.former[self._node]
+        me = self._log.known(self._node)  # also once it was taken out: what runs here runs on
+        return permission(self._owner.policy, spec.user, at_home(me) if me is not None else NOBODY, self.fence)
 
     def _plan(self, attempt: Attempt) -> AttemptPlan:
         image = self._owner.policy.image(attempt.spec.image)
-        name, key = self._me().name, attempt.signed.key
-        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, attempt.fenced, name, image, key)
+        name = self._log.name_of(self._node)
+        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, attempt.fenced, name, image, attempt.signed.key)
 
     def _conclude(
         self, attempt: Attempt, result: Result, ended_wall_s: float, evidence: Evidence = NO_EVIDENCE
@@ -409,7 +416,25 @@ class Attempts:
     def _of_steward(self, steward: NodeId, job: JobId, epoch: int) -> Attempt | None:
         """A live attempt, if it is `steward`'s to command."""
         attempt = self._live.get((job, epoch))
-        return attempt if attempt is not None and steward in attempt.spec.stewards else None
+        return attempt if attempt is not None and self._holds(steward, attempt.spec) else None
+
+    def _holds(self, node: NodeId, spec: JobSpec) -> bool:
+        """Whether `node` is one of the job's stewards, under the keys it has now."""
+        return node in map(self._log.current, spec.stewards)
+
+    def _is_heard(self, attempt: Attempt) -> bool:
+        """Whether its steward, under whatever keys, still is there and may answer. If not now, it may be again: a
+        removal that did not count is undone, a role is given back."""
+        steward = self._log.members.get(self._log.current(attempt.steward))
+        return steward is not None and steward.role in STEWARD_ROLES
+
+    def _is_pending(self, attempt: Attempt) -> bool:
+        """Whether there is anything left to do about it. What has ended is only told, as long as somebody listens."""
+        return attempt.occupies or self._is_heard(attempt)
+
+    def _report(self, attempt: Attempt) -> Send:
+        """How it stands, to its steward."""
+        return Send(self._log.current(attempt.steward), attempt.report())
 
     def _spend(self, job: JobId, epoch: int) -> None:
         self._spent[job] = max(epoch, self._spent.get(job, 0))
@@ -417,7 +442,7 @@ class Attempts:
     def _never(self, now: Now, attempt: Attempt, outcome: AttemptState, reason: str) -> list[Effect]:
         """Give back what was accepted and never started: only its own node may say so."""
         attempt.due = now.boot_s + self._timing.ask_s
-        return [*self._conclude(attempt, Result(outcome, None, reason), now.wall_s), attempt.report()]
+        return [*self._conclude(attempt, Result(outcome, None, reason), now.wall_s), self._report(attempt)]
 
     def _give_back(self, now: Now) -> list[Effect]:
         """End what stands in the owner's way: asked first, killed GRACE_S later."""
@@ -450,7 +475,7 @@ class Attempts:
         attempt.stop = mode
         attempt.phase = Phase.STOPPING
         attempt.advance(AttemptState.STOPPING)
-        return [attempt.persist(), order, attempt.report()]
+        return [attempt.persist(), order, self._report(attempt)]
 
     def _settle(self, attempt: Attempt) -> list[Effect]:
         """Its steward knows how it ended."""
@@ -462,9 +487,10 @@ class Attempts:
     def _forget_old(self, now: Now) -> list[Effect]:
         """Records and files that have been kept long enough. A job that old can no longer be submitted again."""
         effects: list[Effect] = []
-        for key, attempt in list(self._delivered.items()):
+        untold = {key: attempt for key, attempt in self._live.items() if not self._is_pending(attempt)}
+        for key, attempt in {**self._delivered, **untold}.items():
             if now.wall_s >= (attempt.ended_wall_s or 0.0) + self._timing.retention_s:
-                del self._delivered[key]
+                (self._live if key in untold else self._delivered).pop(key)
                 self._spent.pop(key[0], None)
                 effects += [Persist("attempt", f"{key[0]}/{key[1]}", None), DiscardAttempt(*key)]
         return effects

@@ -1,5 +1,6 @@
 """One job as its steward holds it, and the forms it takes for the disk, the nodes and its watchers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from meshgpu.core.effects import Effect, Persist, Send
@@ -83,9 +84,9 @@ class HeldJob:
         signed = notary.sign(KeyId(steward), vote)
         return Commit(self.spec.job, register.epoch, register.hold, (signed,))
 
-    def cancel_order(self) -> list[Effect]:
-        """Tell the attempt's node what the user asked for; to be repeated until it confirms."""
+    def cancel_order(self, current: Callable[[NodeId], NodeId]) -> list[Effect]:
+        """Tell the attempt's node what the user asked for; to be repeated until it confirms. current: see MeshLog."""
         if self.cancel is None or self.register.node is None:
             return []
         order = Cancel(self.spec.job, self.register.epoch, self.signed, self.cancel, self.trial)
-        return [Send(self.register.node, order)]
+        return [Send(current(self.register.node), order)]

@@ -167,7 +167,7 @@ class Stewardship:
     def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
         """The job's tree, if `peer` runs the job now."""
         found = self._jobs.get(job)
-        return found.spec.tree if found is not None and found.register.node == peer else None
+        return found.spec.tree if found is not None and self._is_at(peer, found) else None
 
     # -- submitting ---------------------------------------------------------------------------------------------------
 
@@ -296,7 +296,7 @@ class Stewardship:
 
     def commit_answered(self, now: Now, node: NodeId, answer: CommitAnswer) -> list[Effect]:
         job = self._jobs.get(answer.job)
-        if job is None or job.register.node != node or answer.epoch != job.register.epoch:
+        if job is None or not self._is_at(node, job) or answer.epoch != job.register.epoch:
             is_stale = answer.accepted and (job is not None or answer.job in self._final)
             return [Send(node, Fence(answer.job, answer.epoch))] if is_stale else []
         register = job.register
@@ -332,7 +332,7 @@ class Stewardship:
     def reported(self, now: Now, node: NodeId, report: AttemptReport) -> list[Effect]:
         report = _clipped(report)
         job = self._jobs.get(report.job)
-        if job is None or job.register.node != node or job.register.epoch != report.epoch:
+        if job is None or not self._is_at(node, job) or job.register.epoch != report.epoch:
             return self._answer_stale(node, report)
         if report.result is not None:
             rejects = self._keep_receipt(job, report, report.result)
@@ -472,7 +472,7 @@ class Stewardship:
         job.cancel = signed
         job.due = now.boot_s + self._timing.cancel_s
         effects = job.change(now, state=JobState.CANCELLING, stop=mode)
-        return [*effects, *job.cancel_order()]
+        return [*effects, *job.cancel_order(self._log.current)]
 
     def _stop_sweep(self, now: Now, sweep: HeldJob, mode: StopMode, signed: Signed) -> list[Effect]:
         """Ends all trials that have not ended, then the sweep."""
@@ -556,7 +556,7 @@ class Stewardship:
                     effects.extend(job.change(now, durable=False, state=JobState.UNKNOWN))
                 case JobState.CANCELLING:
                     job.due = now.boot_s + self._timing.cancel_s
-                    effects.extend(job.cancel_order())
+                    effects.extend(job.cancel_order(self._log.current))
                 case _:
                     job.due = None
         if self._offering.retry_at is not None and now.boot_s >= self._offering.retry_at:
@@ -583,8 +583,12 @@ class Stewardship:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def _is_at(self, node: NodeId, job: HeldJob) -> bool:
+        """Whether the register names that machine, under the keys it has now."""
+        return job.register.node is not None and self._log.current(job.register.node) == node
+
     def _name(self, node: NodeId | None) -> str:
-        member = self._log.members.get(node) if node else None
+        member = self._log.members.get(self._log.current(node)) if node else None
         return member.name if member else "the machine"
 
 

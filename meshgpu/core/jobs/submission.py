@@ -86,7 +86,7 @@ class Submissions:
 
     def answered(self, now: Now, steward: NodeId, answer: SubmitAnswer) -> list[Effect]:
         found = self._open.get(answer.job)
-        if found is None or steward not in found.spec.stewards:
+        if found is None or not self._holds(steward, found.spec):
             return []
         if (challenge := answer.challenge) is not None and challenge.refused != found.spec.challenge:
             return []  # it refuses what was sent before the steward was answered
@@ -117,7 +117,7 @@ class Submissions:
 
     def steward_linked(self, now: Now, steward: NodeId) -> None:
         for found in self._open.values():
-            if steward in found.spec.stewards:
+            if self._holds(steward, found.spec):
                 found.resend_at = now.boot_s
 
     def step(self, now: Now) -> list[Effect]:
@@ -132,11 +132,15 @@ class Submissions:
                 effects.append(Answered(found.query, code="no-answer", reason=reason, hint="meshgpu machines"))
             elif now.boot_s >= found.resend_at:
                 found.resend_at = now.boot_s + self._timing.resend_s
-                effects.append(Send(steward, Submit(job, found.signed)))
+                effects.append(Send(self._log.current(steward), Submit(job, found.signed)))
         return effects
 
     def deadline(self) -> float | None:
         return earliest(*(min(found.resend_at, found.give_up_at) for found in self._open.values()))
+
+    def _holds(self, node: NodeId, spec: JobSpec) -> bool:
+        """Whether `node` is to hold the job, under the keys it has now."""
+        return node in map(self._log.current, spec.stewards)
 
     # -- resolving ----------------------------------------------------------------------------------------------------
 

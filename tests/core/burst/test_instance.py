@@ -17,12 +17,13 @@ from meshgpu.core.burst.instance import (
 )
 from meshgpu.core.effects import EndAttempt, PowerOff, Send
 from meshgpu.core.node import Node, NodeConfig
+from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
 from meshgpu.model.enrolment import InstanceTerms
 from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.job import AttemptState, JobSpec, PlacingVote, Result, StopMode
-from meshgpu.model.trust import Signed
+from meshgpu.model.trust import RemoveNode, Signed
 from meshgpu.sim.office import Office
 from tests.core.conftest import WALL_S
 
@@ -246,6 +247,23 @@ def test_accepted_attempt_is_preempted_and_told(
     reports = [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, msg.AttemptReport)]
     assert [report.result and report.result.outcome for report in reports] == [AttemptState.PREEMPTED]
     assert not [e for e in effects if isinstance(e, EndAttempt | PowerOff)]
+
+
+def test_result_that_only_a_machine_that_left_could_hear_does_not_keep_it_running(
+    office: Office, node: Node, hear: Hear, signed: Signing, at: Clock
+) -> None:
+    spec, envelope = signed()
+    run(office, node, hear, spec, envelope, at)
+    steward = office.setups[0].node
+    log = MeshLog(office.notaries[0])
+    log.enter(office.mesh, office.log)
+    node.step(at(10), ev.LinkOpened(office.setups[1].node))
+    node.step(at(10), ev.LogWritten(log.write(KeyId(steward), (RemoveNode(steward),))))
+    node.step(at(11), ev.LinkClosed(steward, "no longer trusted"))
+    assert not [e for e in node.step(at(1000), ev.Ticked()) if isinstance(e, EndAttempt | PowerOff)], "its job runs on"
+    node.step(at(1001), ev.AttemptFinished(spec.job, 1, WALL_S + 1001, Result(AttemptState.EXITED, 0)))
+    off = node.step(at(1001 + IDLE_S), ev.Ticked())
+    assert [e for e in off if isinstance(e, PowerOff)] == [PowerOff("nothing runs here")]
 
 
 def test_rented_machine_that_nobody_links_powers_off(node: Node, office: Office, at: Clock) -> None:
