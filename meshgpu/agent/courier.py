@@ -37,29 +37,26 @@ ERRAND_S: Final = 8.0
 class Courier:
     """One for each identity that this machine gave up and that somebody may still know it by.
 
-    Brings what was on disk when the agent began, so to be made before the node's first step: an entry that is not kept
-    yet may never be, and were it told, its number would be taken twice, or keys be gone that others wait for.
+    kept: what it brings, the entries that were on disk when the agent began. One that is not there yet may never be: were
+    it told, its number would be taken twice, or keys be gone that others wait for.
     ends_wall_s: Unix time from which on the old leaf opens no Link. open_as: a transport that is the old node's and
     listens nowhere. forget: everybody has been told, or cannot be any more.
     """
 
     node: Node
     clock: ports.Clock
+    kept: frozenset[Signed]
     ends_wall_s: float
     open_as: Callable[[], ports.Transport]
     forget: Callable[[], None]
     _met: set[NodeId] = field(default_factory=set)
-    _kept: frozenset[Signed] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._kept = frozenset(self.node.log.all_entries())
 
     async def run(self) -> None:
         """Until every machine of the office has opened a Link to the new node, or the leaf ends."""
         await asyncio.sleep(FIRST_S)
         while (waiting := self._waiting()) and self._is_useful():
             transport = self.open_as()
-            errands = _Errands(self.node, transport, self._kept)
+            errands = _Errands(self.node, transport, self.kept)
             await transport.start(errands.heard, _serve_nothing)
             try:
                 transport.trust(anchors(self.node.log.members.values()))

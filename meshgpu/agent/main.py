@@ -67,7 +67,7 @@ from meshgpu.model.enrolment import BootTerms, InstanceTerms
 from meshgpu.model.gossip import Sighting
 from meshgpu.model.ids import Address, JobId, MeshId, NodeId, as_name, node_id
 from meshgpu.model.inventory import GpuReading, Inventory
-from meshgpu.model.records import Record
+from meshgpu.model.records import MeshLogRecord, Record
 from meshgpu.wire.codec import decode, kind_of
 from meshgpu.wire.notary import WireNotary
 
@@ -215,7 +215,7 @@ class Agent:
         await self._start_probe()
         self._tasks.create_task(self._runtime.run(), name="node")
         self._tasks.create_task(self._follow_addresses(), name="addresses")
-        self._send_couriers()
+        self._send_couriers(records)
         await self._start_discovery()
         await self._open_door(Jobs(self._runtime, streams, transport, self._vault), chunks)
         logger.info("agent %s answers, home %s, port %d", self._node.node[:12], self._home.directory, self._port)
@@ -228,12 +228,14 @@ class Agent:
             take_up(log, records)
             self._next_keys.take(log.current(node_id(keys.node_key())), self._clock.now().wall_s)
 
-    def _send_couriers(self) -> None:
-        """Of old keys that somebody may still know this machine by."""
+    def _send_couriers(self, records: list[Record]) -> None:
+        """Of old keys that somebody may still know this machine by. records: what is on disk."""
+        kept = frozenset(record.entry for record in records if isinstance(record, MeshLogRecord))
         for leaf in self._next_keys.last_leaves(self._clock.now().wall_s):
             courier = Courier(
                 self._node,
                 self._clock,
+                kept,
                 leaf.ends_wall_s,
                 functools.partial(GrpcLink, leaf, self._clock, ()),
                 functools.partial(self._next_keys.forget, leaf),

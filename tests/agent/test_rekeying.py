@@ -23,7 +23,7 @@ from meshgpu.errors import MeshgpuError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Address, KeyId, NodeId, UserName, key_id, node_id
 from meshgpu.model.messages import GossipDigest, LogDelta
-from meshgpu.model.records import Record
+from meshgpu.model.records import MeshLogRecord, Record
 from meshgpu.model.trust import AddNode, Genesis, LinkUser, RemoveNode, Role
 from meshgpu.wire.codec import PROTOCOL, decode_frame, encode_frame
 from meshgpu.wire.notary import WireNotary
@@ -211,13 +211,14 @@ async def carried(
     monkeypatch.setattr(courier_module, "ROUND_S", 0.0)
     lines: list[Line] = []
     done: list[None] = []
+    kept = frozenset(record.entry for record in desk.disk.values() if isinstance(record, MeshLogRecord))
 
     def open_as() -> ports.Transport:
         lines.append(Line(answers[len(lines)]))
         return lines[-1]  # type: ignore[return-value]  # what a courier uses of it
 
     async with asyncio.timeout(DEADLINE_S):
-        await Courier(node, StillClock(), ends_wall_s, open_as, lambda: done.append(None)).run()
+        await Courier(node, StillClock(), kept, ends_wall_s, open_as, lambda: done.append(None)).run()
     return lines, len(done)
 
 
