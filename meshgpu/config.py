@@ -21,7 +21,9 @@ DEFAULT_PAIRING_PORT = 7444
 class Config:
     """What `config.toml` may say. Each key may also come from the environment as MESHGPU_<KEY>.
 
-    seeds: addresses that are tried besides mDNS, `host` or `host:port`. advertise: `gpus`, `presence` or `off`.
+    seeds: addresses that are tried besides mDNS, `host` or `host:port`. interfaces: where others come to this machine,
+    by name or address; empty: those of the office network, as far as that can be told.
+    advertise: `gpus`, `presence` or `off`.
     loopback: True shows this agent on the loopback interface only: for demonstrations and tests on one computer.
     link_port, pairing_port: 0 takes a free one. lend: False keeps every job away.
     trust: users whose jobs run here although nothing can shut them in.
@@ -33,6 +35,7 @@ class Config:
     """
 
     seeds: tuple[str, ...] = ()
+    interfaces: tuple[str, ...] = ()
     advertise: str = "gpus"
     loopback: bool = False
     link_port: int = DEFAULT_LINK_PORT
@@ -104,6 +107,7 @@ _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "
 _CHOICES = {"advertise": ("gpus", "presence", "off"), "fence": ("auto", "none"), "policy": tuple(Lending)}
 _KINDS: dict[str, type] = {
     "seeds": tuple,
+    "interfaces": tuple,
     "advertise": str,
     "loopback": bool,
     "link_port": int,

@@ -17,8 +17,9 @@ from meshgpu.core.events import (
     LinkOpened,
     MessageArrived,
 )
+from meshgpu.model.gossip import KnockOutcome
 from meshgpu.model.ids import Address, NodeId
-from meshgpu.model.messages import GossipDelta, GossipDigest, Message
+from meshgpu.model.messages import GossipDelta, GossipDigest, KnockResult, Message
 from meshgpu.sim.timeline import Timeline
 
 DIAL_TIMEOUT_S: Final = 5.0
@@ -161,6 +162,19 @@ class Network:
         else:
             event = AddressIdentified(address, answerer.node)
         self._timeline.after(0.01, lambda: self.hosts[source].post(event))
+
+    def knocks(self, source: NodeId, addresses: tuple[Address, ...]) -> tuple[KnockResult, ...]:
+        """Who is behind each address now: an agent, a machine without one, or nothing that can be reached."""
+        results = []
+        for address in addresses:
+            host = self._listening(source, address)
+            if host is None:
+                results.append(KnockResult(address, KnockOutcome.SILENT))
+            elif host.instance:
+                results.append(KnockResult(address, KnockOutcome.ANSWERED, host.node))
+            else:
+                results.append(KnockResult(address, KnockOutcome.REFUSED))
+        return tuple(results)
 
     def drop_untrusted(self, node: NodeId) -> None:
         host = self.hosts[node]
