@@ -35,8 +35,8 @@ class Config:
     """
 
     seeds: tuple[str, ...] = ()
-    interfaces: tuple[str, ...] = ()
     advertise: str = "gpus"
+    interfaces: tuple[str, ...] = ()
     loopback: bool = False
     link_port: int = DEFAULT_LINK_PORT
     pairing_port: int = DEFAULT_PAIRING_PORT

@@ -1,5 +1,6 @@
 """What `doctor` looks at outside the agent: interfaces, kernel, ports, firewall, disk, socket. All of it blocks."""
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -127,14 +128,19 @@ def mdns_fault() -> str:
 def udp_holder(port: int = MDNS_PORT, proc: Path = Path("/proc")) -> str:
     """The program that has a UDP port, where this account can see it; empty otherwise."""
     inodes = {f"socket:[{inode}]" for inode in _inodes(port, proc)}
-    for directory in proc.glob("[0-9]*/fd") if inodes else ():
-        try:
-            links = [os.readlink(entry) for entry in directory.iterdir()]  # noqa: PTH115 - a Path would be read as one
-            if not inodes.isdisjoint(links):
-                return (directory.parent / "comm").read_text().strip()
-        except OSError:
-            continue
+    for directory in proc.glob("[0-9]*") if inodes else ():
+        if not inodes.isdisjoint(_open_files(directory / "fd")):
+            with contextlib.suppress(OSError):
+                return (directory / "comm").read_text().strip()
     return ""
+
+
+def _open_files(directory: Path) -> Iterator[str]:
+    """What the descriptors of a process lead to; nothing of one that is gone, or is not for this account to see."""
+    with contextlib.suppress(OSError):
+        for entry in list(directory.iterdir()):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                yield str(entry.readlink())
 
 
 def _inodes(port: int, proc: Path) -> Iterator[str]:

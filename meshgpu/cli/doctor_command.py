@@ -63,15 +63,16 @@ def _checks() -> list[CheckView]:
 def _report(checks: Sequence[CheckView], width: int) -> Iterator[str]:
     """Lines, the worst last, and a verdict. width: of the terminal; 0 breaks no line. Remedies are never broken."""
     order = list(MARKS)
-    name_width = max(len(check["name"]) for check in checks)
+    shown = sorted(_gathered(checks), key=lambda check: order.index(check["state"]))
+    name_width = max(len(check["name"]) for check in shown)
     indent = MARK_WIDTH + name_width + 2
-    for check in sorted(_gathered(checks), key=lambda check: order.index(check["state"])):
+    for check in shown:
         found = plain(check["found"])
         lines = textwrap.wrap(found, max(width - indent, LEAST_TEXT)) if width else [found]
         mark = f"{MARKS[check['state']]:{MARK_WIDTH}}"
         code = {"fail": RED, "warn": BOLD}.get(check["state"])
-        shown = colour(mark, code, sys.stdout) if code else mark
-        yield f"{shown}{check['name']:{name_width}}  {lines[0] if lines else ''}".rstrip()
+        mark = colour(mark, code, sys.stdout) if code else mark
+        yield f"{mark}{check['name']:{name_width}}  {lines[0] if lines else ''}".rstrip()
         yield from (f"{'':{indent}}{line}" for line in lines[1:])
         if check["hint"]:
             yield f"{'':{indent}}{REMEDY}{plain(check['hint'])}"
@@ -121,4 +122,4 @@ def _print_firewall(*, as_json: bool) -> None:
         print("\n".join(["", f"# {name}", *lines]))
 
 
-_DIRECTIONS: Final = {"both": "in and out", "in": "in", "out": "out"}
+_DIRECTIONS: Final = {"both": "in and out", "out": "out"}

@@ -432,7 +432,7 @@ class ChecksView(TypedDict):
 
 
 class RuleView(TypedDict):
-    """What a firewall has to let through; direction: `in`, `out` or `both`."""
+    """What a firewall has to let through; direction: `out` or `both`."""
 
     port: int
     protocol: str

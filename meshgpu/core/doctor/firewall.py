@@ -10,7 +10,7 @@ INSTANCE_PORT: Final = 443
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """direction: `in`, `out` or `both`, as this machine sees it. peer: where the other end is."""
+    """direction: `out` or `both`, as this machine sees it. peer: where the other end is."""
 
     port: int
     protocol: str

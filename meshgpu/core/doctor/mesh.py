@@ -50,10 +50,11 @@ def versions(agent: AgentFacts, _: MachineFacts) -> Finding:
         return Finding("versions", State.OK, f"meshgpu {agent.version}")
     newest = max(release for _, release in known)
     if newest > own:
-        ahead = listed(other.name for other in agent.others if (_release(other.version) or own) > own)
-        state = State.WARN if _distance(own, newest) <= _RELEASES_APART else State.FAIL
-        text = next(other.version for other in agent.others if _release(other.version) == newest)
-        return Finding("versions", state, f"{agent.version} is too old here: {ahead} runs {text}", UPGRADE)
+        ahead = [other for other in agent.others if _release(other.version) == newest]
+        is_near = _distance(own, newest) <= _RELEASES_APART
+        found = f"{agent.version} is {'one behind' if is_near else 'too old here'}: {ahead[0].version} runs on "
+        found += listed(other.name for other in ahead)
+        return Finding("versions", State.WARN if is_near else State.FAIL, found, UPGRADE)
     old = [name for name, release in known if _distance(release, own) > _RELEASES_APART]
     if old:
         found = f"too old for {agent.version} here: {listed(old)}"
