@@ -82,7 +82,7 @@ def _number(path: Path) -> int:
 
 
 def neighbours(arp: Path = Path("/proc/net/arp")) -> frozenset[str]:
-    """Addresses that have answered ARP lately: machines that are on, in a network of this one."""
+    """Addresses that answered ARP within the last minutes: machines on this very network, which may be off by now."""
     try:
         rows = [line.split() for line in arp.read_text().splitlines()[1:]]
     except OSError:

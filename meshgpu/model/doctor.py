@@ -103,7 +103,8 @@ class MachineFacts:
 class OtherMachine:
     """Another member of the office as this machine sees it.
 
-    doors: what knocking at its addresses came to. is_neighbour: whether it answers ARP: it is on, on this very network.
+    doors: what knocking at its addresses came to. is_neighbour: whether it answered ARP on this very network
+    within the last minutes; it may be off by now.
     """
 
     node: NodeId

@@ -139,7 +139,7 @@ def _is_behind(node: str, knock: KnockResult) -> bool:
 
 
 def way_out(agent: AgentFacts, about: MachineFacts) -> Finding:
-    """Whether this machine reaches ports of machines that are certainly there: they are linked, or answer ARP."""
+    """Whether this machine reaches ports of machines that are there: they are linked, or answered ARP lately."""
     tried = [other for other in agent.others if other.doors and (other.is_linked or other.is_neighbour)]
     shut = [other for other in tried if not any(knock.outcome is KnockOutcome.ANSWERED for knock in other.doors)]
     if not tried:
@@ -152,12 +152,13 @@ def way_out(agent: AgentFacts, about: MachineFacts) -> Finding:
     ports = sorted({knock.address.rpartition(":")[2] for other in shut for knock in other.doors})
     remedy = open_outgoing(about.firewall, int(ports[0]))
     where = f"TCP port {listed(ports)} of {listed(other.name for other in shut)}"
-    if len(shut) == 1:
-        found = (
-            f"{where} does not answer here, though it came to us: blocked on the way out here, or by a firewall there"
-        )
-        return Finding("way out", State.WARN, found, f"there: meshgpu doctor; here: {remedy}")
-    return Finding("way out", State.FAIL, f"{where} cannot be reached: outgoing connections are blocked here", remedy)
+    linked = sum(1 for other in shut if other.is_linked)
+    if linked > 1:
+        found = f"{where} cannot be reached: outgoing connections are blocked here"
+        return Finding("way out", State.FAIL, found, remedy)
+    came = "its Link is open:" if linked == len(shut) else "it was on this network lately: off, or"
+    found = f"{where} does not answer here, though {came} blocked on the way out here, or by a firewall there"
+    return Finding("way out", State.WARN, found, f"there: meshgpu doctor; here: {remedy}")
 
 
 def links(agent: AgentFacts, _: MachineFacts) -> Finding:
@@ -182,7 +183,8 @@ def _why_away(other: OtherMachine) -> tuple[str, str]:
     if KnockOutcome.REFUSED in outcomes:
         return f"{other.name} is on, but no agent runs there", f"on {other.name}: meshgpu up"
     if other.is_neighbour:
-        return f"{other.name} is on, but its port is silent: a firewall there", f"on {other.name}: meshgpu doctor"
+        found = f"{other.name} was on this network lately, and its port is silent: off, or a firewall there"
+        return found, f"ping -c3 {_host(other.doors[0].address)}; on {other.name}: meshgpu doctor"
     if not other.doors:
         return f"no address of {other.name} is known", f"on {other.name}: meshgpu up"
     return f"{other.name} is off or out of reach", f"ping -c3 {_host(other.doors[0].address)}"

@@ -285,6 +285,10 @@ def test_one_door_alone_does_not_tell_on_which_side_it_is_shut() -> None:
     assert named(finding, State.WARN, "blocked on the way out here, or by a firewall there", "there: meshgpu doctor")
     unlinked = other(BOB, SILENT, is_linked=False, is_neighbour=True)
     assert network.way_out(agent(others=(unlinked,)), WELL).state is State.SKIPPED
+    both = (unlinked, other(CYD, SILENT, is_linked=False, is_neighbour=True))
+    assert named(
+        network.way_out(agent(others=both), WELL), State.WARN, "was on this network lately: off, or", "iptables"
+    )
 
 
 def test_machine_that_is_off_says_nothing_of_the_way_out() -> None:
@@ -297,7 +301,7 @@ def test_machine_that_is_off_says_nothing_of_the_way_out() -> None:
     ("away", "found", "remedy"),
     [
         (other(CYD, SILENT, is_linked=False), "cyd is off or out of reach", "ping -c3 10.0.0.3"),
-        (other(CYD, SILENT, is_linked=False, is_neighbour=True), "its port is silent: a firewall", "on cyd: meshgpu d"),
+        (other(CYD, SILENT, is_linked=False, is_neighbour=True), "its port is silent: off, or", "on cyd: meshgpu d"),
         (other(CYD, REFUSED, is_linked=False), "cyd is on, but no agent runs there", "on cyd: meshgpu up"),
         (other(CYD, is_linked=False), "cyd answers, and no Link has opened yet", "meshgpu doctor"),
         (other(CYD, is_linked=False, doors=()), "no address of cyd is known", "on cyd: meshgpu up"),
