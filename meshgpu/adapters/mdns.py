@@ -131,9 +131,14 @@ class Mdns:
             self._announced = sighting
 
     def remind(self) -> bool:
-        """Say our announcement again, now: somebody listens for it. False where there is none."""
-        if self._zeroconf is None or self._announced is None or self._own is None:
+        """Say our announcement again, now: somebody listens for it. False where there is none.
+
+        While one is being replaced it is on its way anyhow.
+        """
+        if self._zeroconf is None or self._own is None:
             return False
+        if self._announced is None:
+            return True
         self._zeroconf.zeroconf.async_send(self._zeroconf.zeroconf.generate_service_broadcast(self._own, None))
         return True
 
