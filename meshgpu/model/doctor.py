@@ -145,8 +145,8 @@ class AgentFacts:
 
     frozen: who signed two entries of the log with one number. refused: why an entry of it was. clashes: machines that
     show with a suffix because another has their name. addresses: what this machine announces of itself.
-    asked: how many peers were to knock here. sightings: machines seen by mDNS since the start. more: what other parts
-    of the agent have to say.
+    sightings: machines seen by mDNS since the start. help: of those that were asked to knock here and answered in time.
+    more: what other parts of the agent have to say.
     """
 
     version: str

@@ -108,6 +108,8 @@ def way_in(agent: AgentFacts, about: MachineFacts) -> Finding:
         return Finding("link port", State.SKIPPED, f"port {port}; nobody comes to the address announced")
     if len(helpers) < len(agent.help):
         return Finding("link port", State.SKIPPED, f"port {port}; {agent.help[0].name} was asked too often: try again")
+    if linked := [other.name for other in agent.others if other.is_linked]:
+        return Finding("link port", State.SKIPPED, f"port {port}; {listed(linked)} did not say what they found")
     return Finding("link port", State.SKIPPED, f"port {port}; nobody is linked who could knock")
 
 
@@ -177,7 +179,7 @@ def _why_away(other: OtherMachine) -> tuple[str, str]:
     """(what is found of it, what to do)."""
     outcomes = {knock.outcome for knock in other.doors}
     if any(_is_behind(other.node, knock) for knock in other.doors):
-        return f"{other.name} answers, and no Link has opened yet", f"meshgpu doctor again; then on {other.name}"
+        return f"{other.name} answers, and no Link has opened yet", "meshgpu doctor, in a minute"
     if KnockOutcome.ANSWERED in outcomes:
         return f"at the address of {other.name} somebody else answers", f"on {other.name}: meshgpu doctor"
     if KnockOutcome.REFUSED in outcomes:

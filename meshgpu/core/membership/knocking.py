@@ -9,7 +9,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
 from meshgpu.core.effects import Answered, Effect, KnockBack, Reject, Send
@@ -20,6 +20,8 @@ from meshgpu.model.messages import KnockAnswer, KnockResult, KnockWanted
 
 ADDRESSES_LIMIT: Final = 8
 """Knocked at for one request: as many as mDNS announces, more than an office machine has."""
+
+_BROADCAST: Final = IPv4Address("255.255.255.255")
 
 QUERY_BYTES: Final = 10
 """80 random bits, so that an answer to an agent that was started anew meanwhile fits no question."""
@@ -125,29 +127,24 @@ def knockable(announced: Sequence[Address], own: Sequence[Address]) -> tuple[Add
     Not this node's own addresses, by which a record would ask what else listens here; for the same reason no loopback,
     but where this node itself is to be found there: in a demonstration on one computer.
     """
-    own_hosts = {address.rpartition(":")[0] for address in own}
-    on_loopback = any(_is_loopback(host) for host in own_hosts)
+    ours = {_number(address) for address in own}
+    on_loopback = any(number is not None and number.is_loopback for number in ours)
     ports = [address.rpartition(":")[2] for address in announced]
     found: list[Address] = []
     for address in dict.fromkeys(announced):
-        host, _, port = address.rpartition(":")
-        is_loopback = _is_loopback(host)
-        is_ours = host in own_hosts and not is_loopback
-        if port == ports[0] and _is_number(host) and not is_ours and (on_loopback or not is_loopback):
+        number = _number(address)
+        if number is None or number.is_multicast or number.is_unspecified or number == _BROADCAST:
+            continue
+        is_here = not on_loopback if number.is_loopback else number in ours
+        if address.rpartition(":")[2] == ports[0] and not is_here:
             found.append(address)
     return tuple(found[:ADDRESSES_LIMIT])
 
 
-def _is_number(host: str) -> bool:
+def _number(address: Address) -> IPv4Address | IPv6Address | None:
+    """The host of an address, None for a name; one of IPv4 that is spelt as IPv6 is what the kernel takes it for."""
     try:
-        number = ip_address(host.strip("[]"))
+        number = ip_address(address.rpartition(":")[0].strip("[]"))
     except ValueError:
-        return False
-    return not (number.is_multicast or number.is_unspecified or str(number) == "255.255.255.255")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+        return None
+    return getattr(number, "ipv4_mapped", None) or number

@@ -261,7 +261,10 @@ def test_link_port_that_was_taken_is_named() -> None:
 
 def test_nothing_is_said_of_the_way_in_where_nobody_knocked() -> None:
     busy = Help(BOB, "bob", KnockAnswer("q", (), False, False, 0.0, is_busy=True), False, 0.0)
-    assert network.way_in(agent(help=()), WELL).state is State.SKIPPED
+    finding = network.way_in(agent(help=()), WELL)
+    assert (finding.state, "bob and cyd did not say" in finding.found) == (State.SKIPPED, True)
+    finding = network.way_in(agent(help=(), others=()), WELL)
+    assert (finding.state, "nobody is linked" in finding.found) == (State.SKIPPED, True)
     finding = network.way_in(agent(help=(busy,)), WELL)
     assert (finding.state, "asked too often" in finding.found) == (State.SKIPPED, True)
 
@@ -294,7 +297,8 @@ def test_one_door_alone_does_not_tell_on_which_side_it_is_shut() -> None:
 def test_machine_that_is_off_says_nothing_of_the_way_out() -> None:
     gone = other(CYD, SILENT, is_linked=False)
     assert network.way_out(agent(others=(other(BOB), gone)), WELL).state is State.OK
-    assert network.way_out(agent(others=(gone,)), WELL).state is State.SKIPPED
+    both = (gone, other(BOB, SILENT, is_linked=False))
+    assert network.way_out(agent(others=both), WELL).state is State.SKIPPED
 
 
 @pytest.mark.parametrize(

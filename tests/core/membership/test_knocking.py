@@ -126,7 +126,9 @@ def test_no_more_than_some_are_knocked_for_at_the_same_time(knocking: Knocking, 
         ((Address("intranet.corp:7443"), DOOR), (DOOR,)),  # we resolve no names for others
         ((Address("127.0.0.1:7443"), DOOR), (DOOR,)),  # what listens on our loopback is nobody's business
         ((Address("127.1.2.3:7443"), Address("[::1]:7443"), DOOR), (DOOR,)),
+        ((Address("[::ffff:127.0.0.1]:7443"), DOOR), (DOOR,)),  # which the kernel takes for the same
         ((Address("10.0.0.1:7443"), DOOR), (DOOR,)),  # nor what else listens at our own address
+        ((Address("[::ffff:10.0.0.1]:7443"), DOOR), (DOOR,)),
         ((Address("224.0.0.251:7443"), Address("0.0.0.0:7443"), Address("255.255.255.255:7443"), DOOR), (DOOR,)),
         ((Address("[fd00::2]:7443"),), (Address("[fd00::2]:7443"),)),
     ],
