@@ -85,13 +85,20 @@ def python(about: MachineFacts) -> Finding:
 def disk(about: MachineFacts) -> Finding:
     free, total = about.disk_free_bytes, about.disk_total_bytes
     kept = max(about.keep_free_bytes, LEAST_FREE_BYTES)
-    found = f"{free / GB:.0f} of {total / GB:.0f} GB free below {about.home}"
+    found = f"{_gigabytes(free)} of {_gigabytes(total)} GB free below {about.home}"
     if free < kept:
-        found = f"nearly full: {found}; below {kept / GB:.0f} GB files are refused"
+        found = f"nearly full: {found}"
+        if free < about.keep_free_bytes:
+            found += f"; files are refused below {_gigabytes(about.keep_free_bytes)} GB"
         return Finding("disk", State.FAIL, found, f"du -xhd1 {about.home} | sort -h")
     if free < kept * TIGHT:
         return Finding("disk", State.WARN, f"getting full: {found}", f"du -xhd1 {about.home} | sort -h")
     return Finding("disk", State.OK, found)
+
+
+def _gigabytes(size_bytes: int) -> str:
+    """`0.2`, `9.7`, `130`."""
+    return f"{size_bytes / GB:.{1 if size_bytes < 10 * GB else 0}f}"
 
 
 def socket(about: MachineFacts) -> Finding:

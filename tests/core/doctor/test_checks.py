@@ -459,6 +459,14 @@ def test_disk_that_is_nearly_full_is_named(free_gb: float, kept_gb: float, state
     assert (finding.state, finding.remedy is None) == (state, state is State.OK)
 
 
+def test_full_disk_says_how_much_is_left_and_from_when_on_files_are_refused() -> None:
+    found = machine.disk(about(disk_free_bytes=2 * GB, keep_free_bytes=50 * GB)).found
+    assert found.startswith("nearly full: 2.0 of 1000 GB free below /home/ada")
+    assert found.endswith("; files are refused below 50 GB")
+    left = machine.disk(about(disk_free_bytes=GB // 5, keep_free_bytes=0)).found
+    assert (left.startswith("nearly full: 0.2 of 1000 GB"), "refused" in left) == (True, False)
+
+
 @pytest.mark.parametrize(
     ("facts", "found", "remedy"),
     [
