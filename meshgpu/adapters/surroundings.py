@@ -34,6 +34,8 @@ CONTAINERS: Final = (
 
 _TUNNEL_TYPES: Final = frozenset({512, 65534, 768, 769, 776, 778})
 """ARPHRD_PPP, NONE (tun, WireGuard), TUNNEL, TUNNEL6, SIT and IPGRE of linux/if_arp.h."""
+_ATF_COM: Final = 0x2
+"""Of linux/if_arp.h: the entry is complete."""
 _TIME_ERROR: Final = 5
 """Of adjtimex(2): no server keeps the clock."""
 _TIMEX_BYTES: Final = 512
@@ -87,7 +89,7 @@ def neighbours(arp: Path = Path("/proc/net/arp")) -> frozenset[str]:
         rows = [line.split() for line in arp.read_text().splitlines()[1:]]
     except OSError:
         return frozenset()
-    return frozenset(row[0] for row in rows if len(row) > 3 and int(row[2], 16) & 0x2 and row[3] != "00:00:00:00:00:00")
+    return frozenset(row[0] for row in rows if len(row) > 3 and int(row[2], 16) & _ATF_COM)
 
 
 def restricts_userns(root: Path = Path("/")) -> bool:

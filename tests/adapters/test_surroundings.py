@@ -83,6 +83,7 @@ def test_only_who_answered_arp_is_a_neighbour(tmp_path: Path) -> None:
         "IP address       HW type     Flags       HW address            Mask     Device\n"
         "10.0.0.2         0x1         0x2         52:54:00:12:34:56     *        eth0\n"
         "10.0.0.3         0x1         0x0         00:00:00:00:00:00     *        eth0\n"
+        "10.0.0.4         0x1         0x0         52:54:00:12:34:57     *        eth0\n"
     )
     assert neighbours(table) == frozenset({"10.0.0.2"})
     assert neighbours(tmp_path / "none") == frozenset()

@@ -167,6 +167,7 @@ def add_machine(node: Node, office: Office, name: str) -> NodeId:
 
 
 def test_two_machines_with_one_name_are_told_apart_and_named(node: Node, office: Office) -> None:
+    add_machine(node, office, "rig2-east")
     assert clashes(node) == ()
     second = add_machine(node, office, "rig1")
     assert clashes(node) == (f"rig1-{second[:4]}",)
