@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from meshgpu.agent import doctor as room
 from meshgpu.agent.doctor import Doctor, clashes, document, examine_alone, membership
 from meshgpu.agent.home import Home
+from meshgpu.agent.knocking import HEARD_S
 from meshgpu.agent.status import JoinNote, Status
 from meshgpu.config import Config
 from meshgpu.core.effects import Answered
@@ -137,6 +138,41 @@ async def test_clock_of_this_machine_is_compared_with_those_of_peers(
     peers = Peers(*((setup.node, answer, 300.0) for setup in office.setups[1:]))
     clock = await finding(doctor(node, tmp_path, peers), "clock")
     assert (clock["ok"], clock["found"]) == (False, "5 min behind that of rig1 and rig2")
+
+
+async def test_announcement_is_not_missed_because_another_peer_took_long(
+    node: Node, office: Office, tmp_path: Path
+) -> None:
+    """What came while the last peer was waited for counts, however long that was."""
+    slow = Now(NOW.boot_s + 6.0, NOW.wall_s + 6.0, NOW.boot_id)
+    moments = [NOW]
+
+    class Clock:
+        def now(self) -> Now:
+            return moments[-1]
+
+    class Late(Peers):
+        async def ask(self, event: Any) -> Answered:
+            moments.append(slow)
+            return await super().ask(event)
+
+    class Air:
+        windows: ClassVar[list[float]] = []
+
+        def remind(self) -> bool:
+            return True
+
+        def heard(self, _: NodeId, within_s: float) -> bool:
+            self.windows.append(within_s)
+            return True
+
+    answer = KnockAnswer("q", (), hears=True, announces=True, wall_s=NOW.wall_s)
+    late = doctor(node, tmp_path, Late((office.setups[1].node, answer, 0.0)))
+    late.status.clock, air = Clock(), Air()
+    told: Any = air
+    late.discovery = lambda: told
+    await late.findings()
+    assert air.windows == [HEARD_S + 6.0]
 
 
 async def test_what_other_parts_noticed_is_told(node: Node, tmp_path: Path) -> None:
