@@ -21,7 +21,9 @@ DEFAULT_PAIRING_PORT = 7444
 class Config:
     """What `config.toml` may say. Each key may also come from the environment as MESHGPU_<KEY>.
 
-    seeds: addresses that are tried besides mDNS, `host` or `host:port`. advertise: `gpus`, `presence` or `off`.
+    seeds: addresses that are tried besides mDNS, `host` or `host:port`. interfaces: where others come to this machine,
+    by name or address; empty: those of the office network, as far as that can be told.
+    advertise: `gpus`, `presence` or `off`.
     loopback: True shows this agent on the loopback interface only: for demonstrations and tests on one computer.
     link_port, pairing_port: 0 takes a free one. lend: False keeps every job away.
     trust: users whose jobs run here although nothing can shut them in.
@@ -35,6 +37,7 @@ class Config:
 
     seeds: tuple[str, ...] = ()
     advertise: str = "gpus"
+    interfaces: tuple[str, ...] = ()
     loopback: bool = False
     link_port: int = DEFAULT_LINK_PORT
     pairing_port: int = DEFAULT_PAIRING_PORT
@@ -111,6 +114,7 @@ _CHOICES = {
 }
 _KINDS: dict[str, type] = {
     "seeds": tuple,
+    "interfaces": tuple,
     "advertise": str,
     "loopback": bool,
     "link_port": int,

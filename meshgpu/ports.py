@@ -7,7 +7,7 @@ from typing import Protocol
 
 from meshgpu.model.clock import Now
 from meshgpu.model.cloud import BurstSettings, Instance, LaunchRequest, Rung
-from meshgpu.model.gossip import Sighting
+from meshgpu.model.gossip import KnockOutcome, Sighting
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import AttemptPlan, Phase, Result, StopMode
@@ -152,6 +152,10 @@ class Transport(Protocol):
         """
         ...
 
+    async def knock(self, address: Address) -> KnockOutcome:
+        """What a bare TCP connection to `address` comes to, within 1 s; nothing is sent over it."""
+        ...
+
     async def identify(self, address: Address) -> NodeId:
         """Whose certificate answers at `address`, unverified: a hint to dial. Raises MeshgpuError `no-answer`."""
         ...
@@ -212,6 +216,14 @@ class Discovery(Protocol):
 
     async def announce(self, sighting: Sighting) -> None:
         """Register or update our own announcement. Raises MeshgpuError `no-mdns`."""
+        ...
+
+    def remind(self) -> bool:
+        """Say our announcement again, now; False where there is none."""
+        ...
+
+    def heard(self, node: NodeId, within_s: float) -> bool:
+        """Whether the announcement of `node` was on the network in the last `within_s` seconds."""
         ...
 
     async def stop(self) -> None: ...

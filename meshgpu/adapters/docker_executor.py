@@ -19,6 +19,7 @@ from meshgpu.adapters.guarded import STOP_GRACE_S, Attempt, GuardedExecutor, Uns
 from meshgpu.container import Note
 from meshgpu.errors import MeshgpuError
 from meshgpu.guard import ExitRecord, Request
+from meshgpu.model.doctor import EngineFacts
 from meshgpu.model.ids import NodeId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase
 from meshgpu.model.resources import GB
@@ -45,6 +46,7 @@ CDI_KIND: Final = "nvidia.com/gpu"
 """Both what a CDI specification calls its devices, and how one is named: `nvidia.com/gpu=GPU-…`."""
 TAKE_SECRETS: Final = ("sh", "-c", 'eval "$(cat)"; exec "$@" </dev/null', "meshgpu")
 """Reads variables at its stdin, then becomes the command: a job with secrets needs an image that has `sh` and `cat`."""
+_OK: Final = 200
 _NAME_TAKEN: Final = 409
 
 
@@ -209,6 +211,29 @@ def find_engine(environment: Mapping[str, str] = os.environ) -> Path:
     usual = Path("/var/run/docker.sock")
     own = Path(environment.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}") / "docker.sock"
     return own if own.exists() and not os.access(usual, os.W_OK) else usual
+
+
+def examine_engine() -> EngineFacts:
+    """The engine as it is now, and whether it can hand out GPUs. Blocks; does without the library of 10 MB."""
+    try:
+        path = find_engine()
+        if not path.exists():
+            return EngineFacts()
+        _knock(path)
+        status, body = container.Engine(str(path)).call("GET", "/info")
+        facts = json.loads(body)
+        if status != _OK:
+            return EngineFacts(fault=f"the engine at {path} says: {facts.get('message')}", remedy="docker info")
+    except MeshgpuError as error:
+        return EngineFacts(fault=error.message, remedy=error.hint)
+    except (OSError, ValueError) as error:
+        return EngineFacts(fault=f"the container engine does not answer: {error}", remedy="docker info")
+    return EngineFacts(str(facts.get("ServerVersion", "?")), gives_gpus=gives_gpus(facts))
+
+
+def gives_gpus(facts: Mapping[str, Any]) -> bool:
+    """Whether the engine that says this of itself (`GET /info`) has a way to hand out GPUs."""
+    return _knows_cdi(facts) or "nvidia" in (facts.get("Runtimes") or ())
 
 
 @contextlib.contextmanager

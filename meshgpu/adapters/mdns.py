@@ -3,14 +3,25 @@
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import socket
+import time
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
 from typing import Final
 
+from zeroconf import (  # type: ignore[attr-defined]  # it exports DNSPointer, but does not list it
+    DNSPointer,
+    IPVersion,
+    NotRunningException,
+    RecordUpdate,
+    RecordUpdateListener,
+    ServiceInfo,
+    ServiceStateChange,
+    Zeroconf,
+)
 from zeroconf import Error as ZeroconfError
-from zeroconf import IPVersion, NotRunningException, ServiceInfo, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from meshgpu.adapters.interfaces import chosen_addresses
@@ -37,6 +48,9 @@ MAX_ADDRESSES: Final = 8
 
 MAX_REQUESTS: Final = 64
 """Announcements resolved at once, so that a flood of names costs neither memory nor packets."""
+
+HEARD_KEPT: Final = 512
+"""Announcers whose latest packet is remembered: a flood of names forgets the oldest, and takes no more memory."""
 
 RESOLVE_TIMEOUT_S: Final = 5.0
 ANNOUNCE_TIMEOUT_S: Final = 5.0
@@ -67,6 +81,7 @@ class Mdns:
         self._own: ServiceInfo | None = None
         self._announced: Sighting | None = None
         self._requests: dict[str, asyncio.Task[None]] = {}
+        self._ear = _Ear()
 
     async def start(self, emit: Callable[[Sighting], None]) -> None:
         """Browse. Raises MeshgpuError `no-mdns` where UDP port 5353 cannot be opened; the rest then does nothing."""
@@ -82,6 +97,7 @@ class Mdns:
                 f"ss -ulpn sport = :{MDNS_PORT} (an avahi-daemon needs disallow-other-stacks=no)",
             ) from error
         self._zeroconf = zeroconf
+        zeroconf.zeroconf.async_add_listener(self._ear, None)
         self._browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._notice])
         follow = self._follow_interfaces(zeroconf)
         self._follower = asyncio.get_running_loop().create_task(follow, name="mdns interfaces")
@@ -113,6 +129,22 @@ class Mdns:
                 sent = await self._zeroconf.async_register_service(info, cooperating_responders=True)
                 await sent
             self._announced = sighting
+
+    def remind(self) -> bool:
+        """Say our announcement again, now: somebody listens for it. False where there is none.
+
+        While one is being replaced it is on its way anyhow.
+        """
+        if self._zeroconf is None or self._own is None:
+            return False
+        if self._announced is None:
+            return True
+        self._zeroconf.zeroconf.async_send(self._zeroconf.zeroconf.generate_service_broadcast(self._own, None))
+        return True
+
+    def heard(self, node: NodeId, within_s: float) -> bool:
+        """Whether a packet with the announcement of `node` came in the last `within_s` seconds, changed or not."""
+        return self._ear.heard(node[:LABEL_CHARACTERS], within_s)
 
     async def stop(self) -> None:
         """Say goodbye and close."""
@@ -165,6 +197,31 @@ class Mdns:
                     self._addresses = addresses
             except OSError as error:
                 _log.warning("mDNS cannot follow the network interfaces: %s", error)
+
+
+class _Ear(RecordUpdateListener):
+    """Remembers who spoke last when. The browser tells only of news, and an announcement said again is none."""
+
+    def __init__(self) -> None:
+        self._heard: dict[str, float] = {}  # {label: time.monotonic(), who spoke last is last}
+
+    def async_update_records(self, zc: Zeroconf, now: float, records: list[RecordUpdate]) -> None:
+        del zc, now
+        for update in records:
+            record = update.new
+            if isinstance(record, DNSPointer) and record.name == SERVICE_TYPE and record.ttl:
+                label = _label(record.alias)
+                if label is not None:
+                    self._heard.pop(label, None)
+                    self._heard[label] = time.monotonic()
+                    if len(self._heard) > HEARD_KEPT:
+                        del self._heard[next(iter(self._heard))]
+
+    def async_update_records_complete(self) -> None:
+        """Nothing waits for it."""
+
+    def heard(self, label: str, within_s: float) -> bool:
+        return time.monotonic() - self._heard.get(label, -math.inf) <= within_s
 
 
 def announcement(sighting: Sighting) -> ServiceInfo | None:

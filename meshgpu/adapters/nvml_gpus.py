@@ -12,7 +12,20 @@ from typing import Any, Final, TypeVar
 import pynvml
 
 from meshgpu.model.ids import GpuId
-from meshgpu.model.inventory import Gpu, GpuProcess, GpuReading, Inventory, ProcessKind
+from meshgpu.model.inventory import (
+    DRIVER_FORBIDDEN,
+    DRIVER_MISMATCH,
+    DRIVER_NOT_LOADED,
+    DRIVER_SILENT,
+    DRIVER_TOO_OLD,
+    NO_DRIVER,
+    NO_NVIDIA_GPU,
+    Gpu,
+    GpuProcess,
+    GpuReading,
+    Inventory,
+    ProcessKind,
+)
 
 SAMPLE_PERIOD_S: Final = 2.0
 """How often readings are taken: half the age at which an owner would call `machines -w` stale."""
@@ -33,8 +46,6 @@ MAX_MEMORY_BYTES: Final = 1 << 50
 MAX_TEMPERATURE_C: Final = 200
 MAX_POWER_W: Final = 100_000.0
 
-DRIVER_SILENT: Final = "the NVIDIA driver does not answer: reboot the machine"
-
 Sample = tuple[Inventory, tuple[GpuReading, ...]]
 
 _log = logging.getLogger(__name__)
@@ -42,11 +53,11 @@ _T = TypeVar("_T")
 _nvml: Any = pynvml  # publishes no types
 
 _NOTES: Final = {
-    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver found",
-    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is not loaded",
-    pynvml.NVML_ERROR_NO_PERMISSION: "no permission to use the NVIDIA driver: check /dev/nvidiactl",
-    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the NVIDIA driver and its library do not match: reboot the machine",
-    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND: "the NVIDIA driver is too old: install a newer one",
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: NO_DRIVER,
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: DRIVER_NOT_LOADED,
+    pynvml.NVML_ERROR_NO_PERMISSION: DRIVER_FORBIDDEN,
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: DRIVER_MISMATCH,
+    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND: DRIVER_TOO_OLD,
 }
 _FAULTS: Final = {
     pynvml.NVML_ERROR_GPU_IS_LOST: "lost: reset the machine",
@@ -289,7 +300,7 @@ def _bus_id(handle: object) -> str:
 
 def _note(count: int, faults: dict[int, str]) -> str:
     if not count:
-        return "no NVIDIA GPU found"
+        return NO_NVIDIA_GPU
     if faults:
         return f"{len(faults)} of {count} GPUs cannot be read: {', '.join(sorted(set(faults.values())))}"
     return ""

@@ -28,6 +28,7 @@ from meshgpu.agent.bodies import (
 )
 from meshgpu.agent.callers import descends_from
 from meshgpu.agent.comparing import Comparing
+from meshgpu.agent.doctor import Doctor
 from meshgpu.agent.evidence_control import EvidenceControl
 from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
 from meshgpu.agent.ndjson import error_document, stream, write
@@ -88,6 +89,7 @@ class Control:
     stop_agent: Callable[[], None]
     tasks: asyncio.TaskGroup
     audit: AuditTrail
+    doctor: Doctor
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._guarded], client_max_size=MANIFEST_LIMIT_BYTES)
@@ -245,7 +247,7 @@ class Control:
 
     async def _doctor(self, request: web.Request) -> web.Response:
         del request
-        return web.json_response({"checks": await self.status.doctor()})
+        return web.json_response({"checks": await self.doctor.findings()})
 
     async def _down(self, request: web.Request) -> web.Response:
         self._check_own(request, "stop the agent")

@@ -37,8 +37,8 @@ ERRAND_S: Final = 8.0
 class Courier:
     """One for each identity that this machine gave up and that somebody may still know it by.
 
-    kept: what it brings, the entries that were on disk when the agent began. One that is not there yet may never be: were
-    it told, its number would be taken twice, or keys be gone that others wait for.
+    kept: what it brings, the entries that were on disk when the agent began. One that is not there yet may never be:
+    were it told, its number would be taken twice, or keys be gone that others wait for.
     ends_wall_s: Unix time from which on the old leaf opens no Link. open_as: a transport that is the old node's and
     listens nowhere. forget: everybody has been told, or cannot be any more.
     """

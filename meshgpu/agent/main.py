@@ -25,7 +25,7 @@ from meshgpu.adapters.fences import Fence
 from meshgpu.adapters.gpu_locks import GpuLocks
 from meshgpu.adapters.grpc_link import GrpcLink
 from meshgpu.adapters.grpc_pairing import GrpcPairing, dial_pairing
-from meshgpu.adapters.interfaces import lan_addresses
+from meshgpu.adapters.interfaces import chosen_addresses
 from meshgpu.adapters.job_trees import remove_tree
 from meshgpu.adapters.join_files import JoinFiles
 from meshgpu.adapters.key_files import KeyFiles, RecoveryKey
@@ -40,12 +40,14 @@ from meshgpu.agent.audit import AuditTrail, kept_audit
 from meshgpu.agent.burst import Burst
 from meshgpu.agent.control import Control, serve
 from meshgpu.agent.courier import Courier
+from meshgpu.agent.doctor import Doctor
 from meshgpu.agent.enrolment import Enroller
 from meshgpu.agent.executors import Executors
 from meshgpu.agent.gpu_users import without_jobs
 from meshgpu.agent.home import Home
 from meshgpu.agent.jobs import Jobs
 from meshgpu.agent.join_file import FileJoiner
+from meshgpu.agent.knocking import knock_back
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.rekeying import Rekeying
 from meshgpu.agent.runtime import Outside, Runtime
@@ -195,7 +197,7 @@ class Agent:
         self._node = Node(
             node_id(self._keys.node_key()), self._clock.now(), self._notary, self._rng, self._node_config(), records
         )
-        transport = self._make_transport()
+        transport = self._transport = self._make_transport()
         trees = Trees(self._home, chunks, transport, self._node.addresses)
         outside = Outside(
             self._clock,
@@ -206,6 +208,7 @@ class Agent:
             self._discard,
             power_off=self._power_off(),
             burst=self._make_burst(),
+            knock_back=lambda peer, addresses: knock_back(transport, self._discovery, peer, addresses),
         )
         self._runtime = Runtime(self._node, outside, trees, self._tasks)
         streams = Streams(self._node, self._home, chunks, self._clock)
@@ -331,7 +334,7 @@ class Agent:
             await asyncio.sleep(ADDRESS_POLL_S)
 
     async def _own_hosts(self) -> list[str]:
-        return await asyncio.to_thread(lan_addresses)
+        return await asyncio.to_thread(chosen_addresses, self._config.interfaces or None)
 
     # -- discovery ----------------------------------------------------------------------------------------------------
 
@@ -340,7 +343,7 @@ class Agent:
             self._status.sighted(sighting)
             self._runtime.post(ev.MachineSighted(sighting))
 
-        discovery = Mdns(["127.0.0.1"] if self._config.loopback else None)
+        discovery = Mdns(["127.0.0.1"] if self._config.loopback else self._config.interfaces or None)
         try:
             await discovery.start(sighted)
         except MeshgpuError as error:
@@ -408,6 +411,7 @@ class Agent:
             self._stop,
             self._tasks,
             AuditTrail(self._runtime, self._notary, self._keys.node_key),
+            Doctor(self._status, self._config, self._runtime, self._transport, lambda: self._discovery),
         )
         runner: web.AppRunner = await serve(control.application(), self._home.socket)
         self._closing.push_async_callback(runner.cleanup)

@@ -75,6 +75,8 @@ class Outside:
     burst: Burst | None = None
     power_off: Callable[[], Awaitable[None]] | None = None
     """Of a rented machine only."""
+    knock_back: Callable[[NodeId, tuple[Address, ...]], Awaitable[ev.KnockedBack]] | None = None
+    """Not of a rented machine, which is never asked."""
 
 
 @dataclass(slots=True)
@@ -226,6 +228,8 @@ class Runtime:
                 self.outside.transport.dial(peer, address)
             case fx.Identify(address=address):
                 self._start(self._identify(address))
+            case fx.KnockBack(peer=peer, addresses=addresses):
+                self._start(self._knock_back(peer, addresses))
             case fx.TrustMembers(members=members):
                 self.outside.transport.trust(anchors(members))
             case fx.NoteNewKeys(name=name, before=before, after=after):
@@ -291,6 +295,16 @@ class Runtime:
             self.post(ev.IdentifyFailed(address, error.message))
         else:
             self.post(ev.AddressIdentified(address, node))
+
+    async def _knock_back(self, peer: NodeId, addresses: tuple[Address, ...]) -> None:
+        found = ev.KnockedBack(peer, ())
+        try:
+            if self.outside.knock_back is not None:
+                found = await _contained(self.outside.knock_back(peer, addresses))
+        except MeshgpuError as error:
+            logger.warning("cannot knock for %s: %s", peer[:12], error.message)
+        finally:
+            self.post(found)
 
     async def announce(self) -> None:
         """Let mDNS say how things stand; where it cannot, the mesh goes on without."""

@@ -1,4 +1,4 @@
-"""Commands about machines and this machine's agent: up, down, machines, doctor, version."""
+"""Commands about machines and this machine's agent: up, down, machines, version."""
 
 import json
 import time
@@ -11,11 +11,10 @@ from meshgpu import __version__
 from meshgpu.cli.launch import ensure_agent, listening_s, running_agent, stop_agent
 from meshgpu.cli.render import ago, count, note, plain, print_table
 from meshgpu.cli.watch import Json, Watch, repeat
-from meshgpu.cli.words import EXIT_FAILED_CHECK, short_gpu, sold_gigabytes
+from meshgpu.cli.words import short_gpu, sold_gigabytes
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.home import find_home
-from meshgpu.client.views import AgentView, CheckView, GpuView, MachineView, SightingView
-from meshgpu.errors import AgentUnreachable
+from meshgpu.client.views import AgentView, GpuView, MachineView, SightingView
 
 COLUMNS: Final = ("MACHINE", "GPU", "TEMP", "UTIL", "MEMORY", "STATE")
 NUMBERS: Final = frozenset({"TEMP", "UTIL", "MEMORY"})
@@ -60,20 +59,6 @@ def machines(
                 print_table(SAID_COLUMNS, [_said_row(machine) for machine in found], SAID_NUMBERS)
 
     repeat(show, watch=watch)
-
-
-def doctor(as_json: Json = False) -> None:
-    """Check what meshgpu needs on this machine; exit code 1 where something is wrong."""
-    checks = _checks()
-    if as_json:
-        print(json.dumps({"checks": checks}))
-    else:
-        print_table(("", "CHECK", "FOUND"), [_check_row(check) for check in checks])
-        for check in checks:
-            if check["ok"] is False and check["hint"]:
-                note(plain(f"hint: {check['name']}: {check['hint']}"))
-    if any(check["ok"] is False for check in checks):
-        raise typer.Exit(EXIT_FAILED_CHECK)
 
 
 def version(as_json: Json = False) -> None:
@@ -194,15 +179,3 @@ def _memory(gpu: GpuView) -> str:
     if free is None:
         return "-"
     return f"{sold_gigabytes(max(0, total - free))} / {sold_gigabytes(total)} GB"
-
-
-def _checks() -> list[CheckView]:
-    try:
-        return AgentClient.found().doctor()["checks"]
-    except AgentUnreachable as error:
-        return [{"name": "agent", "ok": False, "found": error.message, "hint": error.hint}]
-
-
-def _check_row(check: CheckView) -> tuple[str, ...]:
-    mark = {True: "ok", False: "BAD", None: "?"}[check["ok"]]
-    return mark, check["name"], check["found"]

@@ -58,7 +58,7 @@ COMMANDS: Final = {
     "burst": "burst_command",
     "cost": "cost_command",
     "audit": "evidence_command",
-    "doctor": "machine_commands",
+    "doctor": "doctor_command",
     "install": "install_command",
     "version": "machine_commands",
     "completion": "completion_command",

@@ -422,9 +422,13 @@ class FileView(TypedDict):
 
 
 class CheckView(TypedDict):
-    """One check of `doctor`; ok is None where it could not be tried."""
+    """One check of `doctor`. state: `ok`, `warn`, `fail`, or `skipped` where it was not tried or is about nothing here.
+
+    ok: the same for programs: True, False where it failed, else None. hint: what mends it.
+    """
 
     name: str
+    state: str
     ok: bool | None
     found: str
     hint: str | None
@@ -432,6 +436,24 @@ class CheckView(TypedDict):
 
 class ChecksView(TypedDict):
     checks: list[CheckView]
+
+
+class RuleView(TypedDict):
+    """What a firewall has to let through; direction: `out` or `both`."""
+
+    port: int
+    protocol: str
+    direction: str
+    peer: str
+    purpose: str
+
+
+class FirewallView(TypedDict):
+    """ufw, firewalld: commands."""
+
+    rules: list[RuleView]
+    ufw: list[str]
+    firewalld: list[str]
 
 
 class AuditEntryView(TypedDict):

@@ -9,7 +9,7 @@ from meshgpu.model.clock import ClockGap
 from meshgpu.model.cloud import BurstSettings, LaunchId, LaunchRequest, Rung
 from meshgpu.model.ids import Address, Digest, JobId, NodeId
 from meshgpu.model.job import AttemptPlan, JobView, Register, StopMode
-from meshgpu.model.messages import Message
+from meshgpu.model.messages import KnockAnswer, Message
 from meshgpu.model.records import Record
 from meshgpu.model.trust import Member, Signed
 
@@ -44,6 +44,14 @@ class Identify:
     """Ends in AddressIdentified or IdentifyFailed."""
 
     address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class KnockBack:
+    """Knock at these addresses of a peer that asked for it, and listen for its announcement; ends in KnockedBack."""
+
+    peer: NodeId
+    addresses: tuple[Address, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,7 @@ class Answered:
     """The end of a local query. With a `code` it failed: `reason`, `hint` say how. silent: who did not answer.
 
     clock: whose clock differed so much that a request had to be signed again; None if nobody's did.
+    knocks: what each peer that was asked found when it knocked here, and by how many seconds its clock is ahead.
     """
 
     query: str
@@ -120,6 +129,7 @@ class Answered:
     reason: str = ""
     hint: str | None = None
     clock: ClockGap | None = None
+    knocks: tuple[tuple[NodeId, KnockAnswer, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +236,7 @@ Effect = (
     | Send
     | Dial
     | Identify
+    | KnockBack
     | TrustMembers
     | NoteNewKeys
     | Announce

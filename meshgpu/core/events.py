@@ -8,7 +8,7 @@ from meshgpu.model.ids import Address, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import Action, Draft, Phase, Result
 from meshgpu.model.lending import Pause
-from meshgpu.model.messages import Message
+from meshgpu.model.messages import KnockResult, Message
 from meshgpu.model.receipt import NO_EVIDENCE, Evidence
 from meshgpu.model.sweep import Metric
 from meshgpu.model.trust import Rekey, Signed
@@ -64,6 +64,23 @@ class AddressIdentified:
 class IdentifyFailed:
     address: Address
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KnocksAsked:
+    """Somebody local wants peers to knock at this machine. `query` names the Answered effect."""
+
+    query: str
+
+
+@dataclass(frozen=True, slots=True)
+class KnockedBack:
+    """What a KnockBack came to. hears, announces: as in KnockAnswer."""
+
+    peer: NodeId
+    knocks: tuple[KnockResult, ...]
+    hears: bool = False
+    announces: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +325,8 @@ Event = (
     | MachineSighted
     | AddressIdentified
     | IdentifyFailed
+    | KnocksAsked
+    | KnockedBack
     | MachineRead
     | LendingPaused
     | LendingResumed

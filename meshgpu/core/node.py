@@ -27,6 +27,7 @@ from meshgpu.core.jobs.placement import Candidate, Guest, MachineVerdict, Rule, 
 from meshgpu.core.jobs.steward import Stewardship, StewardTiming
 from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
 from meshgpu.core.membership.gossip import Gossip, GossipTiming
+from meshgpu.core.membership.knocking import Knocking, KnockTiming
 from meshgpu.core.membership.links import Links, LinkTiming
 from meshgpu.core.owner import NEEDS_IMAGE, PAUSED, Owner, OwnerPolicy, at_home, permission
 from meshgpu.core.statemachine import earliest
@@ -55,7 +56,7 @@ from meshgpu.model.records import (
     PeerRecord,
     Record,
 )
-from meshgpu.model.trust import LENDING_ROLES, AddNode, Member, Notary, Rekey, RemoveNode, Role, Signed
+from meshgpu.model.trust import LENDING_ROLES, OFFICE_ROLES, AddNode, Member, Notary, Rekey, RemoveNode, Role, Signed
 
 LOOPS_LIMIT = 100_000
 """Messages a node sends to itself in one step: some for each of its jobs; more means that two rules feed each other."""
@@ -77,6 +78,7 @@ class NodeConfig:
     capacity_s: float = 5.0
     gossip: GossipTiming = field(default_factory=GossipTiming)
     links: LinkTiming = field(default_factory=LinkTiming)
+    knocks: KnockTiming = field(default_factory=KnockTiming)
     attempts: AttemptTiming = field(default_factory=AttemptTiming)
     steward: StewardTiming = field(default_factory=StewardTiming)
     submission: SubmissionTiming = field(default_factory=SubmissionTiming)
@@ -118,6 +120,7 @@ class Node:
         self.rules = RequestRules(notary, self.log, node, Challenges(rng))
         self._gossip = Gossip(node, self._epoch, self.log, notary, rng, config.gossip)
         self._links = Links(node, self.log, rng, config.seeds, config.links)
+        self._knocking = Knocking(rng, config.knocks)
         self.owner = Owner(config.policy)
         self.attempts = Attempts(node, self.log, self.rules, notary, rng, self.owner, config.attempts)
         self.attempts.fence = config.fence
@@ -214,6 +217,11 @@ class Node:
     def _askable(self) -> list[NodeId]:
         return [self.node, *(peer for peer in sorted(self._links.open) if peer in self.log.members)]
 
+    def _helpers(self) -> list[NodeId]:
+        """Who can be asked to knock here: machines of the office to which a Link is open."""
+        members = self.log.members
+        return [peer for peer in sorted(self._links.open) if peer in members and members[peer].role in OFFICE_ROLES]
+
     # -- stepping -----------------------------------------------------------------------------------------------------
 
     def start(self, now: Now) -> list[Effect]:
@@ -242,6 +250,7 @@ class Node:
         effects = self._route(now, event)
         effects += self._expire(now)
         effects += self._links.step(now)
+        effects += self._knocking.step(now)
         effects += self._owner_step(now)
         effects += self._gossip.step(now)
         effects += self.attempts.step(now)
@@ -267,6 +276,7 @@ class Node:
     def deadline(self) -> float | None:
         return earliest(
             self._links.deadline(),
+            self._knocking.deadline(),
             self._gossip.deadline(),
             self.owner.deadline(),
             self.attempts.deadline(),
@@ -322,6 +332,10 @@ class Node:
                 return []
             case ev.IdentifyFailed():
                 return []
+            case ev.KnocksAsked(query=query):
+                return self._knocking.ask(now, query, self._helpers())
+            case ev.KnockedBack(peer=peer, knocks=knocks):
+                return self._knocking.knocked(now, peer, knocks, hears=event.hears, announces=event.announces)
             case ev.MachineRead(inventory=inventory, readings=readings, load=load):
                 self._load = load
                 return self._machine_read(now, inventory, readings)
@@ -424,6 +438,11 @@ class Node:
                 return self.asking.answered(peer, message)
             case msg.JobUpdate():
                 return self.asking.updated(peer, message)
+            case msg.KnockWanted(query=query):
+                record = self._gossip.record(peer)
+                return self._knocking.wanted(now, peer, query, record.addresses if record else (), self._addresses)
+            case msg.KnockAnswer():
+                return self._knocking.answered(now, peer, message)
             case _:
                 assert_never(message)
 
@@ -470,6 +489,7 @@ class Node:
         effects: list[Effect] = []
         for node in gone:
             self._gossip.forget(node)
+            self._knocking.forget(node)
             if node in self.log.ended:
                 effects += self.stewardship.node_gone(now, node)
         self.attempts.members_left()

@@ -113,6 +113,14 @@ class MemberState(StrEnum):
     DOWN = "down"
 
 
+class KnockOutcome(StrEnum):
+    """What a bare TCP connection to a member's port came to."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused"
+    SILENT = "silent"
+
+
 def mesh_tag(mesh: MeshId | None) -> str:
     """How an announcement names a mesh; empty for none."""
     return (mesh or "")[:MESH_TAG_CHARACTERS]

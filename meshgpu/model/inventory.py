@@ -2,8 +2,18 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from meshgpu.model.ids import GpuId
+
+NO_DRIVER: Final = "no NVIDIA driver found"
+NO_NVIDIA_GPU: Final = "no NVIDIA GPU found"
+DRIVER_NOT_LOADED: Final = "the NVIDIA driver is not loaded"
+DRIVER_FORBIDDEN: Final = "no permission to use the NVIDIA driver: check /dev/nvidiactl"
+DRIVER_MISMATCH: Final = "the NVIDIA driver and its library do not match: reboot the machine"
+DRIVER_TOO_OLD: Final = "the NVIDIA driver is too old: install a newer one"
+DRIVER_SILENT: Final = "the NVIDIA driver does not answer: reboot the machine"
+"""What `Inventory.gpu_note` may say of a machine that shows no GPU."""
 
 
 @dataclass(frozen=True, slots=True)

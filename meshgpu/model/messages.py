@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from meshgpu.model.gossip import Incarnation
-from meshgpu.model.ids import HoldId, JobId, NodeId
+from meshgpu.model.gossip import Incarnation, KnockOutcome
+from meshgpu.model.ids import Address, HoldId, JobId, NodeId
 from meshgpu.model.job import Phase, Register, Result
 from meshgpu.model.resources import GpuShare
 from meshgpu.model.sweep import Metric, Trial
@@ -230,6 +230,39 @@ class JobUpdate:
     register: Register
 
 
+@dataclass(frozen=True, slots=True)
+class KnockWanted:
+    """Please knock at my door: at every address that my own node record names. It can name no other.
+
+    query: random, names the answer.
+    """
+
+    query: str
+
+
+@dataclass(frozen=True, slots=True)
+class KnockResult:
+    """What knocking at one address came to. node: whose certificate answers there, unverified; None for nobody's."""
+
+    address: Address
+    outcome: KnockOutcome
+    node: NodeId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KnockAnswer:
+    """What came of it. hears: whether the asker's announcement by mDNS arrived meanwhile; announces: whether the
+    answerer sent its own. wall_s: the answerer's Unix time. is_busy: it did none of it, having been asked too often.
+    """
+
+    query: str
+    knocks: tuple[KnockResult, ...]
+    hears: bool
+    announces: bool
+    wall_s: float
+    is_busy: bool = False
+
+
 Message = (
     GossipDigest
     | GossipDelta
@@ -249,4 +282,6 @@ Message = (
     | Ask
     | Answer
     | JobUpdate
+    | KnockWanted
+    | KnockAnswer
 )

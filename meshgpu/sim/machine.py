@@ -8,7 +8,16 @@ from typing import Final, Protocol, assert_never
 
 from meshgpu.core import effects as fx
 from meshgpu.core.audit import AUDIT
-from meshgpu.core.events import Event, MachineRead, RekeyAsked, Ticked, TreeArrived, TreeFailed, TreeProgressed
+from meshgpu.core.events import (
+    Event,
+    KnockedBack,
+    MachineRead,
+    RekeyAsked,
+    Ticked,
+    TreeArrived,
+    TreeFailed,
+    TreeProgressed,
+)
 from meshgpu.core.node import Node, NodeConfig
 from meshgpu.core.owner import OwnerPolicy
 from meshgpu.errors import BrokenInvariant
@@ -389,6 +398,8 @@ class Machine:
                 self._network.dial(self.node, peer, address)
             case fx.Identify(address=address):
                 self._network.identify(self.node, address)
+            case fx.KnockBack(peer=peer, addresses=addresses):
+                self._later(KnockedBack(peer, self._network.knocks(self.node, addresses)))
             case fx.TrustMembers(members=members):
                 self._trusted = frozenset(member.node for member in members)
                 self._network.drop_untrusted(self.node)

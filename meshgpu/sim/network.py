@@ -17,8 +17,9 @@ from meshgpu.core.events import (
     LinkOpened,
     MessageArrived,
 )
+from meshgpu.model.gossip import KnockOutcome
 from meshgpu.model.ids import Address, NodeId
-from meshgpu.model.messages import GossipDelta, GossipDigest, Message
+from meshgpu.model.messages import GossipDelta, GossipDigest, KnockResult, Message
 from meshgpu.model.trust import Head
 from meshgpu.sim.timeline import Timeline
 
@@ -206,6 +207,19 @@ class Network:
 
         host.post(LinkOpened(source))
         self._timeline.at(self._arrival(source, target), said)
+
+    def knocks(self, source: NodeId, addresses: tuple[Address, ...]) -> tuple[KnockResult, ...]:
+        """Who is behind each address now: an agent, a machine without one, or nothing that can be reached."""
+        results = []
+        for address in addresses:
+            host = self._listening(source, address)
+            if host is None:
+                results.append(KnockResult(address, KnockOutcome.SILENT))
+            elif host.instance:
+                results.append(KnockResult(address, KnockOutcome.ANSWERED, host.node))
+            else:
+                results.append(KnockResult(address, KnockOutcome.REFUSED))
+        return tuple(results)
 
     def drop_untrusted(self, node: NodeId) -> None:
         host = self.hosts[node]

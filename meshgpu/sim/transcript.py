@@ -128,6 +128,8 @@ class Story:
             case msg.SubmitAnswer():
                 said = "held" if message.held else message.reason or "receiving"
                 return f"SubmitAnswer {self._job(message.job)} {said}"
+            case msg.KnockWanted() | msg.KnockAnswer():
+                return _kind(message)
             case msg.Submit() | msg.Release():
                 return f"{_kind(message)} {self._job(message.job)}"
             case _:

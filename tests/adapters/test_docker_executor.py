@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,12 @@ import pytest
 
 from meshgpu import container
 from meshgpu.adapters import docker_executor, guards, inside
-from meshgpu.adapters.docker_executor import DockerExecutor, find_engine
+from meshgpu.adapters.docker_executor import DockerExecutor, examine_engine, find_engine
 from meshgpu.adapters.guarded import GuardedExecutor
 from meshgpu.adapters.log_ledger import follow, read_records
 from meshgpu.agent.executors import Executors
 from meshgpu.errors import MeshgpuError
+from meshgpu.model.doctor import EngineFacts
 from meshgpu.model.ids import Digest, GpuId, JobId, MeshId, NodeId, UserName
 from meshgpu.model.job import AttemptPlan, AttemptState, EnvironmentRequest, JobSpec, Result, SecretBox, StopMode
 from meshgpu.model.logs import LogStream
@@ -604,6 +606,32 @@ async def test_engine_without_root_maps_its_root_to_this_account(tmp_path: Path)
             os.chown(work, 4321, 4321)
         created, _, _ = await asked_of(security, top)
         assert created["User"] == user
+
+
+@pytest.mark.parametrize(
+    ("facts", "gives_gpus"),
+    [
+        ({"Runtimes": {"runc": {}}}, False),
+        ({"Runtimes": {"runc": {}, "nvidia": {}}}, True),
+        ({"DiscoveredDevices": [{"ID": "nvidia.com/gpu=GPU-1"}]}, True),
+    ],
+)
+def test_engine_tells_whether_it_can_hand_out_gpus(
+    facts: dict[str, Any], gives_gpus: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_engine({"ServerVersion": "28.2"} | facts) as (path, _):
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
+        assert examine_engine() == EngineFacts("28.2", gives_gpus=gives_gpus)
+
+
+def test_no_engine_is_no_fault_and_one_that_does_not_answer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'docker.sock'}")
+    assert examine_engine() == EngineFacts()
+    with socket.socket(socket.AF_UNIX) as left_over:
+        left_over.bind(str(tmp_path / "docker.sock"))
+    silent = examine_engine()
+    assert (silent.version, silent.remedy) == ("", "apt install docker.io")
+    assert "no engine answers" in silent.fault
 
 
 # -- finding the engine ----------------------------------------------------------------------------------------------

@@ -119,6 +119,22 @@ async def test_who_comes_later_sees_what_was_announced_before() -> None:
             assert await there.until(lambda one: one.node == announced.node) == announced
 
 
+async def test_an_announcement_that_is_said_again_is_heard_though_it_is_no_news() -> None:
+    announced, other = sighting(), sighting()
+    async with listening() as here, listening() as there:
+        assert not here.mdns.remind()
+        await here.mdns.announce(announced)
+        await there.until(lambda one: one.node == announced.node)
+        async with asyncio.timeout(DEADLINE_S):
+            while there.mdns.heard(announced.node, 1.5):  # noqa: ASYNC110  # zeroconf drops what is said twice in a second
+                await asyncio.sleep(0.05)
+            assert here.mdns.remind()
+            while not there.mdns.heard(announced.node, 1.5):  # noqa: ASYNC110  # it tells nobody
+                await asyncio.sleep(0.05)
+        assert not there.mdns.heard(other.node, 1e6)
+        assert len([one for one in there.seen if one.node == announced.node]) == 1
+
+
 async def test_ones_own_announcement_is_not_emitted() -> None:
     mine, yours = sighting(), sighting()
     async with listening() as here, listening() as there:

@@ -14,9 +14,9 @@ from typing import Any
 import pynvml
 import pytest
 
-from meshgpu.adapters.nvml_gpus import DRIVER_SILENT, NvmlGpus, memory_bytes
+from meshgpu.adapters.nvml_gpus import NvmlGpus, memory_bytes
 from meshgpu.model.ids import GpuId
-from meshgpu.model.inventory import Gpu, GpuProcess, GpuReading, Inventory, ProcessKind
+from meshgpu.model.inventory import DRIVER_SILENT, Gpu, GpuProcess, GpuReading, Inventory, ProcessKind
 
 FAKE = Path(__file__).parent.parent / "fake_nvml"
 TWO_GPUS = (FAKE / "two_gpus.txt").read_text()

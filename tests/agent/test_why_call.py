@@ -81,7 +81,7 @@ async def ask(rooms: Rooms, home: Path, job: str) -> Any:
         stub: Any = rooms
         unused: Any = None
         control = Control(
-            stub, stub, unused, unused, unused, unused, unused, frozenset, unused, lambda: None, tasks, unused
+            stub, stub, unused, unused, unused, unused, unused, frozenset, unused, lambda: None, tasks, unused, unused
         )
         runner = await serve(control.application(), home / SOCKET_NAME)
         try:

@@ -1,4 +1,4 @@
-"""Commands about machines and meshes: machines, discover, init, invite, join, up, down, doctor, version; and errors."""
+"""Commands about machines and meshes: machines, discover, init, invite, join, up, down, version; and errors."""
 
 import json
 import time
@@ -484,32 +484,6 @@ def test_up_says_that_a_port_was_taken(cli: Cli, stub: "StubAgent") -> None:
 def test_down_without_an_agent_is_no_error(cli: Cli) -> None:
     result = cli("down")
     assert (result.exit_code, result.stderr) == (0, "no agent runs here\n")
-
-
-def test_doctor_fails_only_for_what_is_wrong(cli: Cli, stub: "StubAgent") -> None:
-    good = {"name": "fence", "ok": True, "found": "bubblewrap", "hint": None}
-    unknown = {"name": "docker", "ok": None, "found": "not installed", "hint": None}
-    stub.on("GET /v1/doctor", {"checks": [good, unknown]})
-    result = cli("doctor")
-    assert result.exit_code == 0
-    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert lines == [
-        "CHECK FOUND",
-        "ok fence bubblewrap",
-        "? docker not installed",
-    ]
-    bad = {"name": "port", "ok": False, "found": "7443 is taken", "hint": "ss -ltnp"}
-    stub.replies["GET /v1/doctor"] = [{"checks": [bad]}]
-    result = cli("doctor")
-    assert (result.exit_code, result.stderr) == (1, "hint: port: ss -ltnp\n")
-    assert json.loads(cli("doctor", "--json").stdout)["checks"] == [bad]
-
-
-def test_doctor_without_an_agent_says_so(cli: Cli) -> None:
-    result = cli("doctor")
-    assert result.exit_code == 1
-    assert "no agent answers" in result.stdout
-    assert result.stderr == "hint: agent: meshgpu up\n"
 
 
 def test_version_names_an_agent_of_another_version(cli: Cli, stub: "StubAgent") -> None:

@@ -810,3 +810,101 @@ class JobUpdate(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobUpdate: _TypeAlias = JobUpdate  # noqa: Y015
+
+@_typing.final
+class KnockWanted(_message.Message):
+    """Please knock at every address that my own node record names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    query: _builtins.str
+    """Names the answer; random."""
+    def __init__(
+        self,
+        *,
+        query: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KnockWanted: _TypeAlias = KnockWanted  # noqa: Y015
+
+@_typing.final
+class KnockResult(_message.Message):
+    """What knocking at one address came to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """`host:port`."""
+    outcome: _builtins.str
+    """`answered`, `refused` or `silent`."""
+    node: _builtins.str
+    """Node id of the certificate that answers there, unverified; absent if none does."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        node: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_node", b"_node", "node", b"node"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_node", b"_node", "address", b"address", "node", b"node", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__node: _TypeAlias = _typing.Literal["node"]  # noqa: Y015
+    _WhichOneofArgType__node: _TypeAlias = _typing.Literal["_node", b"_node"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__node) -> _WhichOneofReturnType__node | None: ...
+
+Global___KnockResult: _TypeAlias = KnockResult  # noqa: Y015
+
+@_typing.final
+class KnockAnswer(_message.Message):
+    """What came of knocking at the asker's addresses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    KNOCKS_FIELD_NUMBER: _builtins.int
+    HEARS_FIELD_NUMBER: _builtins.int
+    ANNOUNCES_FIELD_NUMBER: _builtins.int
+    WALL_S_FIELD_NUMBER: _builtins.int
+    IS_BUSY_FIELD_NUMBER: _builtins.int
+    query: _builtins.str
+    """The query that is answered."""
+    hears: _builtins.bool
+    """Whether the asker's announcement by mDNS arrived meanwhile."""
+    announces: _builtins.bool
+    """Whether the answerer announces itself by mDNS, and did so meanwhile."""
+    wall_s: _builtins.float
+    """The answerer's Unix time, seconds."""
+    is_busy: _builtins.bool
+    """Whether it was asked too often, and did nothing."""
+    @_builtins.property
+    def knocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___KnockResult]:
+        """One for each address; empty if the answerer is busy."""
+
+    def __init__(
+        self,
+        *,
+        query: _builtins.str = ...,
+        knocks: _abc.Iterable[Global___KnockResult] | None = ...,
+        hears: _builtins.bool = ...,
+        announces: _builtins.bool = ...,
+        wall_s: _builtins.float = ...,
+        is_busy: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announces", b"announces", "hears", b"hears", "is_busy", b"is_busy", "knocks", b"knocks", "query", b"query", "wall_s", b"wall_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KnockAnswer: _TypeAlias = KnockAnswer  # noqa: Y015
