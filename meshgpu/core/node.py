@@ -273,6 +273,7 @@ class Node:
         return self._loop_back(now, effects)
 
     def step(self, now: Now, event: ev.Event) -> list[Effect]:
+        self._liveness.woke(now)
         effects = self._route(now, event)
         effects += self._expire(now)
         effects += self._links.step(now)
@@ -515,6 +516,7 @@ class Node:
         effects: list[Effect] = []
         for node in gone:
             self._gossip.forget(node)
+            self._liveness.forget(node)
             if node in self.log.ended:
                 effects += self.stewardship.node_gone(now, node)
         return effects
@@ -613,7 +615,7 @@ class Node:
         return effects
 
     def _live(self, now: Now) -> list[Effect]:
-        """Probe and doubt; what is doubted is said at once, and jobs may go elsewhere when nobody is in doubt."""
+        """Probe and doubt; what is doubted is said at once."""
         effects = self._liveness.step(now)
         doubts = self._liveness.doubts()
         if doubts.doubts != self._gossip.doubts(self.node):

@@ -49,8 +49,8 @@ DELTA_ENTRIES: Final = 512
 @dataclass(frozen=True, slots=True)
 class GossipTiming:
     """coalesce_s: pause between two pushes, so that many changes travel together; the first of them leaves at once.
-    digest_s: how often a random peer that is not probed is asked for what was missed; higher heals later. jitter spreads
-    it by ±20 %.
+    digest_s: how often a random peer that is not probed is asked for what was missed; higher heals later. jitter: its
+    spread, ±20 %.
     """
 
     coalesce_s: float = 0.05

@@ -62,7 +62,7 @@ class LivenessTiming:
 
 @dataclass(slots=True)
 class _Watched:
-    """One member. heard_at: `boot_s` of the last message of its own; asked_at: of the probe under way, `number` its number.
+    """One member. heard_at: `boot_s` of the last message of its own. asked_at: of the probe under way, with its number.
 
     doubted_at: since when this node doubts it, under `incarnation`. is_gone: nobody listens at its port.
     host_answers: something did, at the last knock. helpers: whose answer is still out.
@@ -173,6 +173,9 @@ class Liveness:
         found = self._watch(peer)
         if found.state is MemberState.DOWN or found.doubted_at is not None:
             return []
+        if now.boot_s < self._calm_until:
+            self._look_again(found, self._calm_until)
+            return []
         self._doubt(now, peer, found)
         return self._knock(now, peer, found)
 
@@ -196,7 +199,7 @@ class Liveness:
 
     def asked_for(self, now: Now, asker: NodeId, ask: ProbeFor) -> list[Effect]:
         """Probe the target for somebody else. What is not linked here is answered for at once."""
-        if not self._is_linked(ask.target):
+        if ask.target not in self._watched or not self._is_linked(ask.target):
             return [Send(asker, ProbeAnswer(ask.target, ask.number, is_alive=False))]
         self._numbers += 1
         self._favours[ask.target, self._numbers] = _Favour(asker, ask.number, now.boot_s)
@@ -230,17 +233,31 @@ class Liveness:
             return
         found.calm()
         if not self._is_linked(peer):
-            found.state = MemberState.SUSPECT
-            found.knock_at = now.boot_s + self._timing.silent_s
+            self._look_again(found, now.boot_s + self._timing.silent_s)
+
+    def forget(self, peer: NodeId) -> None:
+        """It is no member any more."""
+        self._watched.pop(peer, None)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
+    def woke(self, now: Now) -> None:
+        """To be called before what happened is taken in: a step that comes late is this machine's own fault."""
+        late_s = 0.0 if self._wanted_at is None else now.boot_s - self._wanted_at
+        if late_s <= self._timing.late_s:
+            return
+        self._wanted_at = None
+        self.health = min(self.health + 1, HEALTH_LIMIT)
+        for found in self._watched.values():
+            if found.asked_at is not None:
+                found.asked_at += late_s
+            if found.doubted_at is not None and found.state is not MemberState.DOWN:
+                found.doubted_at += late_s
+        if late_s > self._timing.resume_s:
+            self._calm_until = now.boot_s + self._timing.calm_s
+
     def step(self, now: Now) -> list[Effect]:
-        self._notice_lateness(now)
         effects: list[Effect] = []
-        members = set(self._peers())
-        for peer in [peer for peer in self._watched if peer not in members]:
-            del self._watched[peer]
         if self._next_at is not None and now.boot_s >= self._next_at:
             self._next_at = now.boot_s + self._interval()
             effects += self._probe_next(now)
@@ -257,35 +274,21 @@ class Liveness:
         times = [self._next_at, *(favour.asked_at + self._timing.answer_s for favour in self._favours.values())]
         for peer, found in self._watched.items():
             if found.asked_at is not None:
-                times.append(found.asked_at + (self._round_s() if found.is_helped else self._answer_s()))
+                times.append(found.asked_at + (self._round_s() if self._is_waiting(found) else self._answer_s()))
             if found.doubted_at is not None and found.state is not MemberState.DOWN:
                 times.append(found.doubted_at + self._patience_s(peer, found))
             times.append(found.knock_at)
         return earliest(*times)
 
-    def _notice_lateness(self, now: Now) -> None:
-        """A step that comes late is no fault of those who were waited for."""
-        late_s = 0.0 if self._wanted_at is None else now.boot_s - self._wanted_at
-        if late_s <= self._timing.late_s:
-            return
-        self.health = min(self.health + 1, HEALTH_LIMIT)
-        for found in self._watched.values():
-            if found.asked_at is not None:
-                found.asked_at += late_s
-            if found.doubted_at is not None and found.state is not MemberState.DOWN:
-                found.doubted_at += late_s
-        if late_s > self._timing.resume_s:
-            self._calm_until = now.boot_s + self._timing.calm_s
-
     def _step_one(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:
         effects: list[Effect] = []
-        if found.asked_at is not None and found.doubted_at is None:
+        if found.asked_at is not None:
             if now.boot_s >= found.asked_at + self._round_s():
                 effects += self._miss(now, peer, found)
-            elif not found.is_helped and now.boot_s >= found.asked_at + self._answer_s():
+            elif not self._is_waiting(found) and now.boot_s >= found.asked_at + self._answer_s():
                 effects += self._ask_helpers(peer, found)
         if found.knock_at is not None and now.boot_s >= found.knock_at:
-            if found.doubted_at is None:  # what it refuted long ago: still no Link, and nothing heard since
+            if found.doubted_at is None:  # it was to be looked at again: still no Link, and nothing heard since
                 self._doubt(now, peer, found)
             effects += self._knock(now, peer, found)
         if found.doubted_at is not None:
@@ -321,9 +324,11 @@ class Liveness:
 
     def _miss(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:
         """Neither it nor a helper has answered for it. Where no helper answered at all, it may be us."""
+        found.asked_at = None
+        if found.doubted_at is not None:
+            return []
         if found.helpers and not found.helpers_answered:
             self.health = min(self.health + 1, HEALTH_LIMIT)
-        found.asked_at = None
         if now.boot_s < self._calm_until:
             return []
         self._doubt(now, peer, found)
@@ -335,6 +340,11 @@ class Liveness:
         found.calm()
         found.doubted_at, found.incarnation = now.boot_s, self._incarnation(peer)
         found.state = MemberState.SUSPECT
+
+    def _look_again(self, found: _Watched, at_s: float) -> None:
+        """It has no Link, but nobody is to hear of a doubt before `at_s`."""
+        found.calm()
+        found.state, found.knock_at = MemberState.SUSPECT, at_s
 
     def _knock(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:
         found.knock_at = now.boot_s + self._timing.knock_s
@@ -352,18 +362,20 @@ class Liveness:
     def _patience_s(self, peer: NodeId, found: _Watched) -> float:
         """How long this doubt may last before the member counts as down."""
         others = [d for d in self._doubted_by(peer).values() if d.incarnation >= found.incarnation]
-        witnesses = sum(other.is_gone for other in others)
-        alone = not any(p != peer and w.state is MemberState.ALIVE for p, w in self._watched.items())
-        if found.is_gone and (witnesses or alone):
+        could = min(sum(w.state is MemberState.ALIVE for p, w in self._watched.items() if p != peer), CONFIRMATIONS)
+        if found.is_gone and (not could or any(other.is_gone for other in others)):
             return 0.0
         shortest = self._timing.suspicion_s * max(1.0, math.log10(len(self._watched) + 1))
         if found.host_answers:
             return max(self._timing.silent_s, shortest)
-        could = min(len(self._watched) - 1, CONFIRMATIONS)  # a mesh of three has one other who could see it
         shared = math.log(min(len(others), could) + 1) / math.log(could + 1) if could else 1.0
         return shortest * (LONGEST - (LONGEST - 1.0) * shared)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _is_waiting(self, found: _Watched) -> bool:
+        """Whether there is nothing left to do but to wait for the end of the round."""
+        return found.is_helped or found.doubted_at is not None
 
     def _watch(self, peer: NodeId) -> _Watched:
         return self._watched.setdefault(peer, _Watched())
