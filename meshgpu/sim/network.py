@@ -42,6 +42,11 @@ class Host(Protocol):
     lag_s: float
     """How much later than others a slow machine gets round to anything."""
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether its agent gets no processor at all."""
+        ...
+
     def trusts(self, peer: NodeId) -> bool: ...
 
     def post(self, event: Event) -> None: ...
@@ -214,7 +219,7 @@ class Network:
     ) -> None:
         back = self._arrival(answerer.node, source)
         is_welcome = answerer.node == peer and answerer.trusts(source) and self.hosts[source].trusts(peer)
-        if self.is_cut(source, peer):
+        if self.is_cut(source, peer) or answerer.is_paused:
             self._timeline.after(DIAL_TIMEOUT_S, lambda: fail("timed out"))
             return
         if not answerer.instance or not is_welcome:
