@@ -1,6 +1,6 @@
 """Who answers and who does not: probes, what others doubt, and how long a doubt lasts before a member counts as down.
 
-SWIM with Lifeguard's local health, over Links. Three things are ours ([decision 15]):
+SWIM with Lifeguard's local health, over Links. Three things are ours (decision 15):
 
 - Only what this node has seen itself makes a member suspect or down. What others doubt makes it look at once, and
   shortens the wait where it sees the same; a liar makes others ask once more, and nothing else.
