@@ -131,6 +131,11 @@ class Doctor:
             state = {True: State.OK, False: State.FAIL, None: State.WARN}[note.ok]
             yield Finding("join file", state, note.found, note.hint)
         node = self.status.node
+        cloned = [view.member.name for view in node.machines(self.status.clock.now()) if view.is_cloned]
+        if cloned:
+            found = f"two agents run with the keys of {', '.join(cloned)}: no work is given to it"
+            remedy = "was a disk or a home directory copied? On the copy: meshgpu down, delete its keys, and join anew"
+            yield Finding("keys", State.FAIL, found, remedy)
         for fault in node.audits.faults:
             name = node.log.name_of(fault.node)
             remedy = f"ask its owner, and on {name}: meshgpu audit --verify"

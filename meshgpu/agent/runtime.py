@@ -113,10 +113,10 @@ class Runtime:
 
     def link_event(self, event: ports.LinkEvent) -> None:
         match event:
-            case ports.LinkOpened(peer=peer, protocol=protocol):
+            case ports.LinkOpened(peer=peer, protocol=protocol, instance=instance):
                 logger.info("link opened: %s", peer[:12])
                 self._protocols[peer] = protocol
-                self.post(ev.LinkOpened(peer))
+                self.post(ev.LinkOpened(peer, instance))
             case ports.LinkClosed(peer=peer, reason=reason):
                 logger.info("link closed: %s: %s", peer[:12], reason)
                 self._protocols.pop(peer, None)
@@ -226,6 +226,10 @@ class Runtime:
                 self._send(peer, message)
             case fx.Dial(peer=peer, address=address):
                 self.outside.transport.dial(peer, address)
+            case fx.Knock(peer=peer, address=address):
+                self._start(self._knock(peer, address))
+            case fx.CloseLink(peer=peer, reason=reason):
+                self.outside.transport.close(peer, reason)
             case fx.Identify(address=address):
                 self._start(self._identify(address))
             case fx.KnockBack(peer=peer, addresses=addresses):
@@ -305,6 +309,9 @@ class Runtime:
             logger.warning("cannot knock for %s: %s", peer[:12], error.message)
         finally:
             self.post(found)
+
+    async def _knock(self, peer: NodeId, address: Address) -> None:
+        self.post(ev.Knocked(peer, await self.outside.transport.knock(address)))
 
     async def announce(self) -> None:
         """Let mDNS say how things stand; where it cannot, the mesh goes on without."""

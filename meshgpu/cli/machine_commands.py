@@ -18,8 +18,28 @@ from meshgpu.client.views import AgentView, GpuView, MachineView, SightingView
 
 COLUMNS: Final = ("MACHINE", "GPU", "TEMP", "UTIL", "MEMORY", "STATE")
 NUMBERS: Final = frozenset({"TEMP", "UTIL", "MEMORY"})
-SAID_COLUMNS: Final = ("MACHINE", "OWNER", "LENDS", "FENCE", "LOAD", "JOBS", "ADDRESS", "AGENT", "SAID")
-SAID_NUMBERS: Final = frozenset({"LOAD", "JOBS"})
+SAID_COLUMNS: Final = (
+    *(
+        "MACHINE",
+        "STATE",
+        "HEARD",
+        "OWNER",
+        "LENDS",
+        "FENCE",
+        "LOAD",
+        "JOBS",
+        "AS OF",
+        "ADDRESS",
+        "AGENT",
+        "DOUBTED BY",
+    ),
+)
+SAID_NUMBERS: Final = frozenset({"HEARD", "LOAD", "JOBS", "AS OF"})
+
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Also what each machine says of itself, how old it is, and who doubts whom."),
+]
 
 
 def up() -> None:
@@ -38,13 +58,7 @@ def down() -> None:
     note("the agent is stopped; jobs run on (meshgpu up brings it back)")
 
 
-def machines(
-    as_json: Json = False,
-    watch: Watch = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Also what each machine says of itself, where, and how long ago.")
-    ] = False,
-) -> None:
+def machines(verbose: Verbose = False, as_json: Json = False, watch: Watch = False) -> None:
     """Show the machines of the mesh, one line for each GPU."""
     client = AgentClient.found()
 
@@ -128,21 +142,29 @@ def machine_rows(machine: MachineView) -> Iterator[tuple[str, ...]]:
 
 
 def _said_row(machine: MachineView) -> tuple[str, ...]:
-    """What the machine says of itself besides its GPUs, and how old that is: nobody else can say it."""
-    said_s, load = machine["said_s"], machine["load"]
-    if said_s is None:
-        return (machine["name"], machine["owner"] or "-", *["-"] * 6, "nothing yet")
-    lends = "nothing" if machine["paused"] or not _lends(machine) else machine["lending"]
-    busy = "-" if load is None else f"{load} / {machine['cpus']}"
+    """What the machine says of itself besides its GPUs, how old that is, and who else cannot reach it."""
+    heard, said, load = machine["heard_s"], machine["capacity_s"], machine["load"]
     return (
-        *(machine["name"], machine["owner"] or "-", lends, machine["fence"] or "none", busy, str(machine["jobs"])),
-        *(machine["address"] or "-", machine["version"], f"{ago(said_s)} ago"),
+        machine["name"],
+        machine["state"],
+        "-" if heard is None else ago(heard),
+        machine["owner"] or "-",
+        "nothing" if machine["paused"] or not _lends(machine) else machine["lending"] or "-",
+        machine["fence"] or "none",
+        "-" if load is None else f"{load} / {machine['cpus']}",
+        str(machine["jobs"]),
+        "-" if said is None else ago(said),
+        machine["address"] or "-",
+        machine["version"] or "-",
+        ", ".join(machine["doubted_by"]) or "-",
     )
 
 
 def _absence(machine: MachineView) -> str:
     """Why a machine takes no work now; empty for one that is there."""
     seconds = machine["down_s"]
+    if machine["cloned"]:
+        return "runs twice: meshgpu doctor"
     if machine["state"] == "down":
         return "out of touch" if seconds is None else f"out of touch {ago(seconds)}"
     if machine["paused"] and not any(gpu["jobs"] for gpu in machine["gpus"]):

@@ -172,11 +172,14 @@ class GpuView(TypedDict):
 
 
 class MachineView(TypedDict):
-    """A member and its GPUs. state: `alive suspect down left revoked`; down_s: seconds since it was last heard.
+    """A member and its GPUs. state: `alive suspect down left revoked`; down_s: seconds since its Link was lost.
+
+    heard_s: since it last said something itself; capacity_s: since its capacity was heard, from anybody; else None.
+    jobs: how many run there or are about to, those without a GPU included. doubted_by: machines to which it does not
+    answer either. load: processors busy or waited for during the last minute, as it said itself.
+    cloned: whether two agents run with its keys, so that it is given no work.
 
     lending: `polite shared dedicated`. paused: its owner lends nothing, until paused_until, or until he says so (None).
-    load: processors busy or waited for during the last minute. said_s: seconds since the machine, which alone says all
-    of this, last said something new. jobs: how many run there or are about to, those without a GPU included.
     """
 
     name: str
@@ -197,7 +200,10 @@ class MachineView(TypedDict):
     address: str
     load: int | None
     jobs: int
-    said_s: float | None
+    heard_s: float | None
+    capacity_s: float | None
+    doubted_by: list[str]
+    cloned: bool
     gpus: list[GpuView]
 
 
@@ -319,7 +325,7 @@ class GpuVerdictView(TypedDict):
 class MachineVerdictView(TypedDict):
     """Whether a machine would take the job now, and on which GPUs (gives: uuids).
 
-    rule: that of a GPU, or `elsewhere closed down unknown`. remedy: what would change the refusal.
+    rule: that of a GPU, or `elsewhere closed cloned down unknown`. remedy: what would change the refusal.
     gpus: empty where the job asks for none, or the machine has not said yet what it has.
     """
 

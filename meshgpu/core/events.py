@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from meshgpu.model.cloud import BurstSettings, Instance, LaunchId, Rung
-from meshgpu.model.gossip import Sighting
+from meshgpu.model.gossip import KnockOutcome, Sighting
 from meshgpu.model.ids import Address, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import Action, Draft, Phase, Result
@@ -21,7 +21,10 @@ class Ticked:
 
 @dataclass(frozen=True, slots=True)
 class LinkOpened:
+    """instance: random for each start of the peer's agent."""
+
     peer: NodeId
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,14 @@ class DialFailed:
     peer: NodeId
     address: Address
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Knocked:
+    """What a Knock came to. Who answered there is not known."""
+
+    peer: NodeId
+    outcome: KnockOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +332,7 @@ Event = (
     | LinkOpened
     | LinkClosed
     | DialFailed
+    | Knocked
     | MessageArrived
     | MachineSighted
     | AddressIdentified

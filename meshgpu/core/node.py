@@ -14,6 +14,7 @@ from meshgpu.core.effects import (
     Announce,
     Answered,
     Effect,
+    Knock,
     NoteNewKeys,
     Persist,
     Reject,
@@ -26,9 +27,11 @@ from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
 from meshgpu.core.jobs.placement import Candidate, Guest, MachineVerdict, Rule, explain_each, out_of_bounds
 from meshgpu.core.jobs.steward import Stewardship, StewardTiming
 from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
+from meshgpu.core.membership.clones import Clones
 from meshgpu.core.membership.gossip import Gossip, GossipTiming
 from meshgpu.core.membership.knocking import Knocking, KnockTiming
 from meshgpu.core.membership.links import Links, LinkTiming
+from meshgpu.core.membership.liveness import Liveness, LivenessTiming
 from meshgpu.core.owner import NEEDS_IMAGE, PAUSED, Owner, OwnerPolicy, at_home, permission
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.freshness import Challenges
@@ -41,7 +44,7 @@ from meshgpu.errors import BrokenInvariant, MeshgpuError, TrustError
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
 from meshgpu.model.enrolment import InstanceTerms
-from meshgpu.model.gossip import Capacity, Demand, MemberState, NodeRecord
+from meshgpu.model.gossip import Capacity, Demand, Doubt, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import JobSpec
@@ -79,6 +82,7 @@ class NodeConfig:
     gossip: GossipTiming = field(default_factory=GossipTiming)
     links: LinkTiming = field(default_factory=LinkTiming)
     knocks: KnockTiming = field(default_factory=KnockTiming)
+    liveness: LivenessTiming = field(default_factory=LivenessTiming)
     attempts: AttemptTiming = field(default_factory=AttemptTiming)
     steward: StewardTiming = field(default_factory=StewardTiming)
     submission: SubmissionTiming = field(default_factory=SubmissionTiming)
@@ -92,7 +96,9 @@ class NodeConfig:
 class MachineView:
     """A member as people see it. down_s: for how long it has not answered; None if it answers or never did.
 
-    said_s: how long ago it said the newest of record and capacity; None where it has not said anything.
+    heard_s: how long ago it last said something itself; capacity_s: how long ago its capacity was heard, from anybody.
+    None where that never was. doubted_by: who else says that it does not answer. is_cloned: whether two agents run with
+    its key.
     """
 
     member: Member
@@ -101,7 +107,10 @@ class MachineView:
     down_s: float | None
     record: NodeRecord | None
     capacity: Capacity | None
-    said_s: float | None
+    heard_s: float | None
+    capacity_s: float | None
+    doubted_by: tuple[str, ...]
+    is_cloned: bool
 
 
 class Node:
@@ -121,6 +130,17 @@ class Node:
         self._gossip = Gossip(node, self._epoch, self.log, notary, rng, config.gossip)
         self._links = Links(node, self.log, rng, config.seeds, config.links)
         self._knocking = Knocking(rng, config.knocks)
+        self._liveness = Liveness(
+            rng,
+            config.liveness,
+            peers=self._watched,
+            is_linked=lambda peer: peer in self._links.open,
+            incarnation=lambda peer: self._gossip.incarnation(peer),
+            doubted_by=self._doubted_by,
+            probe=lambda peer, number: self._gossip.probe(peer, number),
+            knock=self._knock,
+        )
+        self._clones = Clones()
         self.owner = Owner(config.policy)
         self.attempts = Attempts(node, self.log, self.rules, notary, rng, self.owner, config.attempts)
         self.attempts.fence = config.fence
@@ -152,16 +172,20 @@ class Node:
         return sorted(views, key=lambda view: view.member.name)
 
     def _machine(self, now: Now, member: Member) -> MachineView:
-        is_alive = self._is_alive(member.node)
-        lost_at, said_at = self._links.last_seen(member.node), self._gossip.said_at(member.node)
+        state = self.state(member.node)
+        lost_at = self._links.last_seen(member.node)
+        heard_at = self._liveness.heard_at(member.node)
         return MachineView(
             member,
-            MemberState.ALIVE if is_alive else MemberState.DOWN,
+            state,
             member.node == self.node,
-            now.boot_s - lost_at if not is_alive and lost_at is not None else None,
+            now.boot_s - lost_at if state is not MemberState.ALIVE and lost_at is not None else None,
             self._gossip.record(member.node),
             self._gossip.capacity(member.node),
-            None if said_at is None else now.boot_s - said_at,
+            now.boot_s - heard_at if heard_at is not None else None,
+            self._gossip.capacity_age_s(now, member.node),
+            tuple(sorted(self.log.members[other].name for other in self._doubted_by(member.node))),
+            self._clones.is_cloned(member.node),
         )
 
     def why(self, spec: JobSpec) -> tuple[MachineVerdict, ...]:
@@ -205,14 +229,46 @@ class Node:
                 return Rule.CLOSED, NEEDS_IMAGE
         if guest.secrets is not None and not guest.secrets.opens_for(member.node):
             return Rule.SEALED, NO_WRAP
-        if member.node != self.node and member.node not in self._links.open:
-            return Rule.DOWN, "does not answer"
+        if self._clones.is_cloned(member.node):
+            return Rule.CLONED, "two agents run with its keys"
+        match self.state(member.node):
+            case MemberState.SUSPECT:
+                return Rule.DOWN, "does not answer at the moment"
+            case MemberState.DOWN:
+                return Rule.DOWN, "does not answer"
+            case MemberState.ALIVE:
+                pass
         if record is not None and record.pause is not None:
             return Rule.OWNER, PAUSED
         return None, ""
 
+    def state(self, node: NodeId) -> MemberState:
+        """How a member stands here. Cloud nodes probe nobody and are probed by nobody: there the Link tells."""
+        if node == self.node:
+            return MemberState.ALIVE
+        if self._is_probed(node):
+            return self._liveness.state(node)
+        return MemberState.ALIVE if node in self._links.open else MemberState.DOWN
+
+    def _is_probed(self, node: NodeId) -> bool:
+        one, other = self.log.members.get(self.node), self.log.members.get(node)
+        return one is not None and other is not None and Role.CLOUD not in (one.role, other.role)
+
+    def _watched(self) -> list[NodeId]:
+        return [node for node in self.log.members if node != self.node and self._is_probed(node)]
+
     def _is_alive(self, node: NodeId) -> bool:
-        return node == self.node or node in self._links.open
+        return self.state(node) is MemberState.ALIVE
+
+    def _doubted_by(self, node: NodeId) -> dict[NodeId, Doubt]:
+        """Who of the others doubts a member now."""
+        others = [other for other in self._watched() if other != node and self._is_alive(other)]
+        found = {other: self._gossip.doubts(other) for other in others}
+        return {other: doubt for other, doubts in found.items() for doubt in doubts if doubt.node == node}
+
+    def _knock(self, peer: NodeId) -> list[Effect]:
+        address = self._links.best_address(peer)
+        return [Knock(peer, address)] if address else []
 
     def _askable(self) -> list[NodeId]:
         return [self.node, *(peer for peer in sorted(self._links.open) if peer in self.log.members)]
@@ -247,10 +303,13 @@ class Node:
         return self._loop_back(now, effects)
 
     def step(self, now: Now, event: ev.Event) -> list[Effect]:
+        self._liveness.woke(now)
+        self._clones.step(now)
         effects = self._route(now, event)
         effects += self._expire(now)
         effects += self._links.step(now)
         effects += self._knocking.step(now)
+        effects += self._live(now)
         effects += self._owner_step(now)
         effects += self._gossip.step(now)
         effects += self.attempts.step(now)
@@ -277,6 +336,7 @@ class Node:
         return earliest(
             self._links.deadline(),
             self._knocking.deadline(),
+            self._liveness.deadline(),
             self._gossip.deadline(),
             self.owner.deadline(),
             self.attempts.deadline(),
@@ -313,14 +373,18 @@ class Node:
                     return [Reject(peer, "a node outside the mesh sent a message")]
                 if not may_say(member, message):
                     return [Reject(peer, f"a {member.role} sent a {type(message).__name__}")]
+                if self._is_probed(peer):
+                    self._liveness.heard(now, peer)
                 return self._heard(now, peer, message)
-            case ev.LinkOpened(peer=peer):
-                return self._link_opened(now, peer)
+            case ev.LinkOpened(peer=peer, instance=instance):
+                return [*self._look_for_clones(now, peer, instance), *self._link_opened(now, peer)]
             case ev.LinkClosed(peer=peer):
                 self._links.link_closed(now, peer)
                 self._gossip.link_closed(peer)
                 self.burst.mesh_changed(now)
-                return []
+                return self._liveness.link_closed(now, peer) if self._is_probed(peer) else []
+            case ev.Knocked(peer=peer, outcome=outcome):
+                return self._liveness.knocked(now, peer, outcome)
             case ev.DialFailed(peer=peer):
                 self._links.dial_failed(now, peer)
                 return []
@@ -401,8 +465,14 @@ class Node:
 
     def _heard(self, now: Now, peer: NodeId, message: msg.Message) -> list[Effect]:
         match message:
-            case msg.GossipDigest():
-                return self._gossip.digest_arrived(peer, message)
+            case msg.GossipDigest(number=number):
+                answered = self._liveness.acknowledged(peer, number) if number and not message.is_probe else []
+                return [*answered, *self._gossip.digest_arrived(peer, message)]
+            case msg.ProbeFor():
+                return self._liveness.asked_for(now, peer, message)
+            case msg.ProbeAnswer():
+                self._liveness.helped(peer, message)
+                return []
             case msg.GossipDelta():
                 return self._gossip_arrived(now, peer, message)
             case msg.LogDelta(entries=entries):
@@ -490,6 +560,8 @@ class Node:
         for node in gone:
             self._gossip.forget(node)
             self._knocking.forget(node)
+            self._liveness.forget(node)
+            self._clones.forget(node)
             if node in self.log.ended:
                 effects += self.stewardship.node_gone(now, node)
         self.attempts.members_left()
@@ -563,12 +635,18 @@ class Node:
 
     def _link_opened(self, now: Now, peer: NodeId) -> list[Effect]:
         self._links.link_opened(now, peer)
+        if self._is_probed(peer):
+            self._liveness.link_opened(now, peer)
         self.attempts.steward_linked(now, peer)
         self.submissions.steward_linked(now, peer)
         self.asking.linked_again(now, peer)
         self.stewardship.room_changed(now)
         self.burst.mesh_changed(now)
         return self._gossip.link_opened(now, peer)
+
+    def _look_for_clones(self, now: Now, peer: NodeId, instance: str) -> list[Effect]:
+        is_news = self._clones.link_opened(now, peer, instance)
+        return [Warn(peer, "two agents run with its keys: no work is given to it")] if is_news else []
 
     def _gossip_arrived(self, now: Now, peer: NodeId, delta: msg.GossipDelta) -> list[Effect]:
         changed, effects = self._gossip.delta_arrived(now, peer, delta)
@@ -578,12 +656,33 @@ class Node:
                 self._kept_addresses[owner] = record.addresses
                 self._links.learn(now, owner, record.addresses, is_signed=True)
                 effects.append(Persist("peer", owner, PeerRecord(owner, record.addresses)))
+            self._liveness.refuted(now, owner)
+            effects += self._doubts_heard(now, owner)
             fault = self.audits.heard(owner, record.audit) if record is not None else None
             if fault is not None:
                 effects.append(Warn(owner, fault.reason))
         if changed:
             self.stewardship.room_changed(now)
             self.burst.mesh_changed(now)
+        return effects
+
+    def _live(self, now: Now) -> list[Effect]:
+        """Probe and doubt; what is doubted is said at once."""
+        effects = self._liveness.step(now)
+        doubts = self._liveness.doubts()
+        if doubts.doubts != self._gossip.doubts(self.node):
+            self._gossip.say(now, doubts)
+        return effects
+
+    def _doubts_heard(self, now: Now, owner: NodeId) -> list[Effect]:
+        """Somebody's doubts may have changed: about us they are answered, about others they are looked into."""
+        effects: list[Effect] = []
+        for doubt in self._gossip.doubts(owner):
+            if doubt.node == self.node:
+                if self._gossip.outbid(now, doubt.incarnation):
+                    self._liveness.was_doubted()
+            elif self._is_probed(doubt.node):
+                effects += self._liveness.doubted(now, doubt.node)
         return effects
 
     def _machine_read(self, now: Now, inventory: Inventory, readings: tuple[GpuReading, ...]) -> list[Effect]:

@@ -22,7 +22,7 @@ from meshgpu.core.node import Node, NodeConfig
 from meshgpu.core.owner import OwnerPolicy
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.clock import Now
-from meshgpu.model.gossip import Capacity, NodeRecord
+from meshgpu.model.gossip import Capacity, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, GpuId, JobId, KeyId, NodeId, UserName
 from meshgpu.model.inventory import GpuProcess, GpuReading, Inventory, ProcessKind
 from meshgpu.model.job import AttemptPlan, Result
@@ -127,6 +127,7 @@ class Machine:
         self.is_gone = False
         self.instance = 0
         self.lag_s = 0.0
+        self.paused_until_s = 0.0
         self.agent: Node | None = None
         self.disk: dict[tuple[str, str], Record] = {}
         self.trees: set[Digest] = set()
@@ -179,6 +180,10 @@ class Machine:
     def is_linked(self, other: "Machine") -> bool:
         return self._network.is_linked(self.node, other.node)
 
+    def sees(self, other: "Machine") -> MemberState | None:
+        """How the other stands here; None while no agent runs."""
+        return self.agent.state(other.node) if self.agent is not None else None
+
     def views(self) -> dict[NodeId, tuple[NodeRecord | None, Capacity | None]]:
         """{member: what this machine's agent has heard of it}."""
         if self.agent is None:
@@ -192,6 +197,14 @@ class Machine:
     @property
     def rng(self) -> random.Random:
         return self._timeline.rng
+
+    @property
+    def is_paused(self) -> bool:
+        return self._timeline.time_s < self.paused_until_s
+
+    def pause(self, for_s: float) -> None:
+        """The agent gets no processor for a while; its machine answers for it as far as TCP goes."""
+        self.paused_until_s = max(self.paused_until_s, self._timeline.time_s + for_s)
 
     # -- the agent's life ---------------------------------------------------------------------------------------------
 
@@ -281,8 +294,11 @@ class Machine:
     # -- events in ----------------------------------------------------------------------------------------------------
 
     def post(self, event: Event) -> None:
-        """Let the agent know, if one runs."""
-        if self.agent is not None:
+        """Let the agent know, if one runs; when it runs again, while it is paused."""
+        life = self.instance
+        if self.is_paused:
+            self._timeline.at(self.paused_until_s, lambda: self.post(event) if self.instance == life else None)
+        elif self.agent is not None:
             self._stepped(event, self.agent.step(self.now(), event))
 
     def _later(self, event: Event) -> None:
@@ -396,6 +412,10 @@ class Machine:
                 pass
             case fx.Dial(peer=peer, address=address):
                 self._network.dial(self.node, peer, address)
+            case fx.Knock(peer=peer, address=address):
+                self._network.knock(self.node, peer, address)
+            case fx.CloseLink(peer=peer, reason=reason):
+                self._network.close(self.node, peer, reason)
             case fx.Identify(address=address):
                 self._network.identify(self.node, address)
             case fx.KnockBack(peer=peer, addresses=addresses):

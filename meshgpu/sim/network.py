@@ -13,6 +13,7 @@ from meshgpu.core.events import (
     DialFailed,
     Event,
     IdentifyFailed,
+    Knocked,
     LinkClosed,
     LinkOpened,
     MessageArrived,
@@ -24,6 +25,7 @@ from meshgpu.model.trust import Head
 from meshgpu.sim.timeline import Timeline
 
 DIAL_TIMEOUT_S: Final = 5.0
+KNOCK_TIMEOUT_S: Final = 1.0
 KEEPALIVE_S: Final = (1.0, 25.0)
 """When a side notices that its Link is dead: at once if it sends and is refused, by keepalive at the latest."""
 GOSSIP_SNIPS: Final = 0.05
@@ -40,6 +42,11 @@ class Host(Protocol):
     """Which agent process listens; 0 while none does."""
     lag_s: float
     """How much later than others a slow machine gets round to anything."""
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether its agent gets no processor at all."""
+        ...
 
     def trusts(self, peer: NodeId) -> bool: ...
 
@@ -221,6 +228,28 @@ class Network:
                 results.append(KnockResult(address, KnockOutcome.REFUSED))
         return tuple(results)
 
+    def knock(self, source: NodeId, peer: NodeId, address: Address) -> None:
+        """A bare TCP connection: the host answers it, or refuses where no agent listens; else nothing does."""
+        host = self._listening(source, address)
+        if host is None:
+            outcome, after_s = KnockOutcome.SILENT, KNOCK_TIMEOUT_S
+        else:
+            outcome = KnockOutcome.ANSWERED if host.instance else KnockOutcome.REFUSED
+            low, high = self._latency_s
+            after_s = 2 * (low + (high - low) * self._timeline.rng.random())
+        instance = self.hosts[source].instance
+
+        def done() -> None:
+            if self.hosts[source].instance == instance:
+                self.hosts[source].post(Knocked(peer, outcome))
+
+        self._timeline.after(after_s, done)
+
+    def close(self, source: NodeId, peer: NodeId, reason: str) -> None:
+        """One side gives its Link up."""
+        if link := self._ends.get((source, peer)):
+            self._close(link, source, reason)
+
     def drop_untrusted(self, node: NodeId) -> None:
         host = self.hosts[node]
         for (end, peer), link in list(self._ends.items()):
@@ -248,7 +277,7 @@ class Network:
     ) -> None:
         back = self._arrival(answerer.node, source)
         is_welcome = answerer.node == peer and answerer.trusts(source) and self.hosts[source].trusts(peer)
-        if self.is_cut(source, peer):
+        if self.is_cut(source, peer) or answerer.is_paused:
             self._timeline.after(DIAL_TIMEOUT_S, lambda: fail("timed out"))
             return
         if not answerer.instance or not is_welcome:
@@ -280,7 +309,7 @@ class Network:
                 return False
             self._close(current, end, "replaced by a newer Link")
         self._ends[end, peer] = link
-        self.hosts[end].post(LinkOpened(peer))
+        self.hosts[end].post(LinkOpened(peer, str(link.instance_of(peer))))
         return True
 
     def _wins(self, link: _Link, current: _Link, end: NodeId) -> bool:

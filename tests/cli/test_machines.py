@@ -63,7 +63,10 @@ def machine(name: str, *gpus: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "address": "10.0.0.7:7443",
         "load": 3,
         "jobs": 0,
-        "said_s": 4.0,
+        "heard_s": 1.0,
+        "capacity_s": 4.0,
+        "doubted_by": [],
+        "cloned": False,
         "gpus": list(gpus),
     }
     assert not changes.keys() - facts.keys()
@@ -120,6 +123,7 @@ def test_machines_show_one_line_per_gpu(cli: Cli, stub: "StubAgent") -> None:
                 machine("dan", gpu(0), state="down", down_s=185.0),
                 machine("eve", gpu(0), state="suspect"),
                 machine("fay", gpu(0)),
+                machine("gus", gpu(0), cloned=True),
             ]
         },
     )
@@ -132,24 +136,25 @@ def test_machines_show_one_line_per_gpu(cli: Cli, stub: "StubAgent") -> None:
         "dan         RTX 4090 24 GB      -     -           -  out of touch 3 m",
         "eve         RTX 4090 24 GB      -     -           -  does not answer",
         "fay         RTX 4090 24 GB  38 °C   0 %   0 / 24 GB  free",
+        "gus         RTX 4090 24 GB      -     -           -  runs twice: meshgpu doctor",
     ]
 
 
-def test_machines_say_at_length_what_each_says_of_itself_and_how_long_ago(cli: Cli, stub: "StubAgent") -> None:
-    silent = {"said_s": None, "load": None, "address": "", "version": ""}
+def test_machines_say_at_length_what_each_says_of_itself_and_how_old_that_is(cli: Cli, stub: "StubAgent") -> None:
+    silent = {"heard_s": None, "capacity_s": None, "load": None, "address": "", "version": "", "lending": ""}
     view = {
         "machines": [
-            machine("ada", gpu(0), self=True, owner="ada"),
-            machine("bob", fence="", paused=True, jobs=2, said_s=7300.0),
-            machine("cyd", state="down", owner="cyd", **silent),
+            machine("ada", gpu(0), self=True, owner="ada", heard_s=None),
+            machine("bob", fence="", paused=True, jobs=2, capacity_s=7300.0),
+            machine("cyd", state="suspect", owner="cyd", doubted_by=["ada", "bob"], **silent),
         ]
     }
     stub.on("GET /v1/machines", view)
     assert cli("machines", "-v").stdout.splitlines()[5:] == [
-        "MACHINE  OWNER  LENDS    FENCE         LOAD  JOBS  ADDRESS        AGENT  SAID",
-        "ada      ada    polite   bubblewrap  3 / 16     0  10.0.0.7:7443  0.1    4 s ago",
-        "bob      bob    nothing  none        3 / 16     2  10.0.0.7:7443  0.1    2 h 1 m ago",
-        "cyd      cyd    -        -                -     -  -              -      nothing yet",
+        "MACHINE  STATE    HEARD  OWNER  LENDS    FENCE         LOAD  JOBS    AS OF  ADDRESS        AGENT  DOUBTED BY",
+        "ada      alive        -  ada    polite   bubblewrap  3 / 16     0      4 s  10.0.0.7:7443  0.1    -",
+        "bob      alive      1 s  bob    nothing  none        3 / 16     2  2 h 1 m  10.0.0.7:7443  0.1    -",
+        "cyd      suspect      -  cyd    -        bubblewrap       -     0        -  -              -      ada, bob",
     ]
 
 

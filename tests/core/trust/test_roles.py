@@ -20,15 +20,8 @@ from meshgpu.sim.office import furnish
 
 KINDS = (*get_args(Message), *get_args(BulkRequest))
 LOOKS = {
-    "GossipDigest",
-    "GossipDelta",
-    "LogDelta",
-    "Ask",
-    "KnockWanted",
-    "KnockAnswer",
-    "LogsWanted",
-    "FilesWanted",
-    "FileWanted",
+    *("GossipDigest", "GossipDelta", "LogDelta", "ProbeFor", "ProbeAnswer", "KnockWanted", "KnockAnswer"),
+    *("Ask", "LogsWanted", "FilesWanted", "FileWanted"),
 }
 RUNS = {"OfferAnswer", "CommitAnswer", "AttemptReport", "ChunksWanted"}
 HOLDS = {
