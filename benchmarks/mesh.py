@@ -113,7 +113,7 @@ class Ours:
         return f"link opened: {self.ids[peer.name]}" in line
 
     def is_down(self, line: str, peer: Host) -> bool:
-        return f"{self.ids[peer.name]} is down" in line
+        return f"{peer.name} is down:" in line
 
     def change(self, host: Host) -> float:
         client, at_s = AgentClient(host.home), time.time()

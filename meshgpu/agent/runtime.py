@@ -236,6 +236,8 @@ class Runtime:
                 self._start(self._knock_back(peer, addresses))
             case fx.TrustMembers(members=members):
                 self.outside.transport.trust(anchors(members))
+            case fx.NoteState(name=name, node=node, state=state):
+                logger.info("%s is %s: %s", name, state, node[:12])
             case fx.NoteNewKeys(name=name, before=before, after=after):
                 logger.info("%s goes on under new keys: %s, before that %s", name, after, before)
             case fx.Announce():

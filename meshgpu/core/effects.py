@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from meshgpu.model.clock import ClockGap
 from meshgpu.model.cloud import BurstSettings, LaunchId, LaunchRequest, Rung
+from meshgpu.model.gossip import MemberState
 from meshgpu.model.ids import Address, Digest, JobId, NodeId
 from meshgpu.model.job import AttemptPlan, JobView, Register, StopMode
 from meshgpu.model.messages import KnockAnswer, Message
@@ -84,6 +85,15 @@ class NoteNewKeys:
     name: str
     before: NodeId
     after: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class NoteState:
+    """Let this agent's own log say that a member stands otherwise than before."""
+
+    name: str
+    node: NodeId
+    state: MemberState
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +267,7 @@ Effect = (
     | KnockBack
     | TrustMembers
     | NoteNewKeys
+    | NoteState
     | Announce
     | FetchTree
     | StartAttempt

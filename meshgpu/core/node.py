@@ -16,6 +16,7 @@ from meshgpu.core.effects import (
     Effect,
     Knock,
     NoteNewKeys,
+    NoteState,
     Persist,
     Reject,
     Send,
@@ -672,7 +673,7 @@ class Node:
         doubts = self._liveness.doubts()
         if doubts.doubts != self._gossip.doubts(self.node):
             self._gossip.say(now, doubts)
-        return effects
+        return [*effects, *(NoteState(self.log.name_of(peer), peer, state) for peer, state in self._liveness.turned())]
 
     def _doubts_heard(self, now: Now, owner: NodeId) -> list[Effect]:
         """Somebody's doubts may have changed: about us they are answered, about others they are looked into."""

@@ -408,8 +408,10 @@ class Machine:
         match effect:
             case fx.Send(peer=peer, message=message):
                 self._network.send(self.node, peer, message)
-            case fx.Persist() | fx.QueryProgressed() | fx.TellWatchers() | fx.DiscardAttempt() | fx.NoteNewKeys():
+            case fx.Persist() | fx.QueryProgressed() | fx.TellWatchers() | fx.DiscardAttempt():
                 pass
+            case fx.NoteNewKeys() | fx.NoteState():
+                pass  # for people
             case fx.Dial(peer=peer, address=address):
                 self._network.dial(self.node, peer, address)
             case fx.Knock(peer=peer, address=address):

@@ -134,6 +134,7 @@ class Liveness:
         self._watched: dict[NodeId, _Watched] = {}
         self._favours: dict[tuple[NodeId, int], _Favour] = {}
         self._round: list[NodeId] = []
+        self._turned: list[tuple[NodeId, MemberState]] = []
         self._numbers = 0
         self._next_at: float | None = None
         self._calm_until = -math.inf
@@ -162,6 +163,11 @@ class Liveness:
             )
         )
 
+    def turned(self) -> list[tuple[NodeId, MemberState]]:
+        """Who stands otherwise than before, in order, since this was last asked."""
+        turned, self._turned = self._turned, []
+        return turned
+
     # -- what is heard ------------------------------------------------------------------------------------------------
 
     def heard(self, now: Now, peer: NodeId) -> None:
@@ -171,7 +177,8 @@ class Liveness:
             self.health -= 1
         found.heard_at = now.boot_s
         found.calm()
-        found.state = MemberState.ALIVE if self._is_linked(peer) else found.state
+        if self._is_linked(peer):
+            self._turn(peer, found, MemberState.ALIVE)
 
     def link_opened(self, now: Now, peer: NodeId) -> None:
         self.heard(now, peer)
@@ -184,7 +191,7 @@ class Liveness:
         if found.state is MemberState.DOWN or found.doubted_at is not None:
             return []
         if now.boot_s < self._calm_until:
-            self._look_again(found, self._calm_until)
+            self._look_again(peer, found, self._calm_until)
             return []
         self._doubt(now, peer, found)
         return self._knock(now, peer, found)
@@ -243,7 +250,7 @@ class Liveness:
             return
         found.calm()
         if not self._is_linked(peer):
-            self._look_again(found, now.boot_s + self._timing.silent_s)
+            self._look_again(peer, found, now.boot_s + self._timing.silent_s)
 
     def forget(self, peer: NodeId) -> None:
         """It is no member any more."""
@@ -349,12 +356,18 @@ class Liveness:
     def _doubt(self, now: Now, peer: NodeId, found: _Watched) -> None:
         found.calm()
         found.doubted_at, found.incarnation = now.boot_s, self._incarnation(peer)
-        found.state = MemberState.SUSPECT
+        self._turn(peer, found, MemberState.SUSPECT)
 
-    def _look_again(self, found: _Watched, at_s: float) -> None:
+    def _turn(self, peer: NodeId, found: _Watched, state: MemberState) -> None:
+        if found.state is not state:
+            found.state = state
+            self._turned.append((peer, state))
+
+    def _look_again(self, peer: NodeId, found: _Watched, at_s: float) -> None:
         """It has no Link, but nobody is to hear of a doubt before `at_s`."""
         found.calm()
-        found.state, found.knock_at = MemberState.SUSPECT, at_s
+        found.knock_at = at_s
+        self._turn(peer, found, MemberState.SUSPECT)
 
     def _knock(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:
         pause_s = min(self._timing.soon_s * 2.0 ** min(found.knocks, 10), self._timing.knock_s)
@@ -367,7 +380,8 @@ class Liveness:
             return []
         if now.boot_s < found.doubted_at + self._patience_s(peer, found):
             return []
-        found.state, found.knock_at = MemberState.DOWN, None
+        found.knock_at = None
+        self._turn(peer, found, MemberState.DOWN)
         return [CloseLink(peer, "it does not answer")] if self._is_linked(peer) else []
 
     def _patience_s(self, peer: NodeId, found: _Watched) -> float:

@@ -201,6 +201,16 @@ def test_silent_member_is_suspect_and_down_after_the_longest_wait_where_nobody_s
     assert CloseLink(A, "it does not answer") in eye.sent
 
 
+def test_each_turn_is_told_once() -> None:
+    eye = Eye(10)
+    assert sorted(eye.liveness.turned()) == [(peer, MemberState.ALIVE) for peer in sorted(eye.peers)]
+    eye.others_doubt(A, 1, is_gone=True)
+    eye.lose(A, KnockOutcome.REFUSED)
+    eye.run(5.0)
+    assert eye.liveness.turned() == [(A, MemberState.SUSPECT), (A, MemberState.DOWN)]
+    assert eye.liveness.turned() == []
+
+
 @pytest.mark.parametrize(("others", "factor"), [(0, 6.0), (1, 3.5), (3, 1.0), (8, 1.0)])
 def test_doubt_that_others_share_lasts_shorter(others: int, factor: float) -> None:
     """Lifeguard's formula: logarithmic in the number of confirmations, from six times down to once."""
