@@ -26,12 +26,14 @@ STRANGERS_KEPT: Final = 256
 class LinkTiming:
     """courtesy_s: how long the higher id waits for the lower one to dial.
     retry_s, retry_limit_s: first and longest pause between dials of one peer (doubling, ±25 %); longer heals later.
+    together_s: within which all who could not be reached are dialled once one of them is there again.
     seed_s: how often a seed whose node is not linked is asked who it is. dials: how many dials may be under way.
     """
 
     courtesy_s: float = 5.0
     retry_s: float = 0.5
     retry_limit_s: float = 30.0
+    together_s: float = 1.0
     seed_s: float = 30.0
     dials: int = 8
 
@@ -110,7 +112,17 @@ class Links:
     def link_opened(self, now: Now, peer: NodeId) -> None:
         self.open[peer] = now.boot_s
         found = self._peers.setdefault(peer, _Peer())
+        was_away = found.lost_at is not None or found.failures > 0
         found.is_dialling, found.failures, found.lost_at, found.next_dial = False, 0, None, None
+        if was_away:
+            self._hurry(now)
+
+    def _hurry(self, now: Now) -> None:
+        """Somebody is there again: what kept him away may have kept others away as well."""
+        for found in self._peers.values():
+            if found.failures and found.next_dial is not None:
+                soon = now.boot_s + self._rng.uniform(0.0, self._timing.together_s)
+                found.next_dial = min(found.next_dial, soon)
 
     def link_closed(self, now: Now, peer: NodeId) -> None:
         self.open.pop(peer, None)

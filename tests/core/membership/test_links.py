@@ -120,6 +120,23 @@ def test_new_address_ends_the_pause(low: Links, sorted_nodes: list[NodeId], at: 
     assert len(low.step(at(1001))) == 1
 
 
+def test_one_that_is_there_again_makes_others_be_tried_at_once(
+    low: Links, sorted_nodes: list[NodeId], at: Clock
+) -> None:
+    peer, other = sorted_nodes[1:3]
+    for node, address in ((peer, HERE), (other, THERE)):
+        low.learn(at(0), node, (address,), is_signed=True)
+    for _ in range(12):
+        low.step(at(1000))
+        low.dial_failed(at(1000), peer)
+        low.dial_failed(at(1000), other)
+    low.link_opened(at(1001), peer)
+    assert low.step(at(1001 + TIMING.together_s)) == [Dial(other, THERE)]
+    low.dial_failed(at(1002), other)
+    low.link_opened(at(1003), peer)
+    assert low.step(at(1003 + TIMING.together_s)) == [], "it was there all the time"
+
+
 def test_lost_link_is_dialled_again_by_the_lower_id_first(
     low: Links, high: Links, sorted_nodes: list[NodeId], at: Clock
 ) -> None:
