@@ -45,6 +45,7 @@ fuzz: $(READY)  ## 100,000 forged, mutated, replayed frames against real nodes, 
 benchmarks: $(READY) ## the numbers in docs/benchmarks.md, peers beside them
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/trust.py
+	$(BIN)/python -m benchmarks.mesh
 
 proto: $(READY) ## regenerate meshgpu/wire/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc -Iproto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
