@@ -143,14 +143,18 @@ class Node:
         views = [self._machine(now, member) for member in self.log.members.values()]
         return sorted(views, key=lambda view: view.member.name)
 
+    def state(self, node: NodeId) -> MemberState:
+        """How a member stands here."""
+        return MemberState.ALIVE if self._is_alive(node) else MemberState.DOWN
+
     def _machine(self, now: Now, member: Member) -> MachineView:
-        is_alive = self._is_alive(member.node)
+        state = self.state(member.node)
         lost_at = self._links.last_seen(member.node)
         return MachineView(
             member,
-            MemberState.ALIVE if is_alive else MemberState.DOWN,
+            state,
             member.node == self.node,
-            now.boot_s - lost_at if not is_alive and lost_at is not None else None,
+            now.boot_s - lost_at if state is MemberState.DOWN and lost_at is not None else None,
             self._gossip.record(member.node),
             self._gossip.capacity(member.node),
         )

@@ -107,6 +107,7 @@ class Machine:
         self.is_gone = False
         self.instance = 0
         self.lag_s = 0.0
+        self._waiting: list[Event] | None = None
         self.agent: Node | None = None
         self.disk: dict[tuple[str, str], Record] = {}
         self.trees: set[Digest] = set()
@@ -193,6 +194,7 @@ class Machine:
         self.agent, self.instance, self._wake_at, self._outbox = None, 0, None, _Outbox()
         self._trusted = frozenset()
         self.crash_at = None
+        self._waiting = None
         self._network.agent_died(self.node)
         self.executor.agent_died()
 
@@ -219,11 +221,27 @@ class Machine:
         self.power_off()
         self.is_gone = True
 
+    @property
+    def is_frozen(self) -> bool:
+        return self._waiting is not None
+
+    def freeze(self) -> None:
+        """Stop the agent's process as SIGSTOP does: its kernel goes on taking in what others send."""
+        if self.agent is not None and self._waiting is None:
+            self._waiting = []
+
+    def thaw(self) -> None:
+        waiting, self._waiting = self._waiting or [], None
+        for event in waiting:
+            self.post(event)
+
     # -- events in ----------------------------------------------------------------------------------------------------
 
     def post(self, event: Event) -> None:
-        """Let the agent know, if one runs."""
-        if self.agent is not None:
+        """Let the agent know, if one runs; a frozen one hears of it when it goes on."""
+        if self._waiting is not None:
+            self._waiting.append(event)
+        elif self.agent is not None:
             self._stepped(event, self.agent.step(self.now(), event))
 
     def _later(self, event: Event) -> None:
