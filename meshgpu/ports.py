@@ -7,7 +7,7 @@ from typing import Protocol
 
 from meshgpu.model.clock import Now
 from meshgpu.model.cloud import BurstSettings, Instance, LaunchRequest, Rung
-from meshgpu.model.gossip import Sighting
+from meshgpu.model.gossip import KnockOutcome, Sighting
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import AttemptPlan, Phase, Result, StopMode
@@ -149,6 +149,10 @@ class Transport(Protocol):
 
         Raises MeshgpuError with the peer's code, or `no-answer`.
         """
+        ...
+
+    async def knock(self, address: Address) -> KnockOutcome:
+        """What a bare TCP connection to `address` comes to, within 1 s; nothing is sent over it."""
         ...
 
     async def identify(self, address: Address) -> NodeId:

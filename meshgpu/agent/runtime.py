@@ -220,6 +220,10 @@ class Runtime:
                 self._send(peer, message)
             case fx.Dial(peer=peer, address=address):
                 self.outside.transport.dial(peer, address)
+            case fx.Knock(peer=peer, address=address):
+                self._start(self._knock(peer, address))
+            case fx.CloseLink(peer=peer, reason=reason):
+                self.outside.transport.close(peer, reason)
             case fx.Identify(address=address):
                 self._start(self._identify(address))
             case fx.TrustMembers(members=members):
@@ -286,6 +290,9 @@ class Runtime:
             self.post(ev.IdentifyFailed(address, error.message))
         else:
             self.post(ev.AddressIdentified(address, node))
+
+    async def _knock(self, peer: NodeId, address: Address) -> None:
+        self.post(ev.Knocked(peer, await self.outside.transport.knock(address)))
 
     async def announce(self) -> None:
         """Let mDNS say how things stand; where it cannot, the mesh goes on without."""

@@ -40,6 +40,22 @@ class Dial:
 
 
 @dataclass(frozen=True, slots=True)
+class Knock:
+    """Try to open a bare TCP connection, and close it; ends in Knocked within 1 s."""
+
+    peer: NodeId
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class CloseLink:
+    """Give a Link up; ends in LinkClosed."""
+
+    peer: NodeId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Identify:
     """Ends in AddressIdentified or IdentifyFailed."""
 
@@ -225,6 +241,8 @@ Effect = (
     Persist
     | Send
     | Dial
+    | Knock
+    | CloseLink
     | Identify
     | TrustMembers
     | NoteNewKeys

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from meshgpu.model.cloud import BurstSettings, Instance, LaunchId, Rung
-from meshgpu.model.gossip import Sighting
+from meshgpu.model.gossip import KnockOutcome, Sighting
 from meshgpu.model.ids import Address, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import Action, Draft, Phase, Result
@@ -35,6 +35,14 @@ class DialFailed:
     peer: NodeId
     address: Address
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Knocked:
+    """What a Knock came to. Who answered there is not known."""
+
+    peer: NodeId
+    outcome: KnockOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +311,7 @@ Event = (
     | LinkOpened
     | LinkClosed
     | DialFailed
+    | Knocked
     | MessageArrived
     | MachineSighted
     | AddressIdentified

@@ -14,6 +14,7 @@ from meshgpu.core.effects import (
     Announce,
     Answered,
     Effect,
+    Knock,
     NoteNewKeys,
     Persist,
     Reject,
@@ -28,6 +29,7 @@ from meshgpu.core.jobs.steward import Stewardship, StewardTiming
 from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
 from meshgpu.core.membership.gossip import Gossip, GossipTiming
 from meshgpu.core.membership.links import Links, LinkTiming
+from meshgpu.core.membership.liveness import Liveness, LivenessTiming
 from meshgpu.core.owner import NEEDS_IMAGE, PAUSED, Owner, OwnerPolicy, at_home, permission
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.trust.freshness import Challenges
@@ -40,7 +42,7 @@ from meshgpu.errors import BrokenInvariant, MeshgpuError, TrustError
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
 from meshgpu.model.enrolment import InstanceTerms
-from meshgpu.model.gossip import Capacity, Demand, MemberState, NodeRecord
+from meshgpu.model.gossip import Capacity, Demand, Doubt, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import JobSpec
@@ -77,6 +79,7 @@ class NodeConfig:
     capacity_s: float = 5.0
     gossip: GossipTiming = field(default_factory=GossipTiming)
     links: LinkTiming = field(default_factory=LinkTiming)
+    liveness: LivenessTiming = field(default_factory=LivenessTiming)
     attempts: AttemptTiming = field(default_factory=AttemptTiming)
     steward: StewardTiming = field(default_factory=StewardTiming)
     submission: SubmissionTiming = field(default_factory=SubmissionTiming)
@@ -114,6 +117,16 @@ class Node:
         self.rules = RequestRules(notary, self.log, node, Challenges(rng))
         self._gossip = Gossip(node, self._epoch, self.log, notary, rng, config.gossip)
         self._links = Links(node, self.log, rng, config.seeds, config.links)
+        self._liveness = Liveness(
+            rng,
+            config.liveness,
+            peers=self._watched,
+            is_linked=lambda peer: peer in self._links.open,
+            incarnation=lambda peer: self._gossip.incarnation(peer),
+            doubted_by=self._doubted_by,
+            probe=lambda peer, number: self._gossip.probe(peer, number),
+            knock=self._knock,
+        )
         self.owner = Owner(config.policy)
         self.attempts = Attempts(node, self.log, self.rules, notary, rng, self.owner, config.attempts)
         self.attempts.fence = config.fence
@@ -143,10 +156,6 @@ class Node:
         views = [self._machine(now, member) for member in self.log.members.values()]
         return sorted(views, key=lambda view: view.member.name)
 
-    def state(self, node: NodeId) -> MemberState:
-        """How a member stands here."""
-        return MemberState.ALIVE if self._is_alive(node) else MemberState.DOWN
-
     def _machine(self, now: Now, member: Member) -> MachineView:
         state = self.state(member.node)
         lost_at = self._links.last_seen(member.node)
@@ -154,7 +163,7 @@ class Node:
             member,
             state,
             member.node == self.node,
-            now.boot_s - lost_at if state is MemberState.DOWN and lost_at is not None else None,
+            now.boot_s - lost_at if state is not MemberState.ALIVE and lost_at is not None else None,
             self._gossip.record(member.node),
             self._gossip.capacity(member.node),
         )
@@ -200,14 +209,41 @@ class Node:
                 return Rule.CLOSED, NEEDS_IMAGE
         if guest.secrets is not None and not guest.secrets.opens_for(member.node):
             return Rule.SEALED, NO_WRAP
+        if self.state(member.node) is MemberState.SUSPECT:
+            return Rule.DOWN, "does not answer at the moment"
         if member.node != self.node and member.node not in self._links.open:
             return Rule.DOWN, "does not answer"
         if record is not None and record.pause is not None:
             return Rule.OWNER, PAUSED
         return None, ""
 
+    def state(self, node: NodeId) -> MemberState:
+        """How a member stands here. Cloud nodes probe nobody and are probed by nobody: there the Link tells."""
+        if node == self.node:
+            return MemberState.ALIVE
+        if self._is_probed(node):
+            return self._liveness.state(node)
+        return MemberState.ALIVE if node in self._links.open else MemberState.DOWN
+
+    def _is_probed(self, node: NodeId) -> bool:
+        one, other = self.log.members.get(self.node), self.log.members.get(node)
+        return one is not None and other is not None and Role.CLOUD not in (one.role, other.role)
+
+    def _watched(self) -> list[NodeId]:
+        return [node for node in self.log.members if node != self.node and self._is_probed(node)]
+
     def _is_alive(self, node: NodeId) -> bool:
-        return node == self.node or node in self._links.open
+        return self.state(node) is MemberState.ALIVE
+
+    def _doubted_by(self, node: NodeId) -> dict[NodeId, Doubt]:
+        """Who of the others doubts a member now."""
+        others = [other for other in self._watched() if other != node and self._is_alive(other)]
+        found = {other: self._gossip.doubts(other) for other in others}
+        return {other: doubt for other, doubts in found.items() for doubt in doubts if doubt.node == node}
+
+    def _knock(self, peer: NodeId) -> list[Effect]:
+        address = self._links.best_address(peer)
+        return [Knock(peer, address)] if address else []
 
     def _askable(self) -> list[NodeId]:
         return [self.node, *(peer for peer in sorted(self._links.open) if peer in self.log.members)]
@@ -237,9 +273,11 @@ class Node:
         return self._loop_back(now, effects)
 
     def step(self, now: Now, event: ev.Event) -> list[Effect]:
+        self._liveness.woke(now)
         effects = self._route(now, event)
         effects += self._expire(now)
         effects += self._links.step(now)
+        effects += self._live(now)
         effects += self._owner_step(now)
         effects += self._gossip.step(now)
         effects += self.attempts.step(now)
@@ -265,6 +303,7 @@ class Node:
     def deadline(self) -> float | None:
         return earliest(
             self._links.deadline(),
+            self._liveness.deadline(),
             self._gossip.deadline(),
             self.owner.deadline(),
             self.attempts.deadline(),
@@ -301,6 +340,8 @@ class Node:
                     return [Reject(peer, "a node outside the mesh sent a message")]
                 if not may_say(member, message):
                     return [Reject(peer, f"a {member.role} sent a {type(message).__name__}")]
+                if self._is_probed(peer):
+                    self._liveness.heard(now, peer)
                 return self._heard(now, peer, message)
             case ev.LinkOpened(peer=peer):
                 return self._link_opened(now, peer)
@@ -308,7 +349,9 @@ class Node:
                 self._links.link_closed(now, peer)
                 self._gossip.link_closed(peer)
                 self.burst.mesh_changed(now)
-                return []
+                return self._liveness.link_closed(now, peer) if self._is_probed(peer) else []
+            case ev.Knocked(peer=peer, outcome=outcome):
+                return self._liveness.knocked(now, peer, outcome)
             case ev.DialFailed(peer=peer):
                 self._links.dial_failed(now, peer)
                 return []
@@ -384,8 +427,14 @@ class Node:
 
     def _heard(self, now: Now, peer: NodeId, message: msg.Message) -> list[Effect]:
         match message:
-            case msg.GossipDigest():
-                return self._gossip.digest_arrived(peer, message)
+            case msg.GossipDigest(number=number):
+                answered = self._liveness.acknowledged(peer, number) if number and not message.is_probe else []
+                return [*answered, *self._gossip.digest_arrived(peer, message)]
+            case msg.ProbeFor():
+                return self._liveness.asked_for(now, peer, message)
+            case msg.ProbeAnswer():
+                self._liveness.helped(peer, message)
+                return []
             case msg.GossipDelta():
                 return self._gossip_arrived(now, peer, message)
             case msg.LogDelta(entries=entries):
@@ -467,6 +516,7 @@ class Node:
         effects: list[Effect] = []
         for node in gone:
             self._gossip.forget(node)
+            self._liveness.forget(node)
             if node in self.log.ended:
                 effects += self.stewardship.node_gone(now, node)
         return effects
@@ -539,6 +589,8 @@ class Node:
 
     def _link_opened(self, now: Now, peer: NodeId) -> list[Effect]:
         self._links.link_opened(now, peer)
+        if self._is_probed(peer):
+            self._liveness.link_opened(now, peer)
         self.attempts.steward_linked(now, peer)
         self.submissions.steward_linked(now, peer)
         self.asking.linked_again(now, peer)
@@ -554,12 +606,33 @@ class Node:
                 self._kept_addresses[owner] = record.addresses
                 self._links.learn(now, owner, record.addresses, is_signed=True)
                 effects.append(Persist("peer", owner, PeerRecord(owner, record.addresses)))
+            self._liveness.refuted(now, owner)
+            effects += self._doubts_heard(now, owner)
             fault = self.audits.heard(owner, record.audit) if record is not None else None
             if fault is not None:
                 effects.append(Warn(owner, fault.reason))
         if changed:
             self.stewardship.room_changed(now)
             self.burst.mesh_changed(now)
+        return effects
+
+    def _live(self, now: Now) -> list[Effect]:
+        """Probe and doubt; what is doubted is said at once."""
+        effects = self._liveness.step(now)
+        doubts = self._liveness.doubts()
+        if doubts.doubts != self._gossip.doubts(self.node):
+            self._gossip.say(now, doubts)
+        return effects
+
+    def _doubts_heard(self, now: Now, owner: NodeId) -> list[Effect]:
+        """Somebody's doubts may have changed: about us they are answered, about others they are looked into."""
+        effects: list[Effect] = []
+        for doubt in self._gossip.doubts(owner):
+            if doubt.node == self.node:
+                if self._gossip.outbid(now, doubt.incarnation):
+                    self._liveness.was_doubted()
+            elif self._is_probed(doubt.node):
+                effects += self._liveness.doubted(now, doubt.node)
         return effects
 
     def _machine_read(self, now: Now, inventory: Inventory, readings: tuple[GpuReading, ...]) -> list[Effect]:

@@ -88,7 +88,26 @@ class Demand:
     needs: tuple[Need, ...]
 
 
-GossipValue = NodeRecord | Capacity | Demand
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """That a member does not answer this owner. incarnation: the highest that the owner has heard of it.
+
+    is_gone: its port refuses, so its process is gone.
+    """
+
+    node: NodeId
+    incarnation: Incarnation
+    is_gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Doubts:
+    """Whom an owner doubts now, by node."""
+
+    doubts: tuple[Doubt, ...]
+
+
+GossipValue = NodeRecord | Capacity | Demand | Doubts
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +122,22 @@ class GossipEntry:
 
 
 class MemberState(StrEnum):
-    """A member as this node sees it. No job is ever acted on because of it."""
+    """A member as this node sees it. No job is ever acted on because of it.
+
+    suspect: it does not answer, and may be down. It is offered no new work meanwhile.
+    """
 
     ALIVE = "alive"
+    SUSPECT = "suspect"
     DOWN = "down"
+
+
+class KnockOutcome(StrEnum):
+    """What a bare TCP connection to a member's port came to."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused"
+    SILENT = "silent"
 
 
 def mesh_tag(mesh: MeshId | None) -> str:

@@ -21,11 +21,43 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class GossipDigest:
-    """What I know. The receiver answers with what I lack, and, with `wants_answer`, with a digest of its own."""
+    """What I know. The receiver answers with what I lack, and, with `wants_answer`, with a digest of its own.
+
+    summary: 32 hexadecimal characters of a hash over all of it. A digest that has nothing but its summary is brief: to
+    who knows the same it says everything. number: of the probe that it is, or answers; 0 for none.
+    """
 
     known: tuple[Known, ...]
     heads: tuple[Head, ...]
     wants_answer: bool
+    summary: str = ""
+    number: int = 0
+
+    @property
+    def is_brief(self) -> bool:
+        return bool(self.summary) and not self.known and not self.heads
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it wants to be answered, rather than being an answer."""
+        return self.is_brief and self.wants_answer
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeFor:
+    """Please probe `target`: it does not answer me. number: of my own probe."""
+
+    target: NodeId
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeAnswer:
+    """Whether `target` answered in time; also where it did not, so that the asker knows that at least we two talk."""
+
+    target: NodeId
+    number: int
+    is_alive: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,4 +281,6 @@ Message = (
     | Ask
     | Answer
     | JobUpdate
+    | ProbeFor
+    | ProbeAnswer
 )

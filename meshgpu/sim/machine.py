@@ -355,6 +355,10 @@ class Machine:
                 pass
             case fx.Dial(peer=peer, address=address):
                 self._network.dial(self.node, peer, address)
+            case fx.Knock(peer=peer, address=address):
+                self._network.knock(self.node, peer, address)
+            case fx.CloseLink(peer=peer, reason=reason):
+                self._network.close(self.node, peer, reason)
             case fx.Identify(address=address):
                 self._network.identify(self.node, address)
             case fx.TrustMembers(members=members):

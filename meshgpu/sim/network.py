@@ -13,16 +13,19 @@ from meshgpu.core.events import (
     DialFailed,
     Event,
     IdentifyFailed,
+    Knocked,
     LinkClosed,
     LinkOpened,
     MessageArrived,
 )
+from meshgpu.model.gossip import KnockOutcome
 from meshgpu.model.ids import Address, NodeId
 from meshgpu.model.messages import GossipDelta, GossipDigest, Message
 from meshgpu.sim.timeline import Timeline
 from meshgpu.sim.weather import Weather
 
 DIAL_TIMEOUT_S: Final = 5.0
+KNOCK_TIMEOUT_S: Final = 1.0
 KEEPALIVE_S: Final = (1.0, 25.0)
 """When a side notices that its Link is dead: at once if it sends and is refused, by keepalive at the latest."""
 GOSSIP_SNIPS: Final = 0.05
@@ -180,6 +183,27 @@ class Network:
         else:
             event = AddressIdentified(address, answerer.node)
         self._timeline.after(0.01, lambda: self.hosts[source].post(event))
+
+    def knock(self, source: NodeId, peer: NodeId, address: Address) -> None:
+        """A bare TCP connection: the host answers it, or refuses where no agent listens; else nothing does."""
+        host = self._listening(source, address)
+        if host is None:
+            outcome, after_s = KnockOutcome.SILENT, KNOCK_TIMEOUT_S
+        else:
+            outcome = KnockOutcome.ANSWERED if host.instance else KnockOutcome.REFUSED
+            after_s = 2 * self._weather.stream_s(self._timeline.rng)
+        instance = self.hosts[source].instance
+
+        def done() -> None:
+            if self.hosts[source].instance == instance:
+                self.hosts[source].post(Knocked(peer, outcome))
+
+        self._timeline.after(after_s, done)
+
+    def close(self, source: NodeId, peer: NodeId, reason: str) -> None:
+        """One side gives its Link up."""
+        if link := self._ends.get((source, peer)):
+            self._close(link, source, reason)
 
     def drop_untrusted(self, node: NodeId) -> None:
         host = self.hosts[node]

@@ -116,6 +116,8 @@ class Story:
         match message:
             case msg.GossipDigest() | msg.GossipDelta() | msg.LogDelta() | msg.JobUpdate() | msg.Answer() | msg.Ask():
                 return "" if isinstance(message, msg.GossipDigest | msg.GossipDelta | msg.LogDelta) else _kind(message)
+            case msg.ProbeFor() | msg.ProbeAnswer():
+                return ""
             case msg.OfferAnswer():
                 said = "yes" if message.hold else f"no: {message.refusal}"
                 return f"OfferAnswer {self._job(message.job)}/{message.epoch} {said}"

@@ -21,6 +21,7 @@ from meshgpu.adapters.grpc_link.gate import Gate
 from meshgpu.adapters.grpc_link.reverse import STANDING_CALLS, Offers, Standings
 from meshgpu.adapters.grpc_link.routes import ACCEPTED, FRAME_LIMIT_BYTES, OPTIONS, SERVICE, Route, Routes, beneath
 from meshgpu.errors import BrokenInvariant, MeshgpuError, TrustError
+from meshgpu.model.gossip import KnockOutcome
 from meshgpu.model.ids import Address, NodeId
 from meshgpu.ports import (
     Anchor,
@@ -34,7 +35,7 @@ from meshgpu.ports import (
     LinkOpened,
 )
 from meshgpu.wire.certificates import node_of_leaf
-from meshgpu.wire.endpoints import certificate_at, free_port, join_address
+from meshgpu.wire.endpoints import certificate_at, free_port, join_address, split_address
 from meshgpu.wire.grpc_calls import Context, Stream, abort, reason_from, service
 
 PROTOCOL_VERSION: Final = 1
@@ -45,6 +46,9 @@ DIAL_TIMEOUT_S: Final = 5.0
 FIRST_MESSAGE_TIMEOUT_S: Final = 5.0
 HELLO_LIMIT_BYTES: Final = 1024
 IDENTIFY_TIMEOUT_S: Final = 3.0
+KNOCK_TIMEOUT_S: Final = 1.0
+"""An office answers a SYN in milliseconds; one lost SYN is sent again after 1 s."""
+
 ABORT_TIMEOUT_S: Final = 0.3
 """A status waits behind what was written before it; who does not read gets it when he does."""
 
@@ -203,6 +207,19 @@ class GrpcLink:
             return self._standings.fetch(peer, request)
         link = self._links.get(peer)
         return self._routes.fetch(peer, addresses, request, link.route if link else None)
+
+    async def knock(self, address: Address) -> KnockOutcome:
+        """What a bare TCP connection to `address` comes to, within 1 s; nothing is sent over it."""
+        host, port = split_address(address)
+        try:
+            async with asyncio.timeout(KNOCK_TIMEOUT_S):
+                _, writer = await asyncio.open_connection(host, port)
+        except ConnectionRefusedError:
+            return KnockOutcome.REFUSED
+        except (OSError, TimeoutError):
+            return KnockOutcome.SILENT
+        writer.close()
+        return KnockOutcome.ANSWERED
 
     async def identify(self, address: Address) -> NodeId:
         """Whose certificate answers at `address`, unverified: a hint to dial. Raises MeshgpuError `no-answer`."""

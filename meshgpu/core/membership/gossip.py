@@ -21,14 +21,16 @@ from meshgpu.model.gossip import (
     NEEDS_LIMIT,
     Capacity,
     Demand,
+    Doubt,
+    Doubts,
     GossipEntry,
     GossipValue,
     Incarnation,
     NodeRecord,
 )
-from meshgpu.model.ids import KeyId, NodeId
+from meshgpu.model.ids import KeyId, NodeId, digest
 from meshgpu.model.messages import GossipDelta, GossipDigest, Known, LogDelta
-from meshgpu.model.trust import Notary, Role, Signed
+from meshgpu.model.trust import Head, Notary, Role, Signed
 
 DELTA_BYTES: Final = 700_000
 """Of the entries in one message: they fit a frame of 1 MiB."""
@@ -37,6 +39,9 @@ ENTRY_BYTES: Final = 64 * 1024
 ENTRY_PARTS: Final = 256
 """Bytes of one entry, and GPUs, allocations or addresses in it: more is no desktop, and every steward reads it."""
 
+SUMMARY_CHARACTERS: Final = 32
+"""128 bits of a hash: two who differ do not agree by chance."""
+
 DELTA_ENTRIES: Final = 512
 """Entries in one message at most: two or three for each of 170 owners, far below a frame's 1 MiB."""
 
@@ -44,7 +49,8 @@ DELTA_ENTRIES: Final = 512
 @dataclass(frozen=True, slots=True)
 class GossipTiming:
     """coalesce_s: pause between two pushes, so that many changes travel together; the first of them leaves at once.
-    digest_s: how often one random peer is asked for what was missed; higher heals later. jitter spreads it by ±20 %.
+    digest_s: how often a random peer that is not probed is asked for what was missed; higher heals later. jitter: its
+    spread, ±20 %.
     """
 
     coalesce_s: float = 0.05
@@ -82,6 +88,7 @@ class Gossip:
         self._timing = timing
         self._owners: dict[NodeId, _Owner] = {node: _Owner(Incarnation(epoch, 0))}
         self._known: tuple[Known, ...] | None = None
+        self._summary: tuple[tuple[Known, ...], tuple[Head, ...], str] = ((), (), "")
         self._peers: list[NodeId] = []
         self._push_at: float | None = None
         self._pushed_at = -math.inf
@@ -101,6 +108,16 @@ class Gossip:
         value = self._value(node, Demand)
         return value if isinstance(value, Demand) else None
 
+    def doubts(self, node: NodeId) -> tuple[Doubt, ...]:
+        """Whom it doubts now."""
+        value = self._value(node, Doubts)
+        return value.doubts if isinstance(value, Doubts) else ()
+
+    def incarnation(self, node: NodeId) -> Incarnation:
+        """The highest that was heard of it."""
+        owner = self._owners.get(node)
+        return owner.incarnation if owner else Incarnation(0, 0)
+
     def _value(self, node: NodeId, kind: type) -> GossipValue | None:
         owner = self._owners.get(node)
         found = owner.entries.get(kind) if owner else None
@@ -111,6 +128,19 @@ class Gossip:
             owners = [(node, owner) for node, owner in sorted(self._owners.items()) if owner.entries]
             self._known = tuple(Known(node, owner.incarnation, owner.version) for node, owner in owners)
         return self._known
+
+    def summary(self) -> str:
+        """One short word for all that is known here: who has the same word knows the same."""
+        known, heads = self.known(), self._log.heads()
+        if (known, heads) != self._summary[:2]:
+            rows = [f"{k.owner} {k.incarnation.epoch} {k.incarnation.counter} {k.version}" for k in known]
+            rows += [f"{head.author} {head.seq} {head.entry}" for head in heads]
+            self._summary = (known, heads, digest("\n".join(rows).encode())[:SUMMARY_CHARACTERS])
+        return self._summary[2]
+
+    def probe(self, peer: NodeId, number: int) -> Effect:
+        """Asks a member of the office for an answer, and for what was missed."""
+        return Send(peer, GossipDigest((), (), wants_answer=True, summary=self.summary(), number=number))
 
     # -- own entries --------------------------------------------------------------------------------------------------
 
@@ -156,17 +186,35 @@ class Gossip:
         """Pass new log entries on at once; who has them already adds nothing and stays quiet."""
         return [Send(peer, LogDelta(entries)) for peer in self._peers if peer != source]
 
-    def digest_arrived(self, peer: NodeId, digest: GossipDigest) -> list[Effect]:
+    def digest_arrived(self, peer: NodeId, told: GossipDigest) -> list[Effect]:
+        if told.is_brief:
+            return self._answer_brief(peer, told)
         effects: list[Effect] = []
-        lacking_log = self._log.beyond(digest.heads)
+        lacking_log = self._log.beyond(told.heads)
         if lacking_log:
             effects.append(Send(peer, LogDelta(fitting(lacking_log))))
-        newer = self._newer_than(digest.known) if self._is_of_office(peer) else ()
+        newer = self._newer_than(told.known) if self._is_of_office(peer) else ()
         if newer:
             effects.append(Send(peer, GossipDelta(newer)))
-        if digest.wants_answer:
+        if told.wants_answer:
             effects.append(Send(peer, self._digest(peer, wants_answer=False)))
         return effects
+
+    def _answer_brief(self, peer: NodeId, told: GossipDigest) -> list[Effect]:
+        """Who knows the same needs no rows. Else the one that was asked shows its own, and hears what it lacks."""
+        if not told.wants_answer:
+            return []
+        is_same = told.summary == self.summary() or not self._is_of_office(peer)
+        if is_same:
+            return [Send(peer, GossipDigest((), (), False, self.summary(), told.number))]
+        return [Send(peer, self._digest(peer, wants_answer=True, number=told.number))]
+
+    def outbid(self, now: Now, heard: Incarnation) -> bool:
+        """Somebody doubts this node under `heard`: say everything again above it. False where it is an old doubt."""
+        if heard < self._owners[self._node].incarnation:
+            return False
+        self._raise(now, heard)
+        return True
 
     def delta_arrived(self, now: Now, peer: NodeId, delta: GossipDelta) -> tuple[list[NodeId], list[Effect]]:
         """Returns the owners whose entries changed."""
@@ -198,8 +246,8 @@ class Gossip:
             effects.extend(Send(peer, push) for peer in self._peers if self._is_of_office(peer))
         if self._digest_at is not None and now.boot_s >= self._digest_at:
             self._digest_at = now.boot_s + self._next_interval() if self._peers else None
-            if self._peers:
-                peer = self._rng.choice(self._peers)
+            if unprobed := [peer for peer in self._peers if not self._is_probed(peer)]:
+                peer = self._rng.choice(unprobed)
                 effects.append(Send(peer, self._digest(peer, wants_answer=True)))
         return effects
 
@@ -208,11 +256,15 @@ class Gossip:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _digest(self, peer: NodeId, *, wants_answer: bool) -> GossipDigest:
+    def _is_probed(self, peer: NodeId) -> bool:
+        """Whether digests ride in probes between the two: neither is a cloud node."""
+        return self._is_of_office(peer) and self._is_of_office(self._node)
+
+    def _digest(self, peer: NodeId, *, wants_answer: bool, number: int = 0) -> GossipDigest:
         known = self.known()
         if not self._is_of_office(peer):
             known = tuple(row for row in known if row.owner == peer)
-        return GossipDigest(known, self._log.heads(), wants_answer)
+        return GossipDigest(known, self._log.heads(), wants_answer, number=number)
 
     def _is_of_office(self, peer: NodeId) -> bool:
         """Whether it may hear of others: it is a member, and no cloud node."""
@@ -265,9 +317,11 @@ class Gossip:
 
     def _outbid(self, now: Now, heard: Incarnation) -> None:
         """Somebody knows a later me (restored from a backup): jump above it and say everything again."""
+        if heard > self._owners[self._node].incarnation:
+            self._raise(now, heard)
+
+    def _raise(self, now: Now, heard: Incarnation) -> None:
         own = self._owners[self._node]
-        if heard <= own.incarnation:
-            return
         values = [entry.value for entry, _ in own.in_order()]
         own = self._owners[self._node] = _Owner(replace(heard, counter=heard.counter + 1))
         for value in values:
@@ -293,5 +347,7 @@ def is_of_a_desktop(value: GossipValue) -> bool:
         return max(len(value.addresses), len(value.inventory.gpus), len(value.trusts)) <= ENTRY_PARTS
     if isinstance(value, Demand):
         return len(value.needs) <= NEEDS_LIMIT
+    if isinstance(value, Doubts):
+        return len(value.doubts) <= ENTRY_PARTS
     shares = sum(len(allocation.gpus) for allocation in value.allocations)
     return max(len(value.readings), len(value.allocations), shares) <= ENTRY_PARTS

@@ -100,6 +100,11 @@ class Links:
         found = self._peers.get(peer)
         return found.addresses if found else ()
 
+    def best_address(self, peer: NodeId) -> Address | None:
+        """The one that is dialled next, or by which the Link was opened."""
+        found = self._peers.get(peer)
+        return found.addresses[found.turn % len(found.addresses)] if found and found.addresses else None
+
     # -- events -------------------------------------------------------------------------------------------------------
 
     def link_opened(self, now: Now, peer: NodeId) -> None:

@@ -24,6 +24,8 @@ from meshgpu.model.messages import (
     Message,
     Offer,
     OfferAnswer,
+    ProbeAnswer,
+    ProbeFor,
     Release,
     ReportAck,
     Submit,
@@ -38,6 +40,8 @@ _SUBMITS: Final = OFFICE_ROLES - {Role.VIEWER}
 
 MAY: Final[Mapping[type[Message | BulkRequest], frozenset[Role]]] = {
     GossipDigest: _EVERYBODY,
+    ProbeFor: OFFICE_ROLES,
+    ProbeAnswer: OFFICE_ROLES,
     GossipDelta: _EVERYBODY,
     LogDelta: _EVERYBODY,
     Submit: _SUBMITS,

@@ -43,6 +43,8 @@ class Frame(_message.Message):
     ASK_FIELD_NUMBER: _builtins.int
     ANSWER_FIELD_NUMBER: _builtins.int
     JOB_UPDATE_FIELD_NUMBER: _builtins.int
+    PROBE_FOR_FIELD_NUMBER: _builtins.int
+    PROBE_ANSWER_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """Protocol version; 1."""
     mesh: _builtins.str
@@ -119,6 +121,14 @@ class Frame(_message.Message):
     def job_update(self) -> _messages_pb2.JobUpdate:
         """Present for this message."""
 
+    @_builtins.property
+    def probe_for(self) -> _messages_pb2.ProbeFor:
+        """Present for this message."""
+
+    @_builtins.property
+    def probe_answer(self) -> _messages_pb2.ProbeAnswer:
+        """Present for this message."""
+
     def __init__(
         self,
         *,
@@ -142,12 +152,14 @@ class Frame(_message.Message):
         ask: _messages_pb2.Ask | None = ...,
         answer: _messages_pb2.Answer | None = ...,
         job_update: _messages_pb2.JobUpdate | None = ...,
+        probe_for: _messages_pb2.ProbeFor | None = ...,
+        probe_answer: _messages_pb2.ProbeAnswer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "log_delta", b"log_delta", "offer", b"offer", "offer_answer", b"offer_answer", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "log_delta", b"log_delta", "offer", b"offer", "offer_answer", b"offer_answer", "probe_answer", b"probe_answer", "probe_for", b"probe_for", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "log_delta", b"log_delta", "mesh", b"mesh", "offer", b"offer", "offer_answer", b"offer_answer", "protocol", b"protocol", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "log_delta", b"log_delta", "mesh", b"mesh", "offer", b"offer", "offer_answer", b"offer_answer", "probe_answer", b"probe_answer", "probe_for", b"probe_for", "protocol", b"protocol", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["gossip_digest", "gossip_delta", "log_delta", "submit", "submit_answer", "offer", "offer_answer", "release", "commit", "commit_answer", "activate", "fence", "attempt_report", "report_ack", "cancel", "ask", "answer", "job_update"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["gossip_digest", "gossip_delta", "log_delta", "submit", "submit_answer", "offer", "offer_answer", "release", "commit", "commit_answer", "activate", "fence", "attempt_report", "report_ack", "cancel", "ask", "answer", "job_update", "probe_for", "probe_answer"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

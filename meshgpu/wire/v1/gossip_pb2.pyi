@@ -266,6 +266,62 @@ class Demand(_message.Message):
 Global___Demand: _TypeAlias = Demand  # noqa: Y015
 
 @_typing.final
+class Doubt(_message.Message):
+    """That a member does not answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    IS_GONE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node id."""
+    is_gone: _builtins.bool
+    """Whether its port refuses: its process is gone."""
+    @_builtins.property
+    def incarnation(self) -> Global___Incarnation:
+        """The highest that was heard of it; required."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        incarnation: Global___Incarnation | None = ...,
+        is_gone: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "is_gone", b"is_gone", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Doubt: _TypeAlias = Doubt  # noqa: Y015
+
+@_typing.final
+class Doubts(_message.Message):
+    """Whom the owner doubts now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOUBTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def doubts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Doubt]:
+        """By node."""
+
+    def __init__(
+        self,
+        *,
+        doubts: _abc.Iterable[Global___Doubt] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doubts", b"doubts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Doubts: _TypeAlias = Doubts  # noqa: Y015
+
+@_typing.final
 class GossipEntry(_message.Message):
     """One entry of one owner."""
 
@@ -278,6 +334,7 @@ class GossipEntry(_message.Message):
     NODE_RECORD_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
     DEMAND_FIELD_NUMBER: _builtins.int
+    DOUBTS_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id."""
     owner: _builtins.str
@@ -300,6 +357,10 @@ class GossipEntry(_message.Message):
     def demand(self) -> Global___Demand:
         """Present for queued work that the office has no room for."""
 
+    @_builtins.property
+    def doubts(self) -> Global___Doubts:
+        """Present for who does not answer."""
+
     def __init__(
         self,
         *,
@@ -310,12 +371,13 @@ class GossipEntry(_message.Message):
         node_record: Global___NodeRecord | None = ...,
         capacity: Global___Capacity | None = ...,
         demand: Global___Demand | None = ...,
+        doubts: Global___Doubts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "demand", b"demand", "incarnation", b"incarnation", "node_record", b"node_record", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "demand", b"demand", "doubts", b"doubts", "incarnation", b"incarnation", "node_record", b"node_record", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "demand", b"demand", "incarnation", b"incarnation", "mesh", b"mesh", "node_record", b"node_record", "owner", b"owner", "value", b"value", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "demand", b"demand", "doubts", b"doubts", "incarnation", b"incarnation", "mesh", b"mesh", "node_record", b"node_record", "owner", b"owner", "value", b"value", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["node_record", "capacity", "demand"]  # noqa: Y015
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["node_record", "capacity", "demand", "doubts"]  # noqa: Y015
     _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
 

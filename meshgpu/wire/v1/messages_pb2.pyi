@@ -64,8 +64,14 @@ class GossipDigest(_message.Message):
     KNOWN_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
     WANTS_ANSWER_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     wants_answer: _builtins.bool
     """Whether the receiver answers with a digest of its own."""
+    summary: _builtins.str
+    """32 hexadecimal characters of a hash over `known` and `heads`; without these it is all there is."""
+    number: _builtins.int
+    """Of the probe that this is, or answers; 0 for none."""
     @_builtins.property
     def known(self) -> _containers.RepeatedCompositeFieldContainer[Global___Known]:
         """One for each owner."""
@@ -80,14 +86,72 @@ class GossipDigest(_message.Message):
         known: _abc.Iterable[Global___Known] | None = ...,
         heads: _abc.Iterable[_trust_pb2.Head] | None = ...,
         wants_answer: _builtins.bool = ...,
+        summary: _builtins.str = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "known", b"known", "wants_answer", b"wants_answer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "known", b"known", "number", b"number", "summary", b"summary", "wants_answer", b"wants_answer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GossipDigest: _TypeAlias = GossipDigest  # noqa: Y015
+
+@_typing.final
+class ProbeFor(_message.Message):
+    """Please probe another node: it does not answer me."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    """Node id."""
+    number: _builtins.int
+    """Of the asker's own probe."""
+    def __init__(
+        self,
+        *,
+        target: _builtins.str = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeFor: _TypeAlias = ProbeFor  # noqa: Y015
+
+@_typing.final
+class ProbeAnswer(_message.Message):
+    """Whether it answered in time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    IS_ALIVE_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    """Node id."""
+    number: _builtins.int
+    """As in ProbeFor."""
+    is_alive: _builtins.bool
+    """False also where there is no Link to it."""
+    def __init__(
+        self,
+        *,
+        target: _builtins.str = ...,
+        number: _builtins.int = ...,
+        is_alive: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_alive", b"is_alive", "number", b"number", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeAnswer: _TypeAlias = ProbeAnswer  # noqa: Y015
 
 @_typing.final
 class GossipDelta(_message.Message):

@@ -15,7 +15,7 @@ from meshgpu.model.ids import Address, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import Inventory
 from meshgpu.model.messages import GossipDelta, GossipDigest, LogDelta
 from meshgpu.model.trust import Signed
-from meshgpu.sim.office import Office
+from meshgpu.sim.office import Office, furnish
 
 Clock = Callable[[float], Now]
 RECORD = NodeRecord("1", (Address("a:1"),), Inventory(1, 1))
@@ -135,13 +135,73 @@ def test_digest_brings_what_was_missed_and_nothing_else(
     )
 
 
-def test_digests_go_to_a_random_peer_every_second(
+def rented_pair() -> tuple[Gossip, NodeId]:
+    """The gossip of a machine of an office, and the id of an instance."""
+    office = furnish(random.Random(1), 2, is_plain=True, instances=1)
+    return make(office, 0), office.setups[2].node
+
+
+def digests_in_ten_seconds(gossip: Gossip, at: Clock) -> int:
+    return sum(bool(messages(gossip.step(at(tick / 10)), GossipDigest)) for tick in range(100))
+
+
+def test_digest_goes_to_an_instance_every_second(at: Clock) -> None:
+    one, instance = rented_pair()
+    one.link_opened(at(0), instance)
+    assert 8 <= digests_in_ten_seconds(one, at) <= 13
+
+
+def test_digests_between_machines_of_the_office_ride_in_probes_alone(
     pair: tuple[Gossip, Gossip], nodes: tuple[NodeId, NodeId], at: Clock
 ) -> None:
     one, _ = pair
     one.link_opened(at(0), nodes[1])
-    sent = sum(bool(messages(one.step(at(tick / 10)), GossipDigest)) for tick in range(100))
-    assert 8 <= sent <= 13
+    assert digests_in_ten_seconds(one, at) == 0
+
+
+def test_probe_is_answered_in_brief_by_who_knows_the_same(
+    pair: tuple[Gossip, Gossip], nodes: tuple[NodeId, NodeId], at: Clock
+) -> None:
+    one, other = pair
+    one.say(at(0), RECORD)
+    converse(at(0), one, other, nodes, one.link_opened(at(0), nodes[1]))
+    asked = one.probe(nodes[1], 7)
+    assert isinstance(asked, Send)
+    assert isinstance(asked.message, GossipDigest)
+    assert asked.message.is_probe
+    assert other.digest_arrived(nodes[0], asked.message) == [
+        Send(nodes[0], GossipDigest((), (), False, other.summary(), 7))
+    ]
+
+
+def test_probe_brings_what_was_missed_both_ways(
+    pair: tuple[Gossip, Gossip], nodes: tuple[NodeId, NodeId], at: Clock
+) -> None:
+    one, other = pair
+    one.say(at(0), RECORD)
+    other.say(at(0), Capacity((), ()))
+    converse(at(0), one, other, nodes, [one.probe(nodes[1], 7)])
+    assert one.capacity(nodes[1]) == Capacity((), ())
+    assert other.record(nodes[0]) == RECORD
+    assert one.summary() == other.summary()
+
+
+def test_summary_differs_where_only_the_log_does(office: Office) -> None:
+    assert make(office, 0).summary() != make(office, 0, count=3).summary()
+
+
+def test_who_is_doubted_says_everything_again_above_it(
+    pair: tuple[Gossip, Gossip], nodes: tuple[NodeId, NodeId], at: Clock
+) -> None:
+    one, other = pair
+    one.link_opened(at(0), nodes[1])
+    one.say(at(0), RECORD)
+    assert one.outbid(at(1), Incarnation(1, 4))
+    assert one.incarnation(nodes[0]) == Incarnation(1, 5)
+    assert not one.outbid(at(1), Incarnation(1, 4))
+    converse(at(1), one, other, nodes, one.step(at(1)))
+    assert other.incarnation(nodes[0]) == Incarnation(1, 5)
+    assert other.record(nodes[0]) == RECORD
 
 
 def test_closed_link_is_not_used(pair: tuple[Gossip, Gossip], nodes: tuple[NodeId, NodeId], at: Clock) -> None:

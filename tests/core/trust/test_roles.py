@@ -19,7 +19,10 @@ from meshgpu.model.trust import Member, Role
 from meshgpu.sim.office import furnish
 
 KINDS = (*get_args(Message), *get_args(BulkRequest))
-LOOKS = {"GossipDigest", "GossipDelta", "LogDelta", "Ask", "LogsWanted", "FilesWanted", "FileWanted"}
+LOOKS = {
+    *("GossipDigest", "GossipDelta", "LogDelta", "ProbeFor", "ProbeAnswer"),
+    *("Ask", "LogsWanted", "FilesWanted", "FileWanted"),
+}
 RUNS = {"OfferAnswer", "CommitAnswer", "AttemptReport", "ChunksWanted"}
 HOLDS = {
     *("Offer", "Release", "Commit", "Activate", "Fence", "Cancel", "ReportAck"),
