@@ -143,10 +143,10 @@ class Links:
             effects.extend(
                 Identify(seed) for seed, node in self._seeds.items() if node is None or node not in self.open
             )
-        due = sorted(peer for peer, found in self._peers.items() if self._is_due(now, peer, found))
-        if due:
-            under_way = sum(found.is_dialling for found in self._peers.values())
-            for peer in due[: max(self._timing.dials - under_way, 0)]:
+        room = 0 if self._is_complete() else self._timing.dials - self._under_way()
+        if room > 0:
+            due = sorted(peer for peer, found in self._peers.items() if self._is_due(now, peer, found))
+            for peer in due[:room]:
                 found = self._peers[peer]
                 found.is_dialling = True
                 effects.append(Dial(peer, found.addresses[found.turn % len(found.addresses)]))
@@ -155,7 +155,7 @@ class Links:
     def deadline(self) -> float | None:
         if self._log.mesh is None:
             return None
-        if sum(found.is_dialling for found in self._peers.values()) >= self._timing.dials:
+        if self._is_complete() or self._under_way() >= self._timing.dials:
             return self._seeds_at
         dials = [
             found.next_dial
@@ -165,6 +165,13 @@ class Links:
         return earliest(self._seeds_at, *dials)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _is_complete(self) -> bool:
+        """Whether all that are known are linked: nearly always, and then there is nobody to look for."""
+        return len(self.open) == len(self._peers)
+
+    def _under_way(self) -> int:
+        return sum(found.is_dialling for found in self._peers.values())
 
     def _goes_first(self, peer: NodeId) -> bool:
         return self._node < peer or self._role(peer) is Role.CLOUD

@@ -144,13 +144,9 @@ class Liveness:
 
     def doubts(self) -> Doubts:
         """What this node doubts, for its gossip."""
-        return Doubts(
-            tuple(
-                Doubt(peer, found.incarnation, found.is_gone)
-                for peer, found in sorted(self._watched.items())
-                if found.doubted_at is not None
-            )
-        )
+        doubted = sorted(peer for peer, found in self._watched.items() if found.doubted_at is not None)
+        found = self._watched
+        return Doubts(tuple(Doubt(peer, found[peer].incarnation, found[peer].is_gone) for peer in doubted))
 
     # -- what is heard ------------------------------------------------------------------------------------------------
 
@@ -261,7 +257,7 @@ class Liveness:
         if self._next_at is not None and now.boot_s >= self._next_at:
             self._next_at = now.boot_s + self._interval()
             effects += self._probe_next(now)
-        for peer, found in list(self._watched.items()):
+        for peer, found in self._unsure():
             effects += self._step_one(now, peer, found)
         for key, favour in list(self._favours.items()):
             if now.boot_s >= favour.asked_at + self._timing.answer_s:
@@ -272,7 +268,7 @@ class Liveness:
 
     def deadline(self) -> float | None:
         times = [self._next_at, *(favour.asked_at + self._timing.answer_s for favour in self._favours.values())]
-        for peer, found in self._watched.items():
+        for peer, found in self._unsure():
             if found.asked_at is not None:
                 times.append(found.asked_at + (self._round_s() if self._is_waiting(found) else self._answer_s()))
             if found.doubted_at is not None and found.state is not MemberState.DOWN:
@@ -372,6 +368,14 @@ class Liveness:
         return shortest * (LONGEST - (LONGEST - 1.0) * shared)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _unsure(self) -> list[tuple[NodeId, _Watched]]:
+        """Those of whom something is waited for: few of many."""
+        return [
+            (peer, found)
+            for peer, found in self._watched.items()
+            if found.asked_at is not None or found.doubted_at is not None or found.knock_at is not None
+        ]
 
     def _is_waiting(self, found: _Watched) -> bool:
         """Whether there is nothing left to do but to wait for the end of the round."""
