@@ -251,24 +251,29 @@ def quantile(values: Sequence[float], part: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. is_count: whether a ratio of two zeros says nothing."""
+    """One line of the table. note: of how many it is made."""
 
     what: str
     unit: str
     ours: float
     memberlist: float
+    note: str = ""
 
 
 def rows(pair: Pair) -> Iterator[Row]:
-    def row(what: str, unit: str, read: Callable[[Figures], float]) -> Row:
-        return Row(what, unit, read(pair.ours), read(pair.memberlist))
+    def row(what: str, unit: str, read: Callable[[Figures], float], note: str = "") -> Row:
+        return Row(what, unit, read(pair.ours), read(pair.memberlist), note)
 
-    yield row("all know a change, p50", "ms", lambda f: quantile(f.known_s, 0.5) * 1e3)
+    ours = pair.ours
+    yield row("all know a change, p50", "ms", lambda f: quantile(f.known_s, 0.5) * 1e3, f"{len(ours.known_s)} changes")
     yield row("all know a change, p99", "ms", lambda f: quantile(f.known_s, 0.99) * 1e3)
-    yield row("sent by a machine, idle", "B/s", lambda f: f.quiet_bytes)
-    yield row("sent by a machine, readings change", "B/s", lambda f: f.busy_bytes)
-    yield row("killed agent known to all, p50", "s", lambda f: quantile(f.killed_s, 0.5))
-    yield row("killed agent known to all, worst", "s", lambda f: quantile(f.killed_s, 1.0))
-    yield row("lost machine known to all, p50", "s", lambda f: quantile(f.lost_s, 0.5))
-    yield row("lost machine known to all, worst", "s", lambda f: quantile(f.lost_s, 1.0))
-    yield row("false DOWN per 10^6 node seconds", "", lambda f: f.false_downs / f.node_seconds * 1e6)
+    yield row("sent by each machine, idle", "B/s", lambda f: f.quiet_bytes)
+    yield row("sent by each machine, GPU readings change", "B/s", lambda f: f.busy_bytes)
+    yield row(
+        "all know of a killed agent, p50", "s", lambda f: quantile(f.killed_s, 0.5), f"{len(ours.killed_s)} agents"
+    )
+    yield row("all know of a killed agent, worst", "s", lambda f: quantile(f.killed_s, 1.0))
+    yield row("all know of a lost machine, p50", "s", lambda f: quantile(f.lost_s, 0.5), f"{len(ours.lost_s)} machines")
+    yield row("all know of a lost machine, worst", "s", lambda f: quantile(f.lost_s, 1.0))
+    counts = f"{ours.false_downs} and {pair.memberlist.false_downs} in {ours.node_seconds:,.0f}"
+    yield row("false DOWN per 10^6 node seconds", "", lambda f: f.false_downs / f.node_seconds * 1e6, counts)
