@@ -43,6 +43,10 @@ def machine_document(view: MachineView) -> Document:
         "paused_until": record.pause.until_wall_s if record and record.pause else None,
         "gpu_note": inventory.gpu_note if inventory else "",
         "down_s": view.down_s,
+        "heard_s": view.heard_s,
+        "capacity_s": view.capacity_s,
+        "jobs": len(allocations),
+        "doubted_by": list(view.doubted_by),
         "version": record.agent_version if record else "",
         "gpus": [
             _gpu_document(gpu, readings.get(gpu.uuid), allocations) for gpu in (inventory.gpus if inventory else ())

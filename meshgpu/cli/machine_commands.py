@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Annotated, Final
 
 import typer
 
@@ -19,6 +19,10 @@ from meshgpu.errors import AgentUnreachable
 
 COLUMNS: Final = ("MACHINE", "GPU", "TEMP", "UTIL", "MEMORY", "STATE")
 NUMBERS: Final = frozenset({"TEMP", "UTIL", "MEMORY"})
+KNOWN_COLUMNS: Final = ("MACHINE", "STATE", "HEARD", "CAPACITY", "JOBS", "DOUBTED BY")
+KNOWN_NUMBERS: Final = frozenset({"HEARD", "CAPACITY", "JOBS"})
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show how old it is, and who doubts whom.")]
 
 
 def up() -> None:
@@ -37,7 +41,7 @@ def down() -> None:
     note("the agent is stopped; jobs run on (meshgpu up brings it back)")
 
 
-def machines(as_json: Json = False, watch: Watch = False) -> None:
+def machines(verbose: Verbose = False, as_json: Json = False, watch: Watch = False) -> None:
     """Show the machines of the mesh, one line for each GPU."""
     client = AgentClient.found()
 
@@ -45,6 +49,8 @@ def machines(as_json: Json = False, watch: Watch = False) -> None:
         found = client.machines()["machines"]
         if as_json:
             print(json.dumps({"machines": found}), flush=True)
+        elif verbose:
+            print_table(KNOWN_COLUMNS, [_known_row(machine) for machine in found], KNOWN_NUMBERS)
         else:
             print_table(COLUMNS, [row for machine in found for row in machine_rows(machine)], NUMBERS)
 
@@ -129,6 +135,19 @@ def machine_rows(machine: MachineView) -> Iterator[tuple[str, ...]]:
             "-" if gone else _memory(gpu),
             gone or _gpu_state(machine, gpu),
         )
+
+
+def _known_row(machine: MachineView) -> tuple[str, ...]:
+    """What is known of a machine, and since when."""
+    heard, told = machine["heard_s"], machine["capacity_s"]
+    return (
+        f"{machine['name']} (this)" if machine["self"] else machine["name"],
+        machine["state"],
+        "-" if heard is None else ago(heard),
+        "-" if told is None else ago(told),
+        str(machine["jobs"]),
+        ", ".join(machine["doubted_by"]) or "-",
+    )
 
 
 def _absence(machine: MachineView) -> str:

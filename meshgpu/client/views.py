@@ -172,7 +172,10 @@ class GpuView(TypedDict):
 
 
 class MachineView(TypedDict):
-    """A member and its GPUs. state: `alive suspect down left revoked`; down_s: seconds since it was last heard.
+    """A member and its GPUs. state: `alive suspect down left revoked`; down_s: seconds since its Link was lost.
+
+    heard_s: since it last said something itself; capacity_s: since its capacity was heard, from anybody; else None.
+    jobs: how many run there or are about to. doubted_by: machines to which it does not answer either.
 
     lending: `polite shared dedicated`. paused: its owner lends nothing, until paused_until, or until he says so (None).
     """
@@ -191,6 +194,10 @@ class MachineView(TypedDict):
     paused_until: float | None
     gpu_note: str
     down_s: float | None
+    heard_s: float | None
+    capacity_s: float | None
+    jobs: int
+    doubted_by: list[str]
     gpus: list[GpuView]
 
 

@@ -91,7 +91,11 @@ class NodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class MachineView:
-    """A member as people see it. down_s: for how long it has not answered; None if it answers or never did."""
+    """A member as people see it. down_s: for how long it has not answered; None if it answers or never did.
+
+    heard_s: how long ago it last said something itself; capacity_s: how long ago its capacity was heard, from anybody.
+    None where that never was. doubted_by: who else says that it does not answer.
+    """
 
     member: Member
     state: MemberState
@@ -99,6 +103,9 @@ class MachineView:
     down_s: float | None
     record: NodeRecord | None
     capacity: Capacity | None
+    heard_s: float | None
+    capacity_s: float | None
+    doubted_by: tuple[str, ...]
 
 
 class Node:
@@ -159,6 +166,7 @@ class Node:
     def _machine(self, now: Now, member: Member) -> MachineView:
         state = self.state(member.node)
         lost_at = self._links.last_seen(member.node)
+        heard_at = self._liveness.heard_at(member.node)
         return MachineView(
             member,
             state,
@@ -166,6 +174,9 @@ class Node:
             now.boot_s - lost_at if state is not MemberState.ALIVE and lost_at is not None else None,
             self._gossip.record(member.node),
             self._gossip.capacity(member.node),
+            now.boot_s - heard_at if heard_at is not None else None,
+            self._gossip.capacity_age_s(now, member.node),
+            tuple(sorted(self.log.members[other].name for other in self._doubted_by(member.node))),
         )
 
     def why(self, spec: JobSpec) -> tuple[MachineVerdict, ...]:
@@ -209,10 +220,13 @@ class Node:
                 return Rule.CLOSED, NEEDS_IMAGE
         if guest.secrets is not None and not guest.secrets.opens_for(member.node):
             return Rule.SEALED, NO_WRAP
-        if self.state(member.node) is MemberState.SUSPECT:
-            return Rule.DOWN, "does not answer at the moment"
-        if member.node != self.node and member.node not in self._links.open:
-            return Rule.DOWN, "does not answer"
+        match self.state(member.node):
+            case MemberState.SUSPECT:
+                return Rule.DOWN, "does not answer at the moment"
+            case MemberState.DOWN:
+                return Rule.DOWN, "does not answer"
+            case MemberState.ALIVE:
+                pass
         if record is not None and record.pause is not None:
             return Rule.OWNER, PAUSED
         return None, ""

@@ -11,7 +11,7 @@ from meshgpu.core.jobs.placement import find_room, lacking, out_of_bounds
 from meshgpu.core.owner import permission
 from meshgpu.core.sweep import expand, trial_spec
 from meshgpu.errors import BrokenInvariant
-from meshgpu.model.gossip import Allocation, GossipValue
+from meshgpu.model.gossip import Allocation, GossipValue, MemberState
 from meshgpu.model.ids import GpuId, HoldId, JobId, KeyId, NodeId
 from meshgpu.model.inventory import Inventory
 from meshgpu.model.job import (
@@ -418,7 +418,13 @@ def _members(machine: Machine) -> set[NodeId]:
 
 
 def _links_unsettled(machines: list[Machine]) -> list[str]:
-    return [
+    unseen = [
+        f"{one.setup.name} takes {other.setup.name} for {state}"
+        for one in machines
+        for other in machines
+        if one.is_linked(other) and (state := one.sees(other)) is not MemberState.ALIVE
+    ]
+    return unseen + [
         f"no Link between {one.setup.name} and {other.setup.name}"
         for one in machines
         for other in machines

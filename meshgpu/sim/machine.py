@@ -13,7 +13,7 @@ from meshgpu.core.node import Node, NodeConfig
 from meshgpu.core.owner import OwnerPolicy
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.clock import Now
-from meshgpu.model.gossip import Capacity, NodeRecord
+from meshgpu.model.gossip import Capacity, MemberState, NodeRecord
 from meshgpu.model.ids import Address, Digest, GpuId, JobId, KeyId, NodeId, UserName
 from meshgpu.model.inventory import GpuProcess, GpuReading, Inventory, ProcessKind
 from meshgpu.model.job import AttemptPlan, Result
@@ -107,7 +107,7 @@ class Machine:
         self.is_gone = False
         self.instance = 0
         self.lag_s = 0.0
-        self._waiting: list[Event] | None = None
+        self.paused_until_s = 0.0
         self.agent: Node | None = None
         self.disk: dict[tuple[str, str], Record] = {}
         self.trees: set[Digest] = set()
@@ -154,6 +154,10 @@ class Machine:
     def is_linked(self, other: "Machine") -> bool:
         return self._network.is_linked(self.node, other.node)
 
+    def sees(self, other: "Machine") -> MemberState | None:
+        """How the other stands here; None while no agent runs."""
+        return self.agent.state(other.node) if self.agent is not None else None
+
     def views(self) -> dict[NodeId, tuple[NodeRecord | None, Capacity | None]]:
         """{member: what this machine's agent has heard of it}."""
         if self.agent is None:
@@ -167,6 +171,14 @@ class Machine:
     @property
     def rng(self) -> random.Random:
         return self._timeline.rng
+
+    @property
+    def is_paused(self) -> bool:
+        return self._timeline.time_s < self.paused_until_s
+
+    def pause(self, for_s: float) -> None:
+        """The agent gets no processor for a while; its machine answers for it as far as TCP goes."""
+        self.paused_until_s = max(self.paused_until_s, self._timeline.time_s + for_s)
 
     # -- the agent's life ---------------------------------------------------------------------------------------------
 
@@ -194,7 +206,6 @@ class Machine:
         self.agent, self.instance, self._wake_at, self._outbox = None, 0, None, _Outbox()
         self._trusted = frozenset()
         self.crash_at = None
-        self._waiting = None
         self._network.agent_died(self.node)
         self.executor.agent_died()
 
@@ -221,26 +232,13 @@ class Machine:
         self.power_off()
         self.is_gone = True
 
-    @property
-    def is_frozen(self) -> bool:
-        return self._waiting is not None
-
-    def freeze(self) -> None:
-        """Stop the agent's process as SIGSTOP does: its kernel goes on taking in what others send."""
-        if self.agent is not None and self._waiting is None:
-            self._waiting = []
-
-    def thaw(self) -> None:
-        waiting, self._waiting = self._waiting or [], None
-        for event in waiting:
-            self.post(event)
-
     # -- events in ----------------------------------------------------------------------------------------------------
 
     def post(self, event: Event) -> None:
-        """Let the agent know, if one runs; a frozen one hears of it when it goes on."""
-        if self._waiting is not None:
-            self._waiting.append(event)
+        """Let the agent know, if one runs; when it runs again, while it is paused."""
+        life = self.instance
+        if self.is_paused:
+            self._timeline.at(self.paused_until_s, lambda: self.post(event) if self.instance == life else None)
         elif self.agent is not None:
             self._stepped(event, self.agent.step(self.now(), event))
 

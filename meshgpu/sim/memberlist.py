@@ -275,7 +275,7 @@ class Memberlist:
     _probes: dict[int, _Probe] = field(default_factory=dict)
     _is_probing: bool = False
     _round: list[int] = field(default_factory=list)
-    _waiting: list[Callable[[], None]] | None = None
+    _paused_until_s: float = 0.0
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -293,26 +293,22 @@ class Memberlist:
         """The process is killed."""
         self.instance, self.health = 0, 0
         self.views, self._queue, self._probes, self._round = {}, {}, {}, []
-        self._is_probing, self._waiting = False, None
+        self._is_probing, self._paused_until_s = False, 0.0
 
     def join(self, through: int) -> None:
         """As a process does that has just started: exchange everything with one member that it was told of."""
         self._exchange(through)
 
-    def freeze(self) -> None:
-        if self.instance and self._waiting is None:
-            self._waiting = []
-
-    def thaw(self) -> None:
-        waiting, self._waiting = self._waiting or [], None
-        for act in waiting:
-            self.do(act)
+    def pause(self, for_s: float) -> None:
+        """Stand still, as under SIGSTOP."""
+        self._paused_until_s = max(self._paused_until_s, self._now + for_s)
 
     def do(self, act: Callable[[], None]) -> None:
         """Act now, unless the process is gone; a stopped one acts when it goes on."""
-        if self._waiting is not None:
-            self._waiting.append(act)
-        elif self.instance:
+        life = self.instance
+        if self._now < self._paused_until_s:
+            self.air.timeline.at(self._paused_until_s, lambda: self.do(act) if self.instance == life else None)
+        elif life:
             act()
             self.noticed(self.me)
 

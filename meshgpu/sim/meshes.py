@@ -67,9 +67,9 @@ class Mesh(Protocol):
         """From now on it gets round to anything that much later."""
         ...
 
-    def freeze(self, node: int) -> None: ...
-
-    def thaw(self, node: int) -> None: ...
+    def pause(self, node: int, for_s: float) -> None:
+        """Its agent stands still, as under SIGSTOP: the kernel goes on taking in what others send."""
+        ...
 
     def cut(self, one: int, other: int) -> None: ...
 
@@ -214,11 +214,8 @@ class OurMesh:
     def starve(self, node: int, lag_s: float) -> None:
         self.machines[node].lag_s = lag_s
 
-    def freeze(self, node: int) -> None:
-        self.machines[node].freeze()
-
-    def thaw(self, node: int) -> None:
-        self.machines[node].thaw()
+    def pause(self, node: int, for_s: float) -> None:
+        self.machines[node].pause(for_s)
 
     def cut(self, one: int, other: int) -> None:
         self.world.network.cut(self.machines[one].node, self.machines[other].node)
@@ -291,11 +288,8 @@ class MemberlistMesh:
     def starve(self, node: int, lag_s: float) -> None:
         self.air.members[node].lag_s = lag_s
 
-    def freeze(self, node: int) -> None:
-        self.air.members[node].freeze()
-
-    def thaw(self, node: int) -> None:
-        self.air.members[node].thaw()
+    def pause(self, node: int, for_s: float) -> None:
+        self.air.members[node].pause(for_s)
 
     def cut(self, one: int, other: int) -> None:
         self.air.cuts.add((one, other))

@@ -44,8 +44,8 @@ class Host(Protocol):
     """How much later than others a slow machine gets round to anything."""
 
     @property
-    def is_frozen(self) -> bool:
-        """Whether its agent is stopped: what arrives waits."""
+    def is_paused(self) -> bool:
+        """Whether its agent gets no processor at all."""
         ...
 
     def trusts(self, peer: NodeId) -> bool: ...
@@ -162,7 +162,7 @@ class Network:
                 self.hosts[source].post(DialFailed(peer, address, reason))
 
         answerer = self._listening(source, address)
-        if answerer is None or answerer.is_frozen:
+        if answerer is None:
             self._timeline.after(DIAL_TIMEOUT_S, lambda: fail("timed out"))
         else:
             self._timeline.at(
@@ -232,7 +232,7 @@ class Network:
     ) -> None:
         back = self._arrival(answerer.node, source)
         is_welcome = answerer.node == peer and answerer.trusts(source) and self.hosts[source].trusts(peer)
-        if self.is_cut(source, peer):
+        if self.is_cut(source, peer) or answerer.is_paused:
             self._timeline.after(DIAL_TIMEOUT_S, lambda: fail("timed out"))
             return
         if not answerer.instance or not is_welcome:

@@ -13,7 +13,7 @@ PANEL_WIDTH: Final = 396
 PANEL_HEIGHT: Final = 220
 LEFT: Final = 62
 GAP_X: Final = 84
-TOP: Final = 128
+TOP: Final = 160
 GAP_Y: Final = 112
 STYLE: Final = """
     .paper { fill: #ffffff; }
@@ -96,8 +96,8 @@ def draw(pairs: Sequence[Pair], caption: str) -> str:
         _text(LEFT, 60, caption, "soft"),
         f'  <circle class="oursmark" cx="{LEFT + 5}" cy="80" r="5"/>',
         _text(LEFT + 16, 84, "meshgpu, the code that runs", "ourstext"),
-        f'  <circle class="theirsmark" cx="{LEFT + 215}" cy="80" r="5"/>',
-        _text(LEFT + 226, 84, "memberlist, a model of its defaults", "theirstext"),
+        f'  <circle class="theirsmark" cx="{LEFT + 235}" cy="80" r="5"/>',
+        _text(LEFT + 246, 84, "memberlist, a model of its defaults", "theirstext"),
     ]
     for number, panel in enumerate(PANELS):
         parts += _lines(panel, pairs, *_place(number))
@@ -151,8 +151,8 @@ def _bars(pairs: Sequence[Pair], left: float, top: float) -> Iterator[str]:
     """False alarms: counts, so zero has its place."""
     rates = [(_rate(pair.ours), _rate(pair.memberlist)) for pair in pairs]
     limit = _round_up(max((rate for pair in rates for rate in pair), default=0.0))
-    yield _text(left, top - 30, "Living machines held for down, per 10⁶ node seconds", "panel")
-    yield _text(left, top - 13, "some starve for CPU, one after the other stops and goes on", "soft")
+    yield _text(left, top - 30, "False DOWN per 10⁶ node seconds", "panel")
+    yield _text(left, top - 13, "living machines that somebody held for down", "soft")
     for part in range(5):
         yield _rule(left, top + PANEL_HEIGHT * (1 - part / 4), _number(limit * part / 4))
     yield from _sizes(pairs, left, top)

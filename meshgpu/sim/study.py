@@ -198,9 +198,7 @@ def starving(mesh: Mesh, plan: Plan) -> tuple[int, float]:
             mesh.starve(node, min(rng.expovariate(1.0 / STARVED_LAG_S), STARVED_LIMIT_S))
 
     def pause() -> None:
-        node = rng.randrange(mesh.size)
-        mesh.freeze(node)
-        mesh.timeline.after(plan.pause_s, lambda: mesh.thaw(node))
+        mesh.pause(rng.randrange(mesh.size), plan.pause_s)
 
     def look() -> None:
         nonlocal count

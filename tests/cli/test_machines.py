@@ -59,6 +59,10 @@ def machine(name: str, *gpus: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "paused_until": None,
         "gpu_note": "",
         "down_s": None,
+        "heard_s": None,
+        "capacity_s": 4.0,
+        "jobs": 0,
+        "doubted_by": [],
         "gpus": list(gpus),
     }
     assert not changes.keys() - facts.keys()
@@ -127,6 +131,21 @@ def test_machines_show_one_line_per_gpu(cli: Cli, stub: "StubAgent") -> None:
         "dan         RTX 4090 24 GB      -     -           -  out of touch 3 m",
         "eve         RTX 4090 24 GB      -     -           -  does not answer",
         "fay         RTX 4090 24 GB  38 °C   0 %   0 / 24 GB  free",
+    ]
+
+
+def test_machines_show_on_demand_what_is_known_and_since_when(cli: Cli, stub: "StubAgent") -> None:
+    ada = machine("ada", self=True, jobs=2)
+    bob = machine("bob", heard_s=0.7)
+    cyd = machine("cyd", state="suspect", heard_s=9.0, capacity_s=8.0, doubted_by=["bob", "dan"])
+    dan = machine("dan", state="down", down_s=185.0, heard_s=185.0, capacity_s=None)
+    stub.on("GET /v1/machines", {"machines": [ada, bob, cyd, dan]})
+    assert cli("machines", "-v").stdout.splitlines() == [
+        "MACHINE     STATE    HEARD  CAPACITY  JOBS  DOUBTED BY",
+        "ada (this)  alive        -       4 s     2  -",
+        "bob         alive      1 s       4 s     0  -",
+        "cyd         suspect    9 s       8 s     0  bob, dan",
+        "dan         down       3 m         -     0  -",
     ]
 
 

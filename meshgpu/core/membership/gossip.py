@@ -60,14 +60,19 @@ class GossipTiming:
 
 @dataclass(slots=True)
 class _Owner:
-    """All that is known of one owner, by the type of the entry's value. version: the highest of its entries."""
+    """All that is known of one owner, by the type of the entry's value. version: the highest of its entries.
+
+    came_at: `boot_s` at which each was taken in here.
+    """
 
     incarnation: Incarnation
     entries: dict[type, tuple[GossipEntry, Signed]] = field(default_factory=dict)
+    came_at: dict[type, float] = field(default_factory=dict)
     version: int = 0
 
-    def put(self, entry: GossipEntry, signed: Signed) -> None:
+    def put(self, now: Now, entry: GossipEntry, signed: Signed) -> None:
         self.entries[type(entry.value)] = (entry, signed)
+        self.came_at[type(entry.value)] = now.boot_s
         self.version = max(self.version, entry.version)
 
     def in_order(self) -> list[tuple[GossipEntry, Signed]]:
@@ -103,6 +108,12 @@ class Gossip:
     def capacity(self, node: NodeId) -> Capacity | None:
         value = self._value(node, Capacity)
         return value if isinstance(value, Capacity) else None
+
+    def capacity_age_s(self, now: Now, node: NodeId) -> float | None:
+        """How long ago its capacity was heard; None if it never was."""
+        owner = self._owners.get(node)
+        came_at = owner.came_at.get(Capacity) if owner else None
+        return now.boot_s - came_at if came_at is not None else None
 
     def demand(self, node: NodeId) -> Demand | None:
         value = self._value(node, Demand)
@@ -150,13 +161,13 @@ class Gossip:
         found = own.entries.get(type(value))
         if (found is not None and found[0].value == value) or self._log.mesh is None:
             return
-        self._write(own, value)
+        self._write(now, own, value)
         self._schedule_push(now)
 
-    def _write(self, own: _Owner, value: GossipValue) -> None:
+    def _write(self, now: Now, own: _Owner, value: GossipValue) -> None:
         assert self._log.mesh is not None
         entry = GossipEntry(self._log.mesh, self._node, own.incarnation, own.version + 1, value)
-        own.put(entry, self._notary.sign(KeyId(self._node), entry))
+        own.put(now, entry, self._notary.sign(KeyId(self._node), entry))
         self._known = None
 
     def _schedule_push(self, now: Now) -> None:
@@ -311,7 +322,7 @@ class Gossip:
         found = owner.entries.get(type(entry.value))
         if entry.incarnation < owner.incarnation or (found is not None and entry.version <= found[0].version):
             return False
-        owner.put(entry, signed)
+        owner.put(now, entry, signed)
         self._known = None
         return True
 
@@ -325,7 +336,7 @@ class Gossip:
         values = [entry.value for entry, _ in own.in_order()]
         own = self._owners[self._node] = _Owner(replace(heard, counter=heard.counter + 1))
         for value in values:
-            self._write(own, value)
+            self._write(now, own, value)
         self._schedule_push(now)
 
 

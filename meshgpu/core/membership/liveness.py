@@ -142,6 +142,11 @@ class Liveness:
         found = self._watched.get(peer)
         return found.state if found else MemberState.DOWN
 
+    def heard_at(self, peer: NodeId) -> float | None:
+        """`boot_s` of the last thing that it said itself; None if there was none."""
+        found = self._watched.get(peer)
+        return found.heard_at if found and found.heard_at > -math.inf else None
+
     def doubts(self) -> Doubts:
         """What this node doubts, for its gossip."""
         doubted = sorted(peer for peer, found in self._watched.items() if found.doubted_at is not None)
