@@ -1,7 +1,7 @@
 """What the agent needs from the outside world, one Protocol each. An adapter implements one of them."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -81,10 +81,14 @@ class Signer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LinkOpened:
-    """An authenticated Link with `peer` is up. `dialled`: this side opened it."""
+    """An authenticated Link with `peer` is up. `dialled`: this side opened it.
+
+    instance: random for each start of the peer's agent.
+    """
 
     peer: NodeId
     dialled: bool
+    instance: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,9 +110,9 @@ class Runtime:
 
     def link_event(self, event: ports.LinkEvent) -> None:
         match event:
-            case ports.LinkOpened(peer=peer):
+            case ports.LinkOpened(peer=peer, instance=instance):
                 logger.info("link opened: %s", peer[:12])
-                self.post(ev.LinkOpened(peer))
+                self.post(ev.LinkOpened(peer, instance))
             case ports.LinkClosed(peer=peer, reason=reason):
                 logger.info("link closed: %s: %s", peer[:12], reason)
                 self.post(ev.LinkClosed(peer, reason))

@@ -151,6 +151,7 @@ class Status:
             self._mesh_check(),
             *self._join_file_check(),
             self._links_check(),
+            *self._clones_check(),
             self._audit_check(),
             self._discovery_check(),
             self._gpu_check(),
@@ -190,6 +191,12 @@ class Status:
             return _check("links", None, f"{found}; port {self.wanted_port} was taken", hint)
         hint = f"is it on, and may it reach port {self.link_port} here?"
         return _check("links", False, f"{where}; no answer from {', '.join(away)}", hint)
+
+    def _clones_check(self) -> list[Document]:
+        cloned = [view.member.name for view in self.node.machines(self.clock.now()) if view.is_cloned]
+        found = "two agents run with the keys of "
+        hint = "was a disk or a home directory copied? On the copy: meshgpu down, then delete its keys and join anew"
+        return [_check("keys", False, f"{found}{', '.join(cloned)}: no work is given to it", hint)] if cloned else []
 
     def _audit_check(self) -> Document:
         node = self.node

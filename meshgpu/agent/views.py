@@ -47,6 +47,7 @@ def machine_document(view: MachineView) -> Document:
         "capacity_s": view.capacity_s,
         "jobs": len(allocations),
         "doubted_by": list(view.doubted_by),
+        "cloned": view.is_cloned,
         "version": record.agent_version if record else "",
         "gpus": [
             _gpu_document(gpu, readings.get(gpu.uuid), allocations) for gpu in (inventory.gpus if inventory else ())

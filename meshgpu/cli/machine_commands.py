@@ -153,6 +153,8 @@ def _known_row(machine: MachineView) -> tuple[str, ...]:
 def _absence(machine: MachineView) -> str:
     """Why a machine takes no work now; empty for one that is there."""
     seconds = machine["down_s"]
+    if machine["cloned"]:
+        return "runs twice: meshgpu doctor"
     if machine["state"] == "down":
         return "out of touch" if seconds is None else f"out of touch {ago(seconds)}"
     if machine["paused"] and not any(gpu["jobs"] for gpu in machine["gpus"]):

@@ -176,6 +176,7 @@ class MachineView(TypedDict):
 
     heard_s: since it last said something itself; capacity_s: since its capacity was heard, from anybody; else None.
     jobs: how many run there or are about to. doubted_by: machines to which it does not answer either.
+    cloned: whether two agents run with its keys, so that it is given no work.
 
     lending: `polite shared dedicated`. paused: its owner lends nothing, until paused_until, or until he says so (None).
     """
@@ -198,6 +199,7 @@ class MachineView(TypedDict):
     capacity_s: float | None
     jobs: int
     doubted_by: list[str]
+    cloned: bool
     gpus: list[GpuView]
 
 
@@ -319,7 +321,7 @@ class GpuVerdictView(TypedDict):
 class MachineVerdictView(TypedDict):
     """Whether a machine would take the job now, and on which GPUs (gives: uuids).
 
-    rule: that of a GPU, or `elsewhere closed down unknown`. remedy: what would change the refusal.
+    rule: that of a GPU, or `elsewhere closed cloned down unknown`. remedy: what would change the refusal.
     gpus: empty where the job asks for none, or the machine has not said yet what it has.
     """
 

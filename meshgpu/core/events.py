@@ -21,7 +21,10 @@ class Ticked:
 
 @dataclass(frozen=True, slots=True)
 class LinkOpened:
+    """instance: random for each start of the peer's agent."""
+
     peer: NodeId
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
 from meshgpu.core.jobs.placement import Candidate, Guest, MachineVerdict, Rule, explain_each, out_of_bounds
 from meshgpu.core.jobs.steward import Stewardship, StewardTiming
 from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
+from meshgpu.core.membership.clones import Clones
 from meshgpu.core.membership.gossip import Gossip, GossipTiming
 from meshgpu.core.membership.links import Links, LinkTiming
 from meshgpu.core.membership.liveness import Liveness, LivenessTiming
@@ -94,7 +95,8 @@ class MachineView:
     """A member as people see it. down_s: for how long it has not answered; None if it answers or never did.
 
     heard_s: how long ago it last said something itself; capacity_s: how long ago its capacity was heard, from anybody.
-    None where that never was. doubted_by: who else says that it does not answer.
+    None where that never was. doubted_by: who else says that it does not answer. is_cloned: whether two agents run with
+    its key.
     """
 
     member: Member
@@ -106,6 +108,7 @@ class MachineView:
     heard_s: float | None
     capacity_s: float | None
     doubted_by: tuple[str, ...]
+    is_cloned: bool
 
 
 class Node:
@@ -134,6 +137,7 @@ class Node:
             probe=lambda peer, number: self._gossip.probe(peer, number),
             knock=self._knock,
         )
+        self._clones = Clones()
         self.owner = Owner(config.policy)
         self.attempts = Attempts(node, self.log, self.rules, notary, rng, self.owner, config.attempts)
         self.attempts.fence = config.fence
@@ -177,6 +181,7 @@ class Node:
             now.boot_s - heard_at if heard_at is not None else None,
             self._gossip.capacity_age_s(now, member.node),
             tuple(sorted(self.log.members[other].name for other in self._doubted_by(member.node))),
+            self._clones.is_cloned(member.node),
         )
 
     def why(self, spec: JobSpec) -> tuple[MachineVerdict, ...]:
@@ -220,6 +225,8 @@ class Node:
                 return Rule.CLOSED, NEEDS_IMAGE
         if guest.secrets is not None and not guest.secrets.opens_for(member.node):
             return Rule.SEALED, NO_WRAP
+        if self._clones.is_cloned(member.node):
+            return Rule.CLONED, "two agents run with its keys"
         match self.state(member.node):
             case MemberState.SUSPECT:
                 return Rule.DOWN, "does not answer at the moment"
@@ -288,6 +295,7 @@ class Node:
 
     def step(self, now: Now, event: ev.Event) -> list[Effect]:
         self._liveness.woke(now)
+        self._clones.step(now)
         effects = self._route(now, event)
         effects += self._expire(now)
         effects += self._links.step(now)
@@ -357,8 +365,8 @@ class Node:
                 if self._is_probed(peer):
                     self._liveness.heard(now, peer)
                 return self._heard(now, peer, message)
-            case ev.LinkOpened(peer=peer):
-                return self._link_opened(now, peer)
+            case ev.LinkOpened(peer=peer, instance=instance):
+                return [*self._look_for_clones(now, peer, instance), *self._link_opened(now, peer)]
             case ev.LinkClosed(peer=peer):
                 self._links.link_closed(now, peer)
                 self._gossip.link_closed(peer)
@@ -531,6 +539,7 @@ class Node:
         for node in gone:
             self._gossip.forget(node)
             self._liveness.forget(node)
+            self._clones.forget(node)
             if node in self.log.ended:
                 effects += self.stewardship.node_gone(now, node)
         return effects
@@ -611,6 +620,10 @@ class Node:
         self.stewardship.room_changed(now)
         self.burst.mesh_changed(now)
         return self._gossip.link_opened(now, peer)
+
+    def _look_for_clones(self, now: Now, peer: NodeId, instance: str) -> list[Effect]:
+        is_news = self._clones.link_opened(now, peer, instance)
+        return [Warn(peer, "two agents run with its keys: no work is given to it")] if is_news else []
 
     def _gossip_arrived(self, now: Now, peer: NodeId, delta: msg.GossipDelta) -> list[Effect]:
         changed, effects = self._gossip.delta_arrived(now, peer, delta)

@@ -264,7 +264,7 @@ class Network:
                 return False
             self._close(current, end, "replaced by a newer Link")
         self._ends[end, peer] = link
-        self.hosts[end].post(LinkOpened(peer))
+        self.hosts[end].post(LinkOpened(peer, str(link.instance_of(peer))))
         return True
 
     def _wins(self, link: _Link, current: _Link, end: NodeId) -> bool:

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from meshgpu.adapters.grpc_link import GrpcLink, routes, transport
 from meshgpu.adapters.grpc_link.routes import Route
 from meshgpu.adapters.key_files import KeyFiles
+from meshgpu.core.membership.clones import Clones
 from meshgpu.errors import BrokenInvariant, MeshgpuError
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import Address, NodeId, node_id
@@ -285,6 +286,45 @@ async def test_restarted_peer_replaces_a_link_that_looks_alive(mesh: Mesh) -> No
     assert low.link is first
     assert low.has_open(high)
     await twin.stop()
+
+
+async def test_two_agents_with_one_key_take_each_others_links_away_and_show_who_they_are(mesh: Mesh) -> None:
+    low, high = await mesh(2)
+    await linked(low, high)
+    twin = GrpcLink(high.keys, high.clock, ["127.0.0.1"], 0)  # its disk was copied
+    await twin.start(lambda _event: None, no_bulk)
+    twin.trust([low.anchor])
+    twin.dial(low.id, low.address)
+    await low.until(lambda: len(opened(low)) == 2)
+    await high.until(lambda: not high.has_open(low))
+    high.link.dial(low.id, low.address)
+    await low.until(lambda: len(opened(low)) == 3)
+    first, copy, again = opened(low)
+    assert first == again != copy
+    seen = Clones()
+    assert [seen.link_opened(low.clock.now(), high.id, instance) for instance in opened(low)] == [False, False, True]
+    await twin.stop()
+
+
+async def test_restarted_agent_draws_another_instance_and_is_no_clone(mesh: Mesh) -> None:
+    low, high = await mesh(2)
+    seen = Clones()
+    await linked(high, low)
+    for count in (2, 3):
+        await high.link.stop()
+        high.events.clear()
+        high.renew(0)
+        await high.start()
+        high.link.trust([low.anchor])
+        high.link.dial(low.id, low.address)
+        await low.until(lambda count=count: len(opened(low)) == count)
+    assert len(set(opened(low))) == 3
+    assert not any(seen.link_opened(low.clock.now(), high.id, instance) for instance in opened(low))
+
+
+def opened(node: Node) -> list[str]:
+    """Which instances of others have opened a Link to it."""
+    return [event.instance for event in node.events if isinstance(event, LinkOpened)]
 
 
 async def test_closing_tells_both_sides(mesh: Mesh) -> None:

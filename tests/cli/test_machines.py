@@ -63,6 +63,7 @@ def machine(name: str, *gpus: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "capacity_s": 4.0,
         "jobs": 0,
         "doubted_by": [],
+        "cloned": False,
         "gpus": list(gpus),
     }
     assert not changes.keys() - facts.keys()
@@ -119,6 +120,7 @@ def test_machines_show_one_line_per_gpu(cli: Cli, stub: "StubAgent") -> None:
                 machine("dan", gpu(0), state="down", down_s=185.0),
                 machine("eve", gpu(0), state="suspect"),
                 machine("fay", gpu(0)),
+                machine("gus", gpu(0), cloned=True),
             ]
         },
     )
@@ -131,6 +133,7 @@ def test_machines_show_one_line_per_gpu(cli: Cli, stub: "StubAgent") -> None:
         "dan         RTX 4090 24 GB      -     -           -  out of touch 3 m",
         "eve         RTX 4090 24 GB      -     -           -  does not answer",
         "fay         RTX 4090 24 GB  38 °C   0 %   0 / 24 GB  free",
+        "gus         RTX 4090 24 GB      -     -           -  runs twice: meshgpu doctor",
     ]
 
 

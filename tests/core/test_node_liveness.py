@@ -4,7 +4,8 @@ import random
 
 from meshgpu.core import effects as fx
 from meshgpu.core import events as ev
-from meshgpu.core.jobs.placement import Rule
+from meshgpu.core.jobs.placement import Guest, Rule
+from meshgpu.core.membership.clones import CLONE_S
 from meshgpu.core.node import MachineView, Node, NodeConfig
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
@@ -12,7 +13,9 @@ from meshgpu.model.gossip import Doubts, Incarnation, KnockOutcome, MemberState
 from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.trust import RemoveNode, Revoke
 from meshgpu.sim.office import furnish
-from tests.core.test_node_rekey import WALL_S, Machine, Room
+from tests.core.test_node_rekey import ADA, WALL_S, Machine, Room
+
+GUEST = Guest(ADA)
 
 
 class Hall(Room):
@@ -154,6 +157,24 @@ def test_heir_of_a_watched_member_is_alive_when_it_is_linked_and_nobody_doubts_t
         hall.tell(heir, ev.LinkOpened(other))
         hall.tell(other, ev.LinkOpened(heir))
     assert hall.see(first, heir).state is MemberState.ALIVE
+
+
+def test_member_whose_old_agent_comes_back_beside_the_new_one_is_given_no_work_and_named() -> None:
+    hall = Hall(2)
+    first, second = hall.nodes
+
+    def meet(instance: str) -> list[fx.Effect]:
+        return [e for e in hall.tell(first, ev.LinkOpened(second, instance)) if isinstance(e, fx.Warn)]
+
+    assert [meet(name) for name in ("a", "b", "b", "c")] == [[], [], [], []]
+    assert not hall.see(first, second).is_cloned
+    assert len(meet("a")) == 1
+    assert meet("c") == []
+    assert hall.see(first, second).is_cloned
+    candidate = next(c for c in hall.machines[first].node._candidates(GUEST, None) if c.node == second)
+    assert (candidate.rule, candidate.refusal) == (Rule.CLONED, "two agents run with its keys")
+    hall.pass_time(CLONE_S)
+    assert not hall.see(first, second).is_cloned
 
 
 def test_rented_machine_neither_probes_nor_is_probed_nor_doubted() -> None:

@@ -255,7 +255,7 @@ class GrpcLink:
                 return False
             self._drop(current, "replaced by a newer Link")
         self._links[link.peer] = link
-        self._publish(LinkOpened(link.peer, link.is_dialled))
+        self._publish(LinkOpened(link.peer, link.is_dialled, link.hello.instance))
         return True
 
     def _wins(self, link: _Link, current: _Link) -> bool:

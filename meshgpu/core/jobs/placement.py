@@ -29,6 +29,8 @@ class Rule(StrEnum):
     """The owner does not let its user in."""
     SEALED = "sealed"
     """It cannot read the job's secrets."""
+    CLONED = "cloned"
+    """Two agents run with its keys."""
     DOWN = "down"
     UNKNOWN = "unknown"
     """The machine has not said yet what it has."""
@@ -299,6 +301,8 @@ def _remedy(rule: Rule | None, holding: Collection[Allocation]) -> str:
             return "its owner lets you in"
         case Rule.SEALED:
             return "run it anew: secrets are sealed to the machines of that moment"
+        case Rule.CLONED:
+            return "one of the two is stopped (see meshgpu doctor)"
         case Rule.DOWN:
             return "it answers again (is it on?)"
         case Rule.UNKNOWN:
