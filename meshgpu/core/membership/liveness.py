@@ -127,6 +127,8 @@ class Liveness:
         self._probe = probe
         self._knock_at = knock
         self._watched: dict[NodeId, _Watched] = {}
+        self._is_sure = True
+        """Whether nothing is waited for of anybody, as it mostly is: then nobody need be looked at."""
         self._favours: dict[tuple[NodeId, int], _Favour] = {}
         self._round: list[NodeId] = []
         self._numbers = 0
@@ -149,7 +151,7 @@ class Liveness:
 
     def doubts(self) -> Doubts:
         """What this node doubts, for its gossip."""
-        doubted = sorted(peer for peer, found in self._watched.items() if found.doubted_at is not None)
+        doubted = sorted(peer for peer, found in self._unsure() if found.doubted_at is not None)
         found = self._watched
         return Doubts(tuple(Doubt(peer, found[peer].incarnation, found[peer].is_gone) for peer in doubted))
 
@@ -312,6 +314,7 @@ class Liveness:
 
     def _ask(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:
         self._numbers += 1
+        self._is_sure = False
         found.number, found.asked_at, found.is_helped, found.helpers_answered = self._numbers, now.boot_s, False, False
         found.helpers.clear()
         return [self._probe(peer, found.number)]
@@ -339,15 +342,18 @@ class Liveness:
 
     def _doubt(self, now: Now, peer: NodeId, found: _Watched) -> None:
         found.calm()
+        self._is_sure = False
         found.doubted_at, found.incarnation = now.boot_s, self._incarnation(peer)
         found.state = MemberState.SUSPECT
 
     def _look_again(self, found: _Watched, at_s: float) -> None:
         """It has no Link, but nobody is to hear of a doubt before `at_s`."""
         found.calm()
+        self._is_sure = False
         found.state, found.knock_at = MemberState.SUSPECT, at_s
 
     def _knock(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:
+        self._is_sure = False
         found.knock_at = now.boot_s + self._timing.knock_s
         return self._knock_at(peer)
 
@@ -376,11 +382,15 @@ class Liveness:
 
     def _unsure(self) -> list[tuple[NodeId, _Watched]]:
         """Those of whom something is waited for: few of many."""
-        return [
+        if self._is_sure:
+            return []
+        unsure = [
             (peer, found)
             for peer, found in self._watched.items()
             if found.asked_at is not None or found.doubted_at is not None or found.knock_at is not None
         ]
+        self._is_sure = not unsure
+        return unsure
 
     def _is_waiting(self, found: _Watched) -> bool:
         """Whether there is nothing left to do but to wait for the end of the round."""
