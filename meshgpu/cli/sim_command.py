@@ -61,15 +61,18 @@ def sim(
     sizes = _sizes(nodes)
     if plot is not None and plot.suffix != ".svg":
         raise MeshgpuError("bad-request", f"cannot draw into {plot}: expected a name that ends in .svg")
-    began = time.monotonic()
-    pairs = [study(plan, size, WEIGHTS) for size in sizes]
+    pairs: list[Pair] = []
+    for size in sizes:
+        began = time.monotonic()
+        pairs.append(study(plan, size, WEIGHTS))
+        note(f"{size} machines took {time.monotonic() - began:.0f} s")
     if as_json:
         print(json.dumps([_as_json(pair) for pair in pairs]))
     else:
         print("\n".join(_page(plan, pairs)))
     if plot is not None:
         plot.write_text(draw(pairs, caption(plan)))
-    note(f"took {time.monotonic() - began:.0f} s" + (f", drawn into {plot}" if plot else ""))
+        note(f"drawn into {plot}")
 
 
 WEIGHTS: Final = Sizes(
