@@ -26,7 +26,8 @@ LATE_S: Final = 120.0
 REST_S: Final = 30.0
 """Between two losses, all being well."""
 LOSSES: Final = 8
-"""Agents killed, and machines lost, in each world."""
+LOSSES_OF_ALL: Final = 512
+"""Agents killed, and machines lost, in each world; fewer where there are more than 64 machines."""
 STARVED_S: Final = 1.0
 """How often a starved machine's lag is drawn anew."""
 STARVED_LAG_S: Final = 0.3
@@ -102,7 +103,7 @@ def figures(plan: Plan, make: Callable[[int], Mesh]) -> Figures:
     downs, node_seconds = starving(make(plan.seed + 2), plan)
     mesh = make(plan.seed + 1)
     rng = random.Random(f"{plan.seed} losses")  # noqa: S311 - a reproducible world
-    victims = [rng.randrange(mesh.size) for _ in range(LOSSES)]
+    victims = [rng.randrange(mesh.size) for _ in range(max(min(LOSSES, LOSSES_OF_ALL // mesh.size), 2))]
     killed = sorted(loss(mesh, victim, mesh.kill) for victim in victims)
     lost = sorted(loss(mesh, victim, mesh.lose) for victim in victims)
     return Figures(tuple(known), tuple(killed), tuple(lost), quiet, busy, downs, node_seconds)

@@ -1,6 +1,6 @@
 """Who answers and who does not: probes, what others doubt, and how long a doubt lasts before a member counts as down.
 
-SWIM with Lifeguard's local health, over Links. Three things are ours ([decision 15]):
+SWIM with Lifeguard's local health, over Links. Three things are ours (decision 15):
 
 - Only what this node has seen itself makes a member suspect or down. What others doubt makes it look at once, and
   shortens the wait where it sees the same; a liar makes others ask once more, and nothing else.
@@ -42,9 +42,11 @@ NO_INCARNATION: Final = Incarnation(0, 0)
 @dataclass(frozen=True, slots=True)
 class LivenessTiming:
     """period_s: between two probes, each of another member. answer_s: within which a member answers; higher tolerates
-    slower machines and finds dead ones later. helpers: who are asked to probe in its stead. suspicion_s: how long a
-    doubt lasts at least, in a mesh of ten. knock_s: between two knocks while in doubt. silent_s: how long a host may
-    answer without its agent. late_s: a step that comes later than that is this machine's own fault.
+    slower machines and finds dead ones later. helpers: who are asked to probe in its stead.
+    suspicion_s: how long a doubt lasts at least, in a mesh of ten.
+    soon_s: after the first knock at a member in doubt, the next (a process that dies may lose its Link before its
+    port); the pauses double up to knock_s. silent_s: how long a host may answer without its agent.
+    late_s: a step that comes later than that is this machine's own fault.
     resume_s: one that comes later than that follows a suspend. calm_s: for how long nobody is doubted after it.
     """
 
@@ -53,6 +55,7 @@ class LivenessTiming:
     answer_s: float = 0.5
     helpers: int = 3
     suspicion_s: float = 4.0
+    soon_s: float = 0.1
     knock_s: float = 2.0
     silent_s: float = 60.0
     late_s: float = 0.25
@@ -80,6 +83,7 @@ class _Watched:
     is_gone: bool = False
     host_answers: bool = False
     knock_at: float | None = None
+    knocks: int = 0
 
     def calm(self) -> None:
         """There is life: nothing of what was asked or doubted counts any more."""
@@ -87,6 +91,7 @@ class _Watched:
         self.helpers.clear()
         self.doubted_at, self.knock_at = None, None
         self.is_gone = self.host_answers = False
+        self.knocks = 0
 
 
 @dataclass(slots=True)
@@ -354,7 +359,8 @@ class Liveness:
 
     def _knock(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:
         self._is_sure = False
-        found.knock_at = now.boot_s + self._timing.knock_s
+        pause_s = min(self._timing.soon_s * 2.0 ** min(found.knocks, 10), self._timing.knock_s)
+        found.knock_at, found.knocks = now.boot_s + pause_s, found.knocks + 1
         return self._knock_at(peer)
 
     def _judge(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:

@@ -299,6 +299,17 @@ def test_refused_knock_and_one_witness_make_down_at_once() -> None:
     assert eye.state(A) is MemberState.DOWN
 
 
+def test_port_that_closes_just_after_the_link_is_knocked_at_again_soon() -> None:
+    eye = Eye(10)
+    eye.lose(A, KnockOutcome.ANSWERED)
+    eye.others_doubt(A, 1, is_gone=True)
+    eye.sent.clear()
+    eye.run(0.15)
+    assert [effect for effect in eye.sent if isinstance(effect, Knock)] == [Knock(A, Address("there:1"))]
+    eye.liveness.knocked(eye.now, A, KnockOutcome.REFUSED)
+    assert eye.state(A) is MemberState.DOWN
+
+
 def test_witness_may_come_after_the_knock() -> None:
     eye = Eye(10)
     eye.lose(A, KnockOutcome.REFUSED)
@@ -346,7 +357,7 @@ def test_knocks_go_on_while_in_doubt_and_end_with_it() -> None:
     eye = Eye(5)
     eye.lose(A, KnockOutcome.SILENT)
     eye.run(10.5)
-    assert sum(isinstance(effect, Knock) for effect in eye.sent) == 1 + 10 // int(TIMING.knock_s)
+    assert sum(isinstance(effect, Knock) for effect in eye.sent) == 9  # at 0, .1, .3, .7, 1.5, 3.1, 5.1, 7.1 and 9.1 s
     eye.until(A, MemberState.DOWN, 60.0)
     eye.sent.clear()
     eye.run(10.0)
