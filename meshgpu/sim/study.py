@@ -22,7 +22,7 @@ NEWS_S: Final = 2.0
 READINGS_S: Final = 6.0
 """How often readings go out that change all the time: gossiped after 5 s at the earliest, read every 2 s."""
 LATE_S: Final = 120.0
-"""After which news that is not everywhere, or a loss that not all have noticed, counts as never."""
+"""After the last news, and after each loss: what not all know by then counts as never."""
 REST_S: Final = 30.0
 """Between two losses, all being well."""
 LOSSES: Final = 8
@@ -37,6 +37,8 @@ PAUSES_S: Final = 30.0
 """One random machine stops this often."""
 LOOK_S: Final = 0.5
 """How often all are asked whom they hold for down, in the world of the starved."""
+META_LIMIT_BYTES: Final = 512
+"""Of what a member of memberlist says of itself: MetaMaxSize of its delegate.go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What came of it, of one mesh. Seconds are sorted, infinite where not within LATE_S.
+    """What came of it, of one mesh. Seconds are sorted, infinite where it never was.
 
     known_s: until all know a change. killed_s, lost_s: until all others hold a killed agent, a lost machine for down.
     quiet_bytes, busy_bytes: sent by each machine each second, while nothing happens and while all readings change.
@@ -88,10 +90,6 @@ def study(plan: Plan, nodes: int, sizes: Sizes) -> Pair:
         figures(plan, lambda seed: OurMesh(seed, nodes, plan.weather, sizes)),
         figures(plan, lambda seed: MemberlistMesh(seed, nodes, plan.weather, meta_bytes)),
     )
-
-
-META_LIMIT_BYTES: Final = 512
-"""MetaMaxSize of memberlist's delegate.go."""
 
 
 def figures(plan: Plan, make: Callable[[int], Mesh]) -> Figures:
@@ -151,7 +149,7 @@ def news(mesh: Mesh, plan: Plan) -> list[float]:
         across = [(a, b) for a, b in permutations(range(mesh.size), 2) if (a in half) != (b in half)]
         _each(mesh, began + begins, across, mesh.cut)
         _each(mesh, began + ends, across, mesh.heal)
-    timeline.run_until(began + plan.seconds + min(LATE_S, plan.seconds))
+    timeline.run_until(began + plan.seconds + LATE_S)
     mesh.stepped = _ignore
     return sorted([*took, *(math.inf for _ in lacking)])
 
