@@ -11,7 +11,7 @@ from meshgpu.model.gossip import MemberState
 from meshgpu.model.messages import GossipDelta, GossipDigest, LogDelta, Message
 from meshgpu.model.trust import Signed
 from meshgpu.sim.machine import Machine
-from meshgpu.sim.memberlist import Air, Alive, Memberlist, State
+from meshgpu.sim.memberlist import Air, Alive, Memberlist, State, push_pull_s
 from meshgpu.sim.timeline import Timeline
 from meshgpu.sim.weather import Weather
 from meshgpu.sim.world import World, WorldConfig
@@ -235,7 +235,7 @@ class _Watch:
 
 
 class MemberlistMesh:
-    """Members of one group that know each other. meta_bytes: of what each says of itself."""
+    """Members of one group that has been up for a while. meta_bytes: of what each says of itself."""
 
     def __init__(self, seed: int, size: int, weather: Weather, meta_bytes: int) -> None:
         self.size = size
@@ -250,6 +250,8 @@ class MemberlistMesh:
         said = {node: Alive(node, 1, 0, meta_bytes) for node in range(size)}
         for member in self.air.members:
             member.start(said)
+        config = self.air.members[0].config
+        self.timeline.run_until(config.push_pull_s + push_pull_s(config, size))  # each has had its first full exchange
 
     @property
     def sent_bytes(self) -> float:

@@ -347,7 +347,6 @@ class Liveness:
 
     def _doubt(self, now: Now, peer: NodeId, found: _Watched) -> None:
         found.calm()
-        self._is_sure = False
         found.doubted_at, found.incarnation = now.boot_s, self._incarnation(peer)
         found.state = MemberState.SUSPECT
 
