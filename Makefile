@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PYTHON ?= python3
 
-.PHONY: help demo demo-burst test check sim-long fuzz benchmarks proto lock clean
+.PHONY: help demo demo-burst test check sim sim-long fuzz benchmarks proto lock clean
 .DEFAULT_GOAL := help
 
 help:           ## list what can be made
@@ -33,6 +33,9 @@ check: $(READY) ## the fast loop: format, lint, types, architecture, generated c
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest -n 2 -m "not slow and not hosts"
+
+sim: $(READY)   ## simulate meshes beside memberlist, e.g. make sim ARGS="--nodes 300 --seconds 60 --plot sim.svg"
+	@$(BIN)/meshgpu sim $(ARGS)
 
 sim-long: $(READY) ## simulate many more seeds than CI does
 	$(BIN)/python -m tests.sim.soak

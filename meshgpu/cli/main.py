@@ -62,10 +62,13 @@ COMMANDS: Final = {
     "install": "install_command",
     "version": "machine_commands",
     "completion": "completion_command",
+    "sim": "sim_command",
 }
 """{command: module in meshgpu.cli whose function of the same name it is}."""
 
 SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
+HIDDEN: Final = frozenset({"sim"})
+"""For who works on meshgpu itself: left out of `--help`."""
 OPTIONS_END_AT_COMMAND: Final = {"run": {"allow_interspersed_args": False}}
 """What follows the program's name belongs to the program: `run python train.py -g 3` passes -g on."""
 
@@ -121,7 +124,8 @@ def load(name: str) -> Any:
     if isinstance(function, typer.Typer):  # a command with commands of its own
         return typer.main.get_command(function)
     app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
-    app.command(name, cls=Command, context_settings=SETTINGS | OPTIONS_END_AT_COMMAND.get(name, {}))(function)
+    settings = SETTINGS | OPTIONS_END_AT_COMMAND.get(name, {})
+    app.command(name, cls=Command, context_settings=settings, hidden=name in HIDDEN)(function)
     return typer.main.get_command(app)
 
 

@@ -1,6 +1,7 @@
 """Names of things: distinct types, so that mypy tells a node from a job."""
 
 import base64
+import functools
 import hashlib
 import re
 from typing import Final, NewType
@@ -50,6 +51,7 @@ def base32(data: bytes) -> str:
     return base64.b32encode(data).decode().rstrip("=").lower()
 
 
+@functools.lru_cache(maxsize=4096)  # each entry of a mesh log names keys, most of them the same
 def key_id(public_key: bytes) -> KeyId:
     """Id of an Ed25519 public key of 32 raw bytes."""
     return KeyId(base32(hashlib.sha256(public_key).digest()))

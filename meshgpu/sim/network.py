@@ -23,6 +23,7 @@ from meshgpu.model.ids import Address, NodeId
 from meshgpu.model.messages import GossipDelta, GossipDigest, KnockResult, Message
 from meshgpu.model.trust import Head
 from meshgpu.sim.timeline import Timeline
+from meshgpu.sim.weather import Weather
 
 DIAL_TIMEOUT_S: Final = 5.0
 KNOCK_TIMEOUT_S: Final = 1.0
@@ -80,11 +81,11 @@ class _Link:
 
 
 class Network:
-    """All paths and Links. latency_s is drawn evenly for each message; slow paths have a factor."""
+    """All paths and Links."""
 
-    def __init__(self, timeline: Timeline, latency_s: tuple[float, float] = (0.0002, 0.003)) -> None:
+    def __init__(self, timeline: Timeline, weather: Weather) -> None:
         self._timeline = timeline
-        self._latency_s = latency_s
+        self._weather = weather
         self.hosts: dict[NodeId, Host] = {}
         """By every id that a machine has or had: what is under way to one that it gave up ends there."""
         self._places: dict[NodeId, NodeId] = {}
@@ -100,6 +101,11 @@ class Network:
         """The latest messages on any Link."""
         self.addressees: deque[NodeId] = deque(maxlen=200)
         """Whom each of them was for."""
+        self.takes_dials = True
+        self.carries = True
+        """False while a mesh is put together by `join`: nobody dials, nothing is said."""
+        self.sent: Callable[[Message], None] = lambda _message: None
+        """Told of every message that a Link takes."""
 
     # -- faults -------------------------------------------------------------------------------------------------------
 
@@ -151,8 +157,9 @@ class Network:
 
     def send(self, source: NodeId, target: NodeId, message: Message) -> None:
         link = self._ends.get((source, target))
-        if link is None:
+        if link is None or not self.carries:
             return
+        self.sent(message)
         self.tap.append(message)
         self.addressees.append(target)
         is_gossip = isinstance(message, GossipDigest | GossipDelta)
@@ -169,7 +176,7 @@ class Network:
 
     def dial(self, source: NodeId, peer: NodeId, address: Address) -> None:
         """Ends in LinkOpened or DialFailed, unless a Link is open already."""
-        if (source, peer) in self._ends:
+        if (source, peer) in self._ends or not self.takes_dials:
             return
         self._dials += 1
         dial, instance = self._dials, self.hosts[source].instance
@@ -185,6 +192,13 @@ class Network:
             self._timeline.at(
                 self._arrival(source, answerer.node), lambda: self._answer(source, peer, answerer, dial, instance, fail)
             )
+
+    def join(self, one: NodeId, other: NodeId) -> None:
+        """Open a Link at both ends at once, as if it had been open for long."""
+        self._dials += 1
+        link = _Link(one, other, (self.hosts[one].instance, self.hosts[other].instance), self._dials)
+        self._open(link, one)
+        self._open(link, other)
 
     def identify(self, source: NodeId, address: Address) -> None:
         answerer = self._listening(source, address)
@@ -235,8 +249,7 @@ class Network:
             outcome, after_s = KnockOutcome.SILENT, KNOCK_TIMEOUT_S
         else:
             outcome = KnockOutcome.ANSWERED if host.instance else KnockOutcome.REFUSED
-            low, high = self._latency_s
-            after_s = 2 * (low + (high - low) * self._timeline.rng.random())
+            after_s = 2 * self._weather.stream_s(self._timeline.rng)
         instance = self.hosts[source].instance
 
         def done() -> None:
@@ -372,6 +385,5 @@ class Network:
         return host if host is not None and host.is_on and not self.is_cut(source, host.node) else None
 
     def _arrival(self, source: NodeId, target: NodeId) -> float:
-        low, high = self._latency_s
-        delay_s = low + (high - low) * self._timeline.rng.random() + self._slow.get(self._path(source, target), 0.0)
+        delay_s = self._weather.stream_s(self._timeline.rng) + self._slow.get(self._path(source, target), 0.0)
         return self._timeline.time_s + delay_s + self.hosts[target].lag_s

@@ -22,6 +22,7 @@ from meshgpu.sim.network import Network
 from meshgpu.sim.office import furnish
 from meshgpu.sim.timeline import Timeline
 from meshgpu.sim.transcript import Transcript
+from meshgpu.sim.weather import Weather
 
 SIGHTED_S: Final = (0.02, 2.0)
 """How long an announcement by mDNS takes to be seen."""
@@ -46,6 +47,7 @@ class WorldConfig:
     has_wrong_clocks: bool = False
     executor: ExecutorTiming = field(default_factory=ExecutorTiming)
     transcript: Transcript | None = None
+    weather: Weather = field(default_factory=Weather)
 
 
 class World:
@@ -55,7 +57,7 @@ class World:
         self.seed = seed
         self.config = config or WorldConfig()
         self.timeline = Timeline(seed)
-        self.network = Network(self.timeline)
+        self.network = Network(self.timeline, self.config.weather)
         self.invariants = Invariants()
         self.answers: dict[str, Answered] = {}
         self.office = furnish(

@@ -50,7 +50,6 @@ class _Peer:
     turn: int = 0
     next_dial: float | None = None
     failures: int = 0
-    is_dialling: bool = False
     lost_at: float | None = None
 
     @property
@@ -74,6 +73,7 @@ class Links:
         self._seeds_at: float | None = 0.0 if self._seeds else None
         self.open: dict[NodeId, float] = {}
         """{peer: boot_s since when its Link is open}"""
+        self._dialling: set[NodeId] = set()
 
     def last_seen(self, peer: NodeId) -> float | None:
         """`boot_s` at which the Link to `peer` was lost; None if it is open or never was."""
@@ -113,7 +113,8 @@ class Links:
         self.open[peer] = now.boot_s
         found = self._peers.setdefault(peer, _Peer())
         was_away = found.lost_at is not None or found.failures > 0
-        found.is_dialling, found.failures, found.lost_at, found.next_dial = False, 0, None, None
+        self._dialling.discard(peer)
+        found.failures, found.lost_at, found.next_dial = 0, None, None
         if was_away:
             self._hurry(now)
 
@@ -135,7 +136,7 @@ class Links:
         found = self._peers.get(peer)
         if found is None:
             return
-        found.is_dialling = False
+        self._dialling.discard(peer)
         found.failures += 1
         found.turn += 1  # try the next address
         untried = found.failures < len(found.addresses)
@@ -155,19 +156,19 @@ class Links:
             effects.extend(
                 Identify(seed) for seed, node in self._seeds.items() if node is None or node not in self.open
             )
-        due = sorted(peer for peer, found in self._peers.items() if self._is_due(now, peer, found))
-        if due:
-            under_way = sum(found.is_dialling for found in self._peers.values())
-            for peer in due[: max(self._timing.dials - under_way, 0)]:
+        room = 0 if self._is_complete() else self._timing.dials - len(self._dialling)
+        if room > 0:
+            due = sorted(peer for peer, found in self._peers.items() if self._is_due(now, peer, found))
+            for peer in due[:room]:
                 found = self._peers[peer]
-                found.is_dialling = True
+                self._dialling.add(peer)
                 effects.append(Dial(peer, found.addresses[found.turn % len(found.addresses)]))
         return effects
 
     def deadline(self) -> float | None:
         if self._log.mesh is None:
             return None
-        if sum(found.is_dialling for found in self._peers.values()) >= self._timing.dials:
+        if self._is_complete() or len(self._dialling) >= self._timing.dials:
             return self._seeds_at
         dials = [
             found.next_dial
@@ -177,6 +178,10 @@ class Links:
         return earliest(self._seeds_at, *dials)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _is_complete(self) -> bool:
+        """Whether all that are known are linked: nearly always, and then there is nobody to look for."""
+        return len(self.open) == len(self._peers)
 
     def _goes_first(self, peer: NodeId) -> bool:
         return self._node < peer or self._role(peer) is Role.CLOUD
@@ -188,7 +193,9 @@ class Links:
     def _is_wanted(self, peer: NodeId, found: _Peer) -> bool:
         if self._role(self._node) is Role.CLOUD:
             return False
-        return peer in self._log.members and peer not in self.open and not found.is_dialling and bool(found.addresses)
+        return (
+            peer in self._log.members and peer not in self.open and peer not in self._dialling and bool(found.addresses)
+        )
 
     def _is_due(self, now: Now, peer: NodeId, found: _Peer) -> bool:
         due_at = found.next_dial

@@ -132,6 +132,8 @@ class Liveness:
         self._probe = probe
         self._knock_at = knock
         self._watched: dict[NodeId, _Watched] = {}
+        self._is_sure = True
+        """Whether nothing is waited for of anybody, as it mostly is: then nobody need be looked at."""
         self._favours: dict[tuple[NodeId, int], _Favour] = {}
         self._round: list[NodeId] = []
         self._turned: list[tuple[NodeId, MemberState]] = []
@@ -155,13 +157,9 @@ class Liveness:
 
     def doubts(self) -> Doubts:
         """What this node doubts, for its gossip."""
-        return Doubts(
-            tuple(
-                Doubt(peer, found.incarnation, found.is_gone)
-                for peer, found in sorted(self._watched.items())
-                if found.doubted_at is not None
-            )
-        )
+        doubted = sorted(peer for peer, found in self._unsure() if found.doubted_at is not None)
+        found = self._watched
+        return Doubts(tuple(Doubt(peer, found[peer].incarnation, found[peer].is_gone) for peer in doubted))
 
     def turned(self) -> list[tuple[NodeId, MemberState]]:
         """Who stands otherwise than before, in order, since this was last asked."""
@@ -278,7 +276,7 @@ class Liveness:
         if self._next_at is not None and now.boot_s >= self._next_at:
             self._next_at = now.boot_s + self._interval()
             effects += self._probe_next(now)
-        for peer, found in list(self._watched.items()):
+        for peer, found in self._unsure():
             effects += self._step_one(now, peer, found)
         for key, favour in list(self._favours.items()):
             if now.boot_s >= favour.asked_at + self._timing.answer_s:
@@ -289,7 +287,7 @@ class Liveness:
 
     def deadline(self) -> float | None:
         times = [self._next_at, *(favour.asked_at + self._timing.answer_s for favour in self._favours.values())]
-        for peer, found in self._watched.items():
+        for peer, found in self._unsure():
             if found.asked_at is not None:
                 times.append(found.asked_at + (self._round_s() if self._is_waiting(found) else self._answer_s()))
             if found.doubted_at is not None and found.state is not MemberState.DOWN:
@@ -328,6 +326,7 @@ class Liveness:
 
     def _ask(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:
         self._numbers += 1
+        self._is_sure = False
         found.number, found.asked_at, found.is_helped, found.helpers_answered = self._numbers, now.boot_s, False, False
         found.helpers.clear()
         return [self._probe(peer, found.number)]
@@ -366,10 +365,12 @@ class Liveness:
     def _look_again(self, peer: NodeId, found: _Watched, at_s: float) -> None:
         """It has no Link, but nobody is to hear of a doubt before `at_s`."""
         found.calm()
+        self._is_sure = False
         found.knock_at = at_s
         self._turn(peer, found, MemberState.SUSPECT)
 
     def _knock(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:
+        self._is_sure = False
         pause_s = min(self._timing.soon_s * 2.0 ** min(found.knocks, 10), self._timing.knock_s)
         found.knock_at, found.knocks = now.boot_s + pause_s, found.knocks + 1
         return self._knock_at(peer)
@@ -397,6 +398,18 @@ class Liveness:
         return shortest * (LONGEST - (LONGEST - 1.0) * shared)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _unsure(self) -> list[tuple[NodeId, _Watched]]:
+        """Those of whom something is waited for: few of many."""
+        if self._is_sure:
+            return []
+        unsure = [
+            (peer, found)
+            for peer, found in self._watched.items()
+            if found.asked_at is not None or found.doubted_at is not None or found.knock_at is not None
+        ]
+        self._is_sure = not unsure
+        return unsure
 
     def _is_waiting(self, found: _Watched) -> bool:
         """Whether there is nothing left to do but to wait for the end of the round."""

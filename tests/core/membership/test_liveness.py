@@ -474,6 +474,17 @@ def test_resume_is_followed_by_calm_and_no_storm() -> None:
     assert [doubt.node for doubt in eye.liveness.doubts().doubts] == [A]
 
 
+def test_link_that_closes_in_the_calm_is_looked_at_after_it_though_nothing_else_is_waited_for() -> None:
+    eye = Eye(2, replace(TIMING, period_s=1000.0, jitter=0.0))
+    eye.run(1001.0)  # one probe, answered
+    eye.at += 3600.0
+    eye.step()
+    eye.run(1.0)
+    eye.lose(A)
+    eye.run(TIMING.calm_s)
+    assert [doubt.node for doubt in eye.liveness.doubts().doubts] == [A]
+
+
 def test_member_that_misses_a_probe_in_the_calm_is_not_doubted_yet() -> None:
     eye = Eye(2, replace(TIMING, calm_s=20.0))
     eye.run(1.0)
