@@ -1,6 +1,6 @@
 """The chains of the mesh log: who may write, what came before what, and which entries count.
 
-Nothing is discarded and order of arrival does not matter. Four rules decide:
+Four rules decide what admins' entries mean, in whatever order they came:
 
 1. An entry *holds* if its author was an admin in the part of the log that the entry itself follows from.
 2. A removal that holds ends its target's chain after the entry it names, and never before what its author had seen of
@@ -11,9 +11,12 @@ Nothing is discarded and order of arrival does not matter. Four rules decide:
 4. Two entries with one number freeze their author there, unless a removal names which of the two it goes on from.
 
 A node that goes on under new keys stays the same machine: who revokes one of its ids revokes all that come after it.
+A node is no admin: two entries with one number in its own chain, whatever they say, end its machine for ever.
 
-Entries follow from what admins wrote, and from nothing else: so what a node says, and who has yet to hear of it, holds
-up nobody's entries but its own.
+Of two that prove a fork a third is not needed, and what a node says after its fork, or under keys that come after one,
+is not taken in: so nodes may hold different entries of a liar. All the same they agree, because nothing is read from
+these but that he is a liar. An entry follows from what those wrote whom its own past calls admins; other heads in it
+are passed over, so whom only some know holds up nobody.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -64,6 +67,17 @@ class Written:
         return part is None or part.get(self.entry.author, -1) >= self.entry.seq
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What an entry follows from, once all of it is here. It is the same on every node, and never changes again.
+
+    admins: whom it calls admins, rightly or not. heads: those of the entry's that are by such authors.
+    """
+
+    admins: frozenset[KeyId]
+    heads: tuple[Head, ...]
+
+
 class Chains:
     """All entries that this node holds, whoever wrote them."""
 
@@ -77,13 +91,17 @@ class Chains:
         self._keys = {self.founder: body.admin_key, self.recovery: body.recovery_key}
         self._admins = {self.founder, self.recovery}
         self._renters: set[NodeId] = set()
+        self._admitted: set[NodeId] = set()
         self._rekeys: dict[NodeId, list[Written]] = {}
-        self.lineage = Lineage()
+        self._forks: dict[NodeId, int] = {}
+        self._lineage: Lineage | None = None
         self._held: dict[KeyId, dict[int, list[Written]]] = {}
         self._by_name: dict[Digest, Written] = {}
         self._named: set[Digest] = set()
         self._pins: dict[KeyId, dict[int, Digest]] = {}
         self._runs: dict[KeyId, list[Written]] = {}
+        self._pasts: dict[Digest, Past] = {}
+        self._incomplete: list[Written] = []
         self._clocks: dict[Digest, Clock] = {}
         self._holding: set[Digest] = set()
         self._admissions: dict[KeyId, list[Written]] = {}
@@ -100,18 +118,19 @@ class Chains:
         """
         added: list[Signed] = []
         refused: list[str] = []
-        waiting = list(entries)
+        waiting: list[tuple[Signed, Written | None]] = [(signed, None) for signed in entries]
         while waiting:
-            early: list[Signed] = []
+            early: list[tuple[Signed, Written | None]] = []
             before = len(added)
-            for signed in waiting:
+            for signed, written in waiting:
                 try:
-                    taken = self._take(signed)
+                    written = written or self._verified(signed)
+                    taken = None if written is None else self._take(written)
                 except TrustError as error:
                     refused.append(error.message)
                     continue
                 if taken is None:
-                    early.append(signed)
+                    early.append((signed, written))
                 elif taken:
                     added.append(signed)
             waiting = early
@@ -121,44 +140,66 @@ class Chains:
             self._recount()
         return tuple(added), tuple(refused)
 
-    def _take(self, signed: Signed) -> bool | None:
-        """Whether it is new; None while nobody here knows whom it needs.
-
-        Raises TrustError for what its author did not sign, or may never write.
-        """
+    def _verified(self, signed: Signed) -> Written | None:
+        """The entry; None while nobody here knows who signed it. Raises TrustError for what its author did not sign."""
         if signed.key not in self._keys:
             return None
         name = self._notary.digest(signed)
-        chain = self._held.get(signed.key, {})
+        if (known := self._by_name.get(name)) is not None:
+            return known
         entry = self._notary.read(signed, self._keys[signed.key], LogEntry)
         is_genesis = entry.seq == 0 and MeshId(name) == self._mesh
         if entry.author != signed.key or not (is_genesis or entry.mesh == self._mesh):
             raise TrustError("not-allowed", f"an entry of {signed.key[:12]} belongs to another mesh or author")
         if signed.key == self.founder and entry.seq == 0 and not is_genesis:
             raise TrustError("not-allowed", f"an entry of {signed.key[:12]} founds another mesh")
-        if not self._may_ever_write(entry):
-            raise TrustError("not-allowed", f"an entry of {signed.key[:12]} says what no node may say")
-        if not (entry.author in self._admins or _is_parting(entry) or self._may_rent(NodeId(entry.author))):
-            return None
-        if any(head.author not in self._admins for head in entry.heads):
-            return None
-        if entry.author not in self._admins and self.lineage.is_below_fork(NodeId(entry.author)):
-            return False  # some hold what it wrote, some do not, and it is nothing to anybody
-        found = chain.get(entry.seq, [])
-        if any(written.name == name for written in found):
+        return Written(name, signed, entry)
+
+    def _take(self, written: Written) -> bool | None:
+        """Whether it is new, and kept; None while that hangs on what is not here yet.
+
+        Raises TrustError for what its author may not write.
+        """
+        entry, name = written.entry, written.name
+        if name in self._by_name:
             return False
+        if not self._may_ever_write(entry):
+            raise TrustError("not-allowed", f"an entry of {entry.author[:12]} says what no node may say")
+        if entry.author not in self._admins and not (goes_on := self._goes_on(entry)):
+            return goes_on
+        found = self._held.get(entry.author, {}).get(entry.seq, ())
         if entry.seq >= CHAIN_LIMIT or (len(found) > 1 and name not in self._named):
             return False  # two prove the fork; a third is kept only where somebody else says that it is the true one
         if isinstance(entry.body, Rekey):
             self.check_rekey(entry.author, entry.body)
-        written = Written(name, signed, entry)
-        siblings = self._held.setdefault(signed.key, {}).setdefault(entry.seq, [])
+        siblings = self._held.setdefault(entry.author, {}).setdefault(entry.seq, [])
         siblings.append(written)
-        if len(siblings) > 1 and any(isinstance(sibling.entry.body, Rekey) for sibling in siblings):
-            self.lineage.fork(NodeId(entry.author))
+        self._incomplete.append(written)
+        if sum(_is_of_a_node(sibling.entry) for sibling in siblings) > 1:
+            self._fork(NodeId(entry.author), entry.seq)
         self._name(written)
         self._introduce(written)
         return True
+
+    def _goes_on(self, entry: LogEntry) -> bool | None:
+        """Whether a node's chain can go on with this; None while that hangs on what is not here yet."""
+        node = NodeId(entry.author)
+        if not (self.lineage.knows(node) and (_is_parting(entry) or self._may_rent(node))):
+            return None
+        if entry.seq > self._forks.get(node, entry.seq):
+            return False
+        if entry.seq == 0:
+            return True
+        below = self._by_name.get(entry.previous)
+        if below is None:
+            return None
+        follows = below.author == entry.author and below.entry.seq == entry.seq - 1
+        return follows and not isinstance(below.entry.body, Rekey)
+
+    def _fork(self, node: NodeId, seq: int) -> None:
+        """`node` wrote two entries with the number `seq`: it told us at least two stories."""
+        self._forks[node] = min(seq, self._forks.get(node, seq))
+        self._lineage = None
 
     def check_rekey(self, author: KeyId, rekey: Rekey) -> None:
         """Raises TrustError for one that is not to be taken in from `author`."""
@@ -166,20 +207,34 @@ class Chains:
         if self.lineage.is_full(NodeId(author)):
             raise TrustError("not-allowed", f"cannot take in new keys of {author[:12]}: it has had too many")
 
+    @property
+    def lineage(self) -> Lineage:
+        """Who goes on as whom, of what is held now."""
+        if self._lineage is None:
+            told = {node: min(said, key=lambda written: written.entry.seq) for node, said in self._rekeys.items()}
+            heirs = {node: _heir(written) for node, written in told.items() if node not in self._forks}
+            self._lineage = Lineage(self._admitted, heirs)
+        return self._lineage
+
+    def heirs(self, node: NodeId) -> Iterator[tuple[NodeId, Rekey]]:
+        """(who said it, what he said) of all that goes back to `node`, forked or not: what must not escape it."""
+        seen = {node}
+        waiting = [node]
+        while waiting:
+            before = waiting.pop()
+            for written in self._rekeys.get(before, ()):
+                assert isinstance(written.entry.body, Rekey)
+                yield before, written.entry.body
+                if (heir := _heir(written)) not in seen:
+                    seen.add(heir)
+                    waiting.append(heir)
+
     def _may_rent(self, node: NodeId) -> bool:
         return not self._renters.isdisjoint(self.lineage.ancestry(node))
 
     def _may_ever_write(self, entry: LogEntry) -> bool:
-        """Nodes write of themselves, and, with the role burst, of cloud nodes; all else is for admins."""
-        if entry.author in self._admins:
-            return True
-        match entry.body:
-            case AddNode(role=role, expires_wall_s=expires_wall_s):
-                return role is Role.CLOUD and expires_wall_s is not None
-            case RemoveNode() | Rekey():
-                return True
-            case _:
-                return False
+        """All but what nodes write is for admins."""
+        return entry.author in self._admins or _is_of_a_node(entry)
 
     def _introduce(self, written: Written) -> None:
         """Whom it names may write from now on, whether it counts or not: what is held must not hang on the order."""
@@ -189,6 +244,8 @@ class Chains:
                 self._admins.add(key_id(public_key))
             case AddNode(public_key=public_key, role=role) if role is not Role.CLOUD:
                 self._keys.setdefault(key_id(public_key), public_key)
+                self._admitted.add(node_id(public_key))
+                self._lineage = None
                 if role is Role.BURST:
                     self._renters.add(node_id(public_key))
             case SetRole(node=node, role=Role.BURST):
@@ -196,7 +253,7 @@ class Chains:
             case Rekey(public_key=public_key):
                 self._keys.setdefault(key_id(public_key), public_key)
                 self._rekeys.setdefault(NodeId(written.author), []).append(written)
-                self.lineage.add(NodeId(written.author), node_id(public_key))
+                self._lineage = None
             case _:
                 pass
 
@@ -229,24 +286,12 @@ class Chains:
 
     def rekeyed(self) -> dict[NodeId, Written | None]:
         """Nodes that gave up their keys, for ever, and the entry that says so; None where a fork hides which it is."""
-        found: dict[NodeId, Written | None] = {}
-        for node, written in sorted(self._rekeys.items()):
-            if any(self._is_complete(entry) for entry in written):
-                run = () if self.lineage.is_forked(node) else self.run(KeyId(node))
-                meant = (w for w in run if isinstance(w.entry.body, Rekey) and w.name in self._clocks)
+        found: dict[NodeId, Written | None] = dict.fromkeys(sorted(self._forks))
+        for node, said in sorted(self._rekeys.items()):
+            if node not in self._forks and any(written.name in self._pasts for written in said):
+                meant = (w for w in self.run(KeyId(node)) if isinstance(w.entry.body, Rekey) and w.name in self._clocks)
                 found[node] = next(meant, None)
         return found
-
-    def _is_complete(self, written: Written) -> bool:
-        """Whether its author's entries before it are here, and what these name: what is here is never lost again."""
-        while all(head.entry in self._by_name for head in written.entry.heads):
-            below = self._by_name.get(written.entry.previous)
-            if written.entry.seq == 0 or below is None:
-                return written.entry.seq == 0
-            if below.author != written.author or below.entry.seq != written.entry.seq - 1:
-                return False
-            written = below
-        return False
 
     def follows(self, later: Written, earlier: Written) -> bool:
         """Whether `later` was written by somebody who had seen `earlier`."""
@@ -258,15 +303,16 @@ class Chains:
 
     def _is_told(self, author: KeyId) -> bool:
         """Whether what he wrote is passed on: not that of keys below a fork, of which everybody may hold other ones."""
-        return author in self._admins or not self.lineage.is_below_fork(NodeId(author))
+        return author in self._admins or self.lineage.knows(NodeId(author))
 
     def citable(self) -> tuple[Head, ...]:
-        """What a new entry follows from: of each admin the newest entry whose every root is here.
+        """What a new entry follows from: of each admin, also of before, the newest entry whose every root is here.
 
-        Were others cited, a member could name a head that does not exist, and nothing that anybody wrote after hearing
+        Were others cited, somebody could name a head that does not exist, and nothing that anybody wrote after hearing
         of it would ever count.
         """
-        runs = (run for author, run in sorted(self._runs.items()) if author in self._admins)
+        admins = {self.founder, self.recovery, *self._admissions}
+        runs = (run for author, run in sorted(self._runs.items()) if author in admins)
         tops = ([written for written in run if written.name in self._clocks] for run in runs)
         return tuple(Head(top[-1].author, top[-1].entry.seq, top[-1].name) for top in tops if top)
 
@@ -322,6 +368,7 @@ class Chains:
 
         A removal may tell the true side of a fork, so again then: never a removal whose own author is in doubt by it.
         """
+        self._complete()
         self._pins = {}
         while True:
             self._runs = {author: self._run(author) for author in self._held}
@@ -347,6 +394,53 @@ class Chains:
             previous = meant[0].name
         return run
 
+    def _complete(self) -> None:
+        """Find the pasts of entries: of those whose every root is here now."""
+        hopeless: set[Digest] = set()
+        for first in self._incomplete:
+            waiting = [first]
+            while waiting:
+                written = waiting[-1]
+                if written.name in self._pasts or written.name in hopeless:
+                    waiting.pop()
+                    continue
+                past = self._past(written)
+                if isinstance(past, Past):
+                    self._pasts[written.name] = past
+                elif past is None or past.name in hopeless:
+                    hopeless.add(written.name)
+                else:
+                    waiting.append(past)
+        self._incomplete = [written for written in self._incomplete if written.name not in self._pasts]
+
+    def _past(self, written: Written) -> "Past | Written | None":
+        """What it follows from; or an entry whose past must be found before; or None where one is not here."""
+        entry = written.entry
+        admins = frozenset((self.founder, self.recovery))
+        if entry.seq:
+            below = self._at(Head(entry.author, entry.seq - 1, entry.previous))
+            if below is None or below.name not in self._pasts:
+                return below
+            admins = self._pasts[below.name].admins
+        heads: list[Head] = []
+        others = list(entry.heads)
+        while (head := next((head for head in others if head.author in admins), None)) is not None:
+            others.remove(head)
+            cited = self._at(head)
+            if cited is None or cited.name not in self._pasts:
+                return cited
+            heads.append(head)
+            if not (more := self._pasts[cited.name].admins) <= admins:
+                admins |= more
+        if isinstance(entry.body, AddAdmin):
+            admins |= {key_id(entry.body.public_key)}
+        return Past(admins, tuple(heads))
+
+    def _at(self, head: Head) -> Written | None:
+        written = self._by_name.get(head.entry)
+        is_it = written is not None and (written.author, written.entry.seq) == (head.author, head.seq)
+        return written if is_it else None
+
     def _order(self) -> dict[Digest, Clock]:
         """What each entry follows from, itself included: of those whose every root is here."""
         clocks: dict[Digest, Clock] = {}
@@ -362,11 +456,11 @@ class Chains:
         return clocks
 
     def _clock(self, run: list[Written], seq: int, clocks: Mapping[Digest, Clock]) -> Clock | None:
+        past = self._pasts.get(run[seq].name)
+        if past is None:
+            return None
         clock = dict(clocks[run[seq - 1].name]) if seq else {}
-        for head in run[seq].entry.heads:
-            held = self._held.get(head.author, {}).get(head.seq, ())
-            if not any(written.name == head.entry for written in held):
-                return None  # it follows from what is not here yet
+        for head in past.heads:
             cited = self._runs[head.author]
             if head.seq < len(cited) and cited[head.seq].name == head.entry:
                 if head.entry not in clocks:
@@ -441,12 +535,15 @@ class Chains:
         if isinstance(removal, RemoveAdmin):
             return -1 if removal.key == author else None
         if any(
-            isinstance(admission.entry.body, AddAdmin)
-            and removal.node in self.lineage.ancestry(admission.entry.body.node)
+            isinstance(body := admission.entry.body, AddAdmin) and self._comes_after(body.node, removal.node)
             for admission in self._admissions.get(author, ())
         ):
             return -1  # an admin of that machine of whom its author had not heard
         return None
+
+    def _comes_after(self, node: NodeId, before: NodeId) -> bool:
+        """Whether `node` is `before`, or anything that is held here says that it went on as it."""
+        return node == before or any(node_id(said.public_key) == node for _, said in self.heirs(before))
 
     def _counts(self, written: Written, part: Clock | None, memo: dict[Digest, bool]) -> bool:
         """Rules 2 and 3, in a part of the log."""
@@ -498,6 +595,22 @@ def _heads_of(removal: Removal) -> tuple[Head, ...]:
     if isinstance(removal, Revoke):
         return removal.ends
     return (removal.end,) if removal.end is not None and removal.end.author == removal.key else ()
+
+
+def _is_of_a_node(entry: LogEntry) -> bool:
+    """Whether it is what nodes may write: of themselves, and, with the role burst, of cloud nodes."""
+    match entry.body:
+        case AddNode(role=role, expires_wall_s=expires_wall_s):
+            return role is Role.CLOUD and expires_wall_s is not None
+        case RemoveNode() | Rekey():
+            return True
+        case _:
+            return False
+
+
+def _heir(written: Written) -> NodeId:
+    assert isinstance(written.entry.body, Rekey)
+    return node_id(written.entry.body.public_key)
 
 
 def _is_parting(entry: LogEntry) -> bool:

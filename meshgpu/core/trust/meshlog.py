@@ -198,10 +198,19 @@ class MeshLog:
         admins = frozenset(chains.admins())
         every = {key: UserKey(b.user, key, b.public_key, b.node, b.uid, key in admins) for key, b in links.items()}
         inside = self.members.keys() & {line.current for line in machines}
-        stopped = {node for line in machines if line.removals & stopping for node in line.ids}
         self.users = {key: user for key, user in every.items() if user.node in inside}
         self.former_users = {key: user for key, user in every.items() if user.node in self.former}
-        self.stopped = frozenset(key for key, user in self.former_users.items() if user.node in stopped)
+        self.stopped = frozenset(key for line in machines for key in self._stopped(chains, line, stopping))
+
+    def _stopped(self, chains: Chains, line: Line, stopping: Set[NodeId]) -> set[KeyId]:
+        """Keys of a machine whose jobs end: also those that only one side of a fork names, which it may have used."""
+        said = list(chains.heirs(line.first))
+        if stopping.isdisjoint({*line.removals, *(node_id(rekey.public_key) for _, rekey in said)}):
+            return set()
+        keys = {key for key, user in self.former_users.items() if user.node in line.ids}
+        for _, rekey in said:  # each after the one before
+            keys |= {key_id(new.after) for new in rekey.users if key_id(new.before) in keys}
+        return keys - self.users.keys()
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

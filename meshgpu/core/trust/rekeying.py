@@ -1,10 +1,12 @@
 """New keys for a machine that stays: what is signed for them, and which nodes go on as which.
 
 A Rekey is believed only with the word of every key in it, so nobody is put in another's place against its will. The
-lineage knows every Rekey that is held, whether it counts or not: a removal reaches all who may come after its target.
+lineage knows each Rekey of a node that told one story, whether it counts or not: a removal reaches all who may come
+after its target.
 """
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from meshgpu.errors import TrustError
@@ -15,7 +17,7 @@ ACCOUNTS_LIMIT: Final = 16
 """OS accounts of one machine whose keys change at once: each brings two signatures to check, and a liar sends many."""
 
 REKEYS_LIMIT: Final = 64
-"""Of one machine, for ever: one a quarter for 16 years. Each is an author whom all later entries and digests name."""
+"""Of one machine, for ever: one a quarter for 16 years. Each is an author whom all later digests name."""
 
 
 def make_rekey(
@@ -57,39 +59,41 @@ def check_rekey(notary: Notary, mesh: MeshId, author: KeyId, rekey: Rekey) -> No
 
 
 class Lineage:
-    """Who said that he goes on as whom. It only grows, so the order in which it was learned leaves no trace.
+    """Who goes on as whom, as everybody comes to know it: walked from the keys that admins let in.
 
-    Whoever says it twice is *forked*: nobody goes on in his place. Of those below he may have told each of us another
-    story, so no more is taken in of it: then one machine leaves at most two keys for each time that it may change them.
+    Steps are those of nodes that told one story. Of those that come after a *forked* one each of us may have heard
+    another; so they are not known here, and all that would hang on them is left out. Everybody who holds the same forks
+    and the same admissions walks the same way, whatever else he was told, and forks are told to all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, admitted: Iterable[NodeId], heirs: Mapping[NodeId, NodeId]) -> None:
+        """heirs: {node that is not forked: the one that it goes on as}."""
+        self._steps = dict.fromkeys(admitted, 0)
         self._before: dict[NodeId, set[NodeId]] = {}
-        self._forked: set[NodeId] = set()
+        waiting = deque(self._steps)
+        while waiting:
+            before = waiting.popleft()
+            heir = heirs.get(before)
+            if heir is None:
+                continue
+            self._before.setdefault(heir, set()).add(before)
+            if heir not in self._steps:
+                self._steps[heir] = self._steps[before] + 1
+                waiting.append(heir)
 
-    def add(self, before: NodeId, after: NodeId) -> None:
-        self._before.setdefault(after, set()).add(before)
-
-    def fork(self, node: NodeId) -> None:
-        """`node` said something else besides, in the same place."""
-        self._forked.add(node)
-
-    def is_forked(self, node: NodeId) -> bool:
-        return node in self._forked
-
-    def is_below_fork(self, node: NodeId) -> bool:
-        """Whether `node` may have come after one who is forked."""
-        return not self._forked.isdisjoint(self.ancestry(node) - {node})
+    def knows(self, node: NodeId) -> bool:
+        """Whether `node` was let in, or comes after one that was, and no fork lies between."""
+        return node in self._steps
 
     def is_full(self, node: NodeId) -> bool:
         """Whether the machine of `node` has changed its keys too often for us to remember one more time.
 
-        It hangs on what came before `node` alone, which who knows `node` knows: so all say the same.
+        By the shortest way that leads here. It can only become shorter, so who refuses first takes in later.
         """
-        return len(self.ancestry(node)) > REKEYS_LIMIT
+        return self._steps.get(node, 0) >= REKEYS_LIMIT
 
     def is_disputed(self, node: NodeId) -> bool:
-        """Whether several nodes say that they go on as this one."""
+        """Whether several nodes go on as this one."""
         return len(self._before.get(node, ())) > 1
 
     def ancestry(self, node: NodeId) -> frozenset[NodeId]:
