@@ -92,7 +92,10 @@ class _Hello:
 
 @dataclass(eq=False, slots=True)
 class _Link:
-    """One Link that is up; `ended` gets the reason for which this side closes it. route, call: only if we dialled."""
+    """One Link that is up; `ended` gets the reason for which this side closes it. route, call: only if we dialled.
+
+    task: what carries it.
+    """
 
     peer: NodeId
     hello: _Hello
@@ -177,8 +180,7 @@ class GrpcLink:
         """
         self._clouds = frozenset(anchor.node for anchor in anchors if anchor.is_cloud)
         for peer in self._gate.trust(anchors):
-            link = self._links.get(peer)
-            parting = link if link is not None and link.is_dialled else None  # it ends by itself once it was told why
+            parting = self._links.get(peer)  # it ends by itself once it was told why
             self.close(peer, "no longer trusted")
             for task, other in self._work.items():
                 if other == peer and not (parting and task is parting.task):
@@ -348,7 +350,7 @@ class GrpcLink:
     async def _answer_link(self, context: Context) -> None:
         async def serve(peer: NodeId) -> None:
             async with asyncio.timeout(FIRST_MESSAGE_TIMEOUT_S):
-                link = _Link(peer, _decode(await context.read(), "dialler"), None)
+                link = _Link(peer, _decode(await context.read(), "dialler"), None, task=asyncio.current_task())
             await context.send_initial_metadata(())  # else the first write does: one that is cancelled spoils a status
             link.queue.put_nowait(_encode(_Hello(self._instance, link.hello.dial)))
             if not self._open(link):
