@@ -168,6 +168,9 @@ def test_member_whose_old_agent_comes_back_beside_the_new_one_is_given_no_work_a
 
     assert [meet(name) for name in ("a", "b", "b", "c")] == [[], [], [], []]
     assert not hall.see(first, second).is_cloned
+    assert meet("a") == [], "a Link that was on its way when that agent ended"
+    assert meet("c") == [], "whose Link it took"
+    assert not hall.see(first, second).is_cloned
     assert len(meet("a")) == 1
     assert meet("c") == []
     assert hall.see(first, second).is_cloned
