@@ -82,7 +82,9 @@ class Alive:
 
 
 @dataclass(frozen=True, slots=True)
-class Suspect:
+class _Accusation:
+    """What `by` says of a node under an incarnation of it."""
+
     node: int
     incarnation: int
     by: int
@@ -92,15 +94,12 @@ class Suspect:
         return _map_bytes(Incarnation=3, Node=_name(self.node), From=_name(self.by))
 
 
-@dataclass(frozen=True, slots=True)
-class Dead:
-    node: int
-    incarnation: int
-    by: int
+class Suspect(_Accusation):
+    __slots__ = ()
 
-    @property
-    def size(self) -> int:
-        return _map_bytes(Incarnation=3, Node=_name(self.node), From=_name(self.by))
+
+class Dead(_Accusation):
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,6 +222,17 @@ async def carried(
     return lines, len(done)
 
 
+def hear(desk: Desk, line: Line, theirs: MeshLog) -> None:
+    """The peer says what it has of the log, takes in what it is told, and lets the old node's Link go."""
+    digest = GossipDigest((), theirs.heads(), wants_answer=True)
+    line.emit(ports.FrameReceived(desk.peer, encode_frame(desk.mesh, digest)))
+    for frame in line.sent:
+        _, message = decode_frame(frame)
+        assert isinstance(message, LogDelta)
+        theirs.add(message.entries)
+    line.emit(ports.LinkClosed(desk.peer, "no longer trusted"))
+
+
 async def test_courier_tells_who_was_away_what_it_lacks_and_ends_when_it_was_met(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,13 +247,7 @@ async def test_courier_tells_who_was_away_what_it_lacks_and_ends_when_it_was_met
     def back(line: Line) -> None:
         line.emit(ports.LinkOpened(desk.peer, dialled=True, protocol=PROTOCOL))
         line.emit(ports.FrameReceived(desk.peer, b"rubbish"))
-        digest = GossipDigest((), theirs.heads(), wants_answer=True)
-        line.emit(ports.FrameReceived(desk.peer, encode_frame(desk.mesh, digest)))
-        for frame in line.sent:
-            _, message = decode_frame(frame)
-            assert isinstance(message, LogDelta)
-            theirs.add(message.entries)
-        line.emit(ports.LinkClosed(desk.peer, "no longer trusted"))
+        hear(desk, line, theirs)
         node.step(NOW, LinkOpened(desk.peer))
 
     lines, done = await carried(desk, node, monkeypatch, [away, back])
@@ -265,13 +270,7 @@ async def test_courier_brings_nothing_that_was_written_since_its_agent_began(
 
     def back(line: Line) -> None:
         node.step(NOW, LogWritten(node.log.write(KeyId(node.node), (RemoveNode(node.node),))))
-        digest = GossipDigest((), theirs.heads(), wants_answer=True)
-        line.emit(ports.FrameReceived(desk.peer, encode_frame(desk.mesh, digest)))
-        for frame in line.sent:
-            _, message = decode_frame(frame)
-            assert isinstance(message, LogDelta)
-            theirs.add(message.entries)
-        line.emit(ports.LinkClosed(desk.peer, "no longer trusted"))
+        hear(desk, line, theirs)
 
     await carried(desk, node, monkeypatch, [back])
     assert node.node not in node.log.members

@@ -130,9 +130,14 @@ class Room:
                 self.tell(heir, ev.LinkOpened(other))
         self.pass_time(1.0)
 
+    def held_by(self, holder: NodeId) -> JobId:
+        """The one job that it holds."""
+        (job,) = self.machines[holder].node.stewardship._jobs
+        return job
+
     def begin(self, holder: NodeId) -> tuple[NodeId, JobId, int]:
         """Let the one job that `holder` holds begin. Returns the machine where it runs, the job, and its epoch."""
-        (job,) = self.machines[holder].node.stewardship._jobs
+        job = self.held_by(holder)
         self.tell(holder, ev.TreeArrived(job))
         for _ in range(5):
             self.pass_time(0.5)
@@ -288,7 +293,7 @@ def test_node_that_holds_a_job_waits_until_it_has_ended() -> None:
     room = Room(2)
     first, second = room.nodes
     room.run(first, "")  # the last machine holds what has no place
-    (held,) = room.machines[second].node.stewardship._jobs
+    held = room.held_by(second)
     assert "holds 1 unfinished job" in refused(room, second)
     assert "a job is being submitted here" in refused(room, first)
     room.tell(second, ev.TreeFailed(held, "no-answer", "gone"))
@@ -299,7 +304,7 @@ def test_node_that_runs_a_job_waits_until_its_end_is_known() -> None:
     room = Room(3)
     first, second, third = room.nodes
     room.run(first, "rig1")
-    (held,) = room.machines[third].node.stewardship._jobs
+    held = room.held_by(third)
     room.tell(third, ev.TreeArrived(held))
     for _ in range(5):
         room.pass_time(0.5)
@@ -418,7 +423,7 @@ def test_job_that_waits_for_the_machine_by_its_old_id_is_offered_to_it() -> None
     room = Room(3)
     first, second, third = room.nodes
     room.run(first, "rig1", gpus=1)
-    (held,) = room.machines[third].node.stewardship._jobs
+    held = room.held_by(third)
     spec = room.machines[third].node.stewardship._jobs[held].spec
     assert spec.machine == second
     _, _, heir, notary = room.rekey(second)
@@ -514,7 +519,7 @@ def test_hold_of_a_holder_that_was_revoked_is_let_go_at_once() -> None:
     room = Room(3)
     first, second, third = room.nodes
     room.run(first, "rig1")
-    (held,) = room.machines[third].node.stewardship._jobs
+    held = room.held_by(third)
     room.lost = (msg.OfferAnswer,)
     room.tell(third, ev.TreeArrived(held))
     assert "jobs run here (train)" in refused(room, second)
@@ -566,7 +571,7 @@ def test_attempt_that_was_accepted_too_late_is_fenced_by_a_holder_under_new_keys
     room = Room(3)
     first, second, third = room.nodes
     room.run(first, "rig1")
-    (job,) = room.machines[third].node.stewardship._jobs
+    job = room.held_by(third)
     room.lost = (msg.CommitAnswer, msg.AttemptReport, msg.Cancel)
     room.tell(third, ev.TreeArrived(job))
     room.pass_time(0.1)
@@ -586,7 +591,7 @@ def test_stop_reaches_a_machine_that_took_new_keys_after_the_commit_to_it_was_lo
     room = Room(3)
     first, second, third = room.nodes
     room.run(first, "rig1")
-    (job,) = room.machines[third].node.stewardship._jobs
+    job = room.held_by(third)
     room.lost = (msg.Commit,)
     room.tell(third, ev.TreeArrived(job))
     key = room.office.setups[0].accounts[ADA]
