@@ -62,7 +62,7 @@ class JobSpec:
 
     job: follows from the signing key and nonce (16 random bytes). tree: digest of the working directory's manifest.
     command: argv, never empty; with `shell`, one string that `sh -c` runs.
-    machine: the node named by `-m`, else None. stewards: who holds the register: one rig, later three.
+    machine: the node named by `-m`, else None. stewards: one rig, or three, that hold the register.
     issued_wall_s: Unix time; a steward accepts a spec 120 s old at most, or of any age with its `challenge` in it.
     image: the container image that the command runs in; empty for a process in a Python environment.
     cloud: whether it may leave the office. retries: how often it is started again after an attempt that died.
@@ -187,9 +187,33 @@ ENDED_ATTEMPT_STATES: Final = frozenset(
 """No process of the attempt lives in these states."""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Ballot:
+    """A steward's turn to change a register. Of two the higher one wins; no two stewards share one."""
+
+    round: int
+    steward: NodeId
+
+
+NO_BALLOT: Final = Ballot(0, NodeId(""))
+"""Below all others."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Stamp:
+    """Which change of a register it is: the `step`-th, from 1, of whose turn `ballot` is. Later ones are higher."""
+
+    ballot: Ballot
+    step: int
+
+
+NO_STAMP: Final = Stamp(NO_BALLOT, 0)
+"""Of a register that was never accepted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Register:
-    """A job as its steward holds it; changed only by compare-and-set on (state, epoch).
+    """A job as its stewards hold it; changed only by a quorum of them, in the order of `stamp`.
 
     epoch counts attempts from 1; 0 before the first. node, hold, gpus belong to it. phase is None unless active.
     detail: what staging is doing, as people read it. reason: why the job waits, or why it ended as it did.
@@ -214,11 +238,24 @@ class Register:
     heard_wall_s: float | None = None
     metric: Metric | None = None
     died: int = 0
+    stamp: Stamp = NO_STAMP
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """All that stewards agree on about a job. cancel: the user's signed JobRequest to stop or kill it, if there is one.
+
+    receipt: of the newest attempt that has ended.
+    """
+
+    register: Register
+    cancel: Signed | None = None
+    receipt: Signed | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as its user may see it: what was asked for, and the register as one steward holds it.
+    """A job as its user may see it: what was asked for, and the newest register that a steward has told.
 
     trial: which point of the space of `sweep` it is; both None for a job of its own. signed: the spec, a trial's
     sweep's, as its user signed it. receipt: where it was asked for, what the node of the newest attempt that has ended

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from meshgpu.model.gossip import Incarnation, KnockOutcome
 from meshgpu.model.ids import Address, HoldId, JobId, NodeId
-from meshgpu.model.job import Phase, Register, Result
+from meshgpu.model.job import Ballot, Phase, Register, Result, Stamp, Standing
 from meshgpu.model.resources import GpuShare
 from meshgpu.model.sweep import Metric, Trial
 from meshgpu.model.trust import Head, Signed
@@ -89,7 +89,10 @@ class Challenge:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Submitter to steward: hold this job. Sent again until answered; idempotent by job id."""
+    """Submitter to steward: hold this job. Sent again until answered; idempotent by job id.
+
+    Steward to steward: this job is about to be held; get its tree.
+    """
 
     job: JobId
     spec: Signed
@@ -97,7 +100,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class SubmitAnswer:
-    """Steward to submitter: the job is durable here with its tree, or is being received, or is refused (`code`).
+    """Steward to submitter: a quorum holds the job with its tree, or it is being received, or is refused (`code`).
 
     challenge: with the code `stale` only.
     """
@@ -109,6 +112,53 @@ class SubmitAnswer:
     code: str = ""
     reason: str = ""
     challenge: Challenge | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Steward to steward: I ask for the turn `ballot` to change the register. spec, trial: for who lacks the job."""
+
+    job: JobId
+    ballot: Ballot
+    spec: Signed
+    trial: Trial | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """Steward to steward: what I am bound to now; if that is the `ballot` that was asked for, it is granted.
+
+    standing: what I have accepted last; None for nothing.
+    """
+
+    job: JobId
+    ballot: Ballot
+    promised: Ballot
+    standing: Standing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Steward to steward, in its turn: the job stands so now. spec, trial: for who lacks the job; spec None if not."""
+
+    job: JobId
+    standing: Standing
+    spec: Signed | None = None
+    trial: Trial | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Steward to steward: what I have accepted last (`stamp`), and the ballot I am bound to.
+
+    vote: signed PlacingVote, where that register is placing. is_lacking: I do not know the job; send its spec.
+    """
+
+    job: JobId
+    stamp: Stamp
+    promised: Ballot
+    vote: Signed | None = None
+    is_lacking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,10 +246,11 @@ class AttemptReport:
 
 @dataclass(frozen=True, slots=True)
 class ReportAck:
-    """Steward to node: the result of this epoch is recorded."""
+    """Steward to node: the result of this epoch is recorded. is_forgotten: no, but no such job is known here."""
 
     job: JobId
     epoch: int
+    is_forgotten: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +352,10 @@ Message = (
     | LogDelta
     | Submit
     | SubmitAnswer
+    | Prepare
+    | Promise
+    | Accept
+    | Accepted
     | Offer
     | OfferAnswer
     | Release

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from meshgpu.model.cloud import BurstSettings, LaunchId, LaunchRequest
 from meshgpu.model.ids import Address, HoldId, JobId, KeyId, MeshId, NodeId
-from meshgpu.model.job import AttemptState, Register, Result, StopMode
+from meshgpu.model.job import NO_BALLOT, AttemptState, Ballot, Register, Result, StopMode
 from meshgpu.model.lending import Pause
 from meshgpu.model.resources import GpuShare
 from meshgpu.model.sweep import Trial
@@ -41,7 +41,7 @@ class JobRecord:
     """A job whose register this node holds as a steward; spec as the user signed it.
 
     cancel: the user's signed JobRequest to stop or kill it, None without one. trial: which of a sweep, None for none.
-    receipt: of the newest attempt that has ended.
+    receipt: of the newest attempt that has ended. promised: below which ballot this node takes in no change any more.
     """
 
     spec: Signed
@@ -49,6 +49,7 @@ class JobRecord:
     cancel: Signed | None
     trial: Trial | None = None
     receipt: Signed | None = None
+    promised: Ballot = NO_BALLOT
 
 
 @dataclass(frozen=True, slots=True)

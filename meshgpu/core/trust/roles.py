@@ -9,6 +9,8 @@ from typing import Final
 
 from meshgpu.model.bulk import BulkRequest, ChunksWanted, FilesWanted, FileWanted, LogsWanted
 from meshgpu.model.messages import (
+    Accept,
+    Accepted,
     Activate,
     Answer,
     Ask,
@@ -26,8 +28,10 @@ from meshgpu.model.messages import (
     Message,
     Offer,
     OfferAnswer,
+    Prepare,
     ProbeAnswer,
     ProbeFor,
+    Promise,
     Release,
     ReportAck,
     Submit,
@@ -47,6 +51,10 @@ MAY: Final[Mapping[type[Message | BulkRequest], frozenset[Role]]] = {
     GossipDelta: _EVERYBODY,
     LogDelta: _EVERYBODY,
     Submit: _SUBMITS,
+    Prepare: _HOLDS,
+    Promise: _HOLDS,
+    Accept: _HOLDS,
+    Accepted: _HOLDS,
     Ask: OFFICE_ROLES,
     KnockWanted: OFFICE_ROLES,
     KnockAnswer: OFFICE_ROLES,

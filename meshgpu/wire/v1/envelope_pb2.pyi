@@ -47,6 +47,10 @@ class Frame(_message.Message):
     PROBE_ANSWER_FIELD_NUMBER: _builtins.int
     KNOCK_WANTED_FIELD_NUMBER: _builtins.int
     KNOCK_ANSWER_FIELD_NUMBER: _builtins.int
+    PREPARE_FIELD_NUMBER: _builtins.int
+    PROMISE_FIELD_NUMBER: _builtins.int
+    ACCEPT_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """Protocol version; 1."""
     mesh: _builtins.str
@@ -139,6 +143,22 @@ class Frame(_message.Message):
     def knock_answer(self) -> _messages_pb2.KnockAnswer:
         """Present for this message."""
 
+    @_builtins.property
+    def prepare(self) -> _messages_pb2.Prepare:
+        """Present for this message."""
+
+    @_builtins.property
+    def promise(self) -> _messages_pb2.Promise:
+        """Present for this message."""
+
+    @_builtins.property
+    def accept(self) -> _messages_pb2.Accept:
+        """Present for this message."""
+
+    @_builtins.property
+    def accepted(self) -> _messages_pb2.Accepted:
+        """Present for this message."""
+
     def __init__(
         self,
         *,
@@ -166,12 +186,16 @@ class Frame(_message.Message):
         probe_answer: _messages_pb2.ProbeAnswer | None = ...,
         knock_wanted: _messages_pb2.KnockWanted | None = ...,
         knock_answer: _messages_pb2.KnockAnswer | None = ...,
+        prepare: _messages_pb2.Prepare | None = ...,
+        promise: _messages_pb2.Promise | None = ...,
+        accept: _messages_pb2.Accept | None = ...,
+        accepted: _messages_pb2.Accepted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "knock_answer", b"knock_answer", "knock_wanted", b"knock_wanted", "log_delta", b"log_delta", "offer", b"offer", "offer_answer", b"offer_answer", "probe_answer", b"probe_answer", "probe_for", b"probe_for", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "accepted", b"accepted", "activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "knock_answer", b"knock_answer", "knock_wanted", b"knock_wanted", "log_delta", b"log_delta", "offer", b"offer", "offer_answer", b"offer_answer", "prepare", b"prepare", "probe_answer", b"probe_answer", "probe_for", b"probe_for", "promise", b"promise", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "knock_answer", b"knock_answer", "knock_wanted", b"knock_wanted", "log_delta", b"log_delta", "mesh", b"mesh", "offer", b"offer", "offer_answer", b"offer_answer", "probe_answer", b"probe_answer", "probe_for", b"probe_for", "protocol", b"protocol", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "accepted", b"accepted", "activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "knock_answer", b"knock_answer", "knock_wanted", b"knock_wanted", "log_delta", b"log_delta", "mesh", b"mesh", "offer", b"offer", "offer_answer", b"offer_answer", "prepare", b"prepare", "probe_answer", b"probe_answer", "probe_for", b"probe_for", "promise", b"promise", "protocol", b"protocol", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["gossip_digest", "gossip_delta", "log_delta", "submit", "submit_answer", "offer", "offer_answer", "release", "commit", "commit_answer", "activate", "fence", "attempt_report", "report_ack", "cancel", "ask", "answer", "job_update", "probe_for", "probe_answer", "knock_wanted", "knock_answer"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["gossip_digest", "gossip_delta", "log_delta", "submit", "submit_answer", "offer", "offer_answer", "release", "commit", "commit_answer", "activate", "fence", "attempt_report", "report_ack", "cancel", "ask", "answer", "job_update", "probe_for", "probe_answer", "knock_wanted", "knock_answer", "prepare", "promise", "accept", "accepted"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from meshgpu.wire.v1 import resources_pb2 as _resources_pb2
 from meshgpu.wire.v1 import sweep_pb2 as _sweep_pb2
+from meshgpu.wire.v1 import trust_pb2 as _trust_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -343,6 +344,60 @@ class Result(_message.Message):
 Global___Result: _TypeAlias = Result  # noqa: Y015
 
 @_typing.final
+class Ballot(_message.Message):
+    """A steward's turn to change a register."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    STEWARD_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    """The higher wins."""
+    steward: _builtins.str
+    """Node id; of equal rounds the higher wins."""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        steward: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "steward", b"steward"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ballot: _TypeAlias = Ballot  # noqa: Y015
+
+@_typing.final
+class Stamp(_message.Message):
+    """Which change of a register it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BALLOT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """Which change of that turn, from 1; 0 before the first."""
+    @_builtins.property
+    def ballot(self) -> Global___Ballot:
+        """In whose turn; required."""
+
+    def __init__(
+        self,
+        *,
+        ballot: Global___Ballot | None = ...,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ballot", b"ballot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ballot", b"ballot", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stamp: _TypeAlias = Stamp  # noqa: Y015
+
+@_typing.final
 class Register(_message.Message):
     """A job as its steward holds it."""
 
@@ -365,6 +420,7 @@ class Register(_message.Message):
     HEARD_WALL_S_FIELD_NUMBER: _builtins.int
     METRIC_FIELD_NUMBER: _builtins.int
     DIED_FIELD_NUMBER: _builtins.int
+    STAMP_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     state: _builtins.str
@@ -405,6 +461,10 @@ class Register(_message.Message):
     def metric(self) -> _sweep_pb2.Metric:
         """What the newest attempt has reported of the job's objective; absent for nothing."""
 
+    @_builtins.property
+    def stamp(self) -> Global___Stamp:
+        """Which change it is; required."""
+
     def __init__(
         self,
         *,
@@ -425,10 +485,11 @@ class Register(_message.Message):
         heard_wall_s: _builtins.float | None = ...,
         metric: _sweep_pb2.Metric | None = ...,
         died: _builtins.int = ...,
+        stamp: Global___Stamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_metric", b"_metric", "_node", b"_node", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "ended_wall_s", b"ended_wall_s", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "metric", b"metric", "node", b"node", "phase", b"phase", "result", b"result", "started_wall_s", b"started_wall_s", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_metric", b"_metric", "_node", b"_node", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "ended_wall_s", b"ended_wall_s", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "metric", b"metric", "node", b"node", "phase", b"phase", "result", b"result", "stamp", b"stamp", "started_wall_s", b"started_wall_s", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_metric", b"_metric", "_node", b"_node", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "detail", b"detail", "died", b"died", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "gpus", b"gpus", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "job", b"job", "metric", b"metric", "node", b"node", "phase", b"phase", "reason", b"reason", "result", b"result", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop", "submitted_wall_s", b"submitted_wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_metric", b"_metric", "_node", b"_node", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "detail", b"detail", "died", b"died", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "gpus", b"gpus", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "job", b"job", "metric", b"metric", "node", b"node", "phase", b"phase", "reason", b"reason", "result", b"result", "stamp", b"stamp", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop", "submitted_wall_s", b"submitted_wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ended_wall_s: _TypeAlias = _typing.Literal["ended_wall_s"]  # noqa: Y015
     _WhichOneofArgType__ended_wall_s: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s"]  # noqa: Y015
@@ -468,6 +529,49 @@ class Register(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stop) -> _WhichOneofReturnType__stop | None: ...
 
 Global___Register: _TypeAlias = Register  # noqa: Y015
+
+@_typing.final
+class Standing(_message.Message):
+    """All that stewards agree on about a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGISTER_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def register(self) -> Global___Register:
+        """Required."""
+
+    @_builtins.property
+    def cancel(self) -> _trust_pb2.Signed:
+        """JobRequest to stop or kill it, signed by its user; absent unless asked for."""
+
+    @_builtins.property
+    def receipt(self) -> _trust_pb2.Signed:
+        """Receipt of the newest attempt that has ended, signed by its node; absent without one."""
+
+    def __init__(
+        self,
+        *,
+        register: Global___Register | None = ...,
+        cancel: _trust_pb2.Signed | None = ...,
+        receipt: _trust_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_receipt", b"_receipt", "cancel", b"cancel", "receipt", b"receipt", "register", b"register"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_receipt", b"_receipt", "cancel", b"cancel", "receipt", b"receipt", "register", b"register"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cancel: _TypeAlias = _typing.Literal["cancel"]  # noqa: Y015
+    _WhichOneofArgType__cancel: _TypeAlias = _typing.Literal["_cancel", b"_cancel"]  # noqa: Y015
+    _WhichOneofReturnType__receipt: _TypeAlias = _typing.Literal["receipt"]  # noqa: Y015
+    _WhichOneofArgType__receipt: _TypeAlias = _typing.Literal["_receipt", b"_receipt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cancel) -> _WhichOneofReturnType__cancel | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__receipt) -> _WhichOneofReturnType__receipt | None: ...
+
+Global___Standing: _TypeAlias = Standing  # noqa: Y015
 
 @_typing.final
 class PlacingVote(_message.Message):

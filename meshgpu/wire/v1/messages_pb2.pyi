@@ -233,7 +233,7 @@ Global___Challenge: _TypeAlias = Challenge  # noqa: Y015
 
 @_typing.final
 class Submit(_message.Message):
-    """Submitter to steward: hold this job. Sent again until answered."""
+    """Submitter to steward: hold this job. Sent again until answered. Steward to steward: it is about to be held."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -261,7 +261,7 @@ Global___Submit: _TypeAlias = Submit  # noqa: Y015
 
 @_typing.final
 class SubmitAnswer(_message.Message):
-    """Steward to submitter: the job is durable here, or is being received, or is refused."""
+    """Steward to submitter: a quorum holds the job, or it is being received, or is refused."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -275,7 +275,7 @@ class SubmitAnswer(_message.Message):
     job: _builtins.str
     """Job id."""
     held: _builtins.bool
-    """Whether the job is held here."""
+    """Whether a quorum holds the job."""
     done_bytes: _builtins.int
     """Bytes of the tree that are here."""
     total_bytes: _builtins.int
@@ -308,6 +308,183 @@ class SubmitAnswer(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__challenge) -> _WhichOneofReturnType__challenge | None: ...
 
 Global___SubmitAnswer: _TypeAlias = SubmitAnswer  # noqa: Y015
+
+@_typing.final
+class Prepare(_message.Message):
+    """Steward to steward: I ask for the turn to change the register."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    BALLOT_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """Job id."""
+    @_builtins.property
+    def ballot(self) -> _job_pb2.Ballot:
+        """The turn; required."""
+
+    @_builtins.property
+    def spec(self) -> _trust_pb2.Signed:
+        """JobSpec, signed by its user; required."""
+
+    @_builtins.property
+    def trial(self) -> _sweep_pb2.Trial:
+        """Present for a trial of a sweep."""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        ballot: _job_pb2.Ballot | None = ...,
+        spec: _trust_pb2.Signed | None = ...,
+        trial: _sweep_pb2.Trial | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "ballot", b"ballot", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "ballot", b"ballot", "job", b"job", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__trial: _TypeAlias = _typing.Literal["trial"]  # noqa: Y015
+    _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trial) -> _WhichOneofReturnType__trial | None: ...
+
+Global___Prepare: _TypeAlias = Prepare  # noqa: Y015
+
+@_typing.final
+class Promise(_message.Message):
+    """Steward to steward: what I am bound to now, and what I have accepted last."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    BALLOT_FIELD_NUMBER: _builtins.int
+    PROMISED_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """Job id."""
+    @_builtins.property
+    def ballot(self) -> _job_pb2.Ballot:
+        """What was asked for; required."""
+
+    @_builtins.property
+    def promised(self) -> _job_pb2.Ballot:
+        """The highest that was promised; required."""
+
+    @_builtins.property
+    def standing(self) -> _job_pb2.Standing:
+        """Absent where nothing was accepted."""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        ballot: _job_pb2.Ballot | None = ...,
+        promised: _job_pb2.Ballot | None = ...,
+        standing: _job_pb2.Standing | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_standing", b"_standing", "ballot", b"ballot", "promised", b"promised", "standing", b"standing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_standing", b"_standing", "ballot", b"ballot", "job", b"job", "promised", b"promised", "standing", b"standing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__standing: _TypeAlias = _typing.Literal["standing"]  # noqa: Y015
+    _WhichOneofArgType__standing: _TypeAlias = _typing.Literal["_standing", b"_standing"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__standing) -> _WhichOneofReturnType__standing | None: ...
+
+Global___Promise: _TypeAlias = Promise  # noqa: Y015
+
+@_typing.final
+class Accept(_message.Message):
+    """Steward to steward, in its turn: the job stands so now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """Job id."""
+    @_builtins.property
+    def standing(self) -> _job_pb2.Standing:
+        """Required."""
+
+    @_builtins.property
+    def spec(self) -> _trust_pb2.Signed:
+        """JobSpec, signed by its user; absent where it is known."""
+
+    @_builtins.property
+    def trial(self) -> _sweep_pb2.Trial:
+        """Present for a trial of a sweep."""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        standing: _job_pb2.Standing | None = ...,
+        spec: _trust_pb2.Signed | None = ...,
+        trial: _sweep_pb2.Trial | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_spec", b"_spec", "_trial", b"_trial", "spec", b"spec", "standing", b"standing", "trial", b"trial"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spec", b"_spec", "_trial", b"_trial", "job", b"job", "spec", b"spec", "standing", b"standing", "trial", b"trial"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__spec: _TypeAlias = _typing.Literal["spec"]  # noqa: Y015
+    _WhichOneofArgType__spec: _TypeAlias = _typing.Literal["_spec", b"_spec"]  # noqa: Y015
+    _WhichOneofReturnType__trial: _TypeAlias = _typing.Literal["trial"]  # noqa: Y015
+    _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__spec) -> _WhichOneofReturnType__spec | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trial) -> _WhichOneofReturnType__trial | None: ...
+
+Global___Accept: _TypeAlias = Accept  # noqa: Y015
+
+@_typing.final
+class Accepted(_message.Message):
+    """Steward to steward: what I have accepted last."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    STAMP_FIELD_NUMBER: _builtins.int
+    PROMISED_FIELD_NUMBER: _builtins.int
+    VOTE_FIELD_NUMBER: _builtins.int
+    IS_LACKING_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """Job id."""
+    is_lacking: _builtins.bool
+    """Whether the job is not known, and its spec is to be sent."""
+    @_builtins.property
+    def stamp(self) -> _job_pb2.Stamp:
+        """Of what was accepted last; required."""
+
+    @_builtins.property
+    def promised(self) -> _job_pb2.Ballot:
+        """The highest that was promised; required."""
+
+    @_builtins.property
+    def vote(self) -> _trust_pb2.Signed:
+        """PlacingVote, signed by the steward; absent unless that register is placing."""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        stamp: _job_pb2.Stamp | None = ...,
+        promised: _job_pb2.Ballot | None = ...,
+        vote: _trust_pb2.Signed | None = ...,
+        is_lacking: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_vote", b"_vote", "promised", b"promised", "stamp", b"stamp", "vote", b"vote"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_vote", b"_vote", "is_lacking", b"is_lacking", "job", b"job", "promised", b"promised", "stamp", b"stamp", "vote", b"vote"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__vote: _TypeAlias = _typing.Literal["vote"]  # noqa: Y015
+    _WhichOneofArgType__vote: _TypeAlias = _typing.Literal["_vote", b"_vote"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__vote) -> _WhichOneofReturnType__vote | None: ...
+
+Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
 
 @_typing.final
 class Offer(_message.Message):
@@ -630,19 +807,23 @@ class ReportAck(_message.Message):
 
     JOB_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    IS_FORGOTTEN_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     epoch: _builtins.int
     """Attempt, from 1."""
+    is_forgotten: _builtins.bool
+    """Whether it is not recorded, as no such job is known."""
     def __init__(
         self,
         *,
         job: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        is_forgotten: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "is_forgotten", b"is_forgotten", "job", b"job"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

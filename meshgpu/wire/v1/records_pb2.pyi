@@ -117,6 +117,7 @@ class JobRecord(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     TRIAL_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
+    PROMISED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> _trust_pb2.Signed:
         """JobSpec, signed by its user; required."""
@@ -137,6 +138,10 @@ class JobRecord(_message.Message):
     def receipt(self) -> _trust_pb2.Signed:
         """Receipt of the newest attempt that has ended, signed by its node; absent without one."""
 
+    @_builtins.property
+    def promised(self) -> _job_pb2.Ballot:
+        """Below it no change is accepted any more; required."""
+
     def __init__(
         self,
         *,
@@ -145,10 +150,11 @@ class JobRecord(_message.Message):
         cancel: _trust_pb2.Signed | None = ...,
         trial: _sweep_pb2.Trial | None = ...,
         receipt: _trust_pb2.Signed | None = ...,
+        promised: _job_pb2.Ballot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_receipt", b"_receipt", "_trial", b"_trial", "cancel", b"cancel", "receipt", b"receipt", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_receipt", b"_receipt", "_trial", b"_trial", "cancel", b"cancel", "promised", b"promised", "receipt", b"receipt", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_receipt", b"_receipt", "_trial", b"_trial", "cancel", b"cancel", "receipt", b"receipt", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cancel", b"_cancel", "_receipt", b"_receipt", "_trial", b"_trial", "cancel", b"cancel", "promised", b"promised", "receipt", b"receipt", "register", b"register", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cancel: _TypeAlias = _typing.Literal["cancel"]  # noqa: Y015
     _WhichOneofArgType__cancel: _TypeAlias = _typing.Literal["_cancel", b"_cancel"]  # noqa: Y015
