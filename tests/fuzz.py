@@ -166,7 +166,7 @@ class Trio:
             self.pass_time(2.0)
             (view,) = next(a.views for a in self.answers if a.query == f"run{number}")
             if number == JOBS - 1:
-                order = ev.ActionAsked("stop", desk.user, Action.STOP, view.spec.job, view.spec.stewards[0])
+                order = ev.ActionAsked("stop", desk.user, Action.STOP, view.spec.job, view.spec.stewards)
                 self.tell(desk, order)
             else:
                 done = Result(AttemptState.EXITED, 0)

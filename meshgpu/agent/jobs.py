@@ -166,8 +166,8 @@ class Jobs:
 
     async def act(self, key: KeyId, job: JobView, action: Action) -> JobView:
         """Ask `action` of who holds the job; returns how it stands then. Raises MeshgpuError."""
-        steward = job.spec.stewards[0]
-        answer = await self._ask(lambda query: ev.ActionAsked(query, key, action, job.spec.job, steward))
+        stewards = job.spec.stewards
+        answer = await self._ask(lambda query: ev.ActionAsked(query, key, action, job.spec.job, stewards))
         return answer.views[0]
 
     async def _ask(
@@ -182,7 +182,7 @@ class Jobs:
     async def follow(self, key: KeyId, job: JobView, position: int, tell: Tell, *, logs: bool) -> Register:
         """Tell every change of the register and the log from `position` on; returns the final register."""
         register = job.register
-        updates = self._runtime.watch(ev.WatchStarted(key, job.spec.job, job.spec.stewards[0]))
+        updates = self._runtime.watch(ev.WatchStarted(key, job.spec.job, job.spec.stewards))
         log: asyncio.Task[None] | None = None
         log_epoch = 0
         try:

@@ -165,13 +165,13 @@ class JobsAsked:
 
 @dataclass(frozen=True, slots=True)
 class ActionAsked:
-    """A local account wants `action` (stop, kill, receipt) done to a job that `steward` holds."""
+    """A local account wants `action` (stop, kill, receipt) done to a job that `stewards` hold."""
 
     query: str
     key: KeyId
     action: Action
     job: JobId
-    steward: NodeId
+    stewards: tuple[NodeId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ class WatchStarted:
 
     key: KeyId
     job: JobId
-    steward: NodeId
+    stewards: tuple[NodeId, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,9 @@ class Node:
         self.owner = Owner(config.policy)
         self.attempts = Attempts(node, self.log, self.rules, notary, rng, self.owner, config.attempts)
         self.attempts.fence = config.fence
-        self.stewardship = Stewardship(node, self.log, self.rules, notary, rng, self._candidates, config.steward)
+        self.stewardship = Stewardship(
+            node, self.log, self.rules, notary, rng, self._candidates, self._is_alive, config.steward
+        )
         self.submissions = Submissions(node, self.log, notary, rng, self._candidates, config.submission, config.seal)
         self.asking = Asking(node, self.log, self.rules, notary, rng, self._askable, config.asking)
         self.burst = Planner(
@@ -424,9 +426,9 @@ class Node:
             case ev.JobsAsked(query=query, key=key):
                 return self.asking.list_jobs(now, query, key)
             case ev.ActionAsked():
-                return self.asking.act(now, event.query, event.key, event.action, event.job, event.steward)
-            case ev.WatchStarted(key=key, job=job, steward=steward):
-                self.asking.watch(now, key, job, steward)
+                return self.asking.act(now, event.query, event.key, event.action, event.job, event.stewards)
+            case ev.WatchStarted(key=key, job=job, stewards=stewards):
+                self.asking.watch(now, key, job, stewards)
                 return []
             case ev.WatchStopped(job=job):
                 self.asking.unwatch(job)
@@ -483,6 +485,14 @@ class Node:
                 return self.stewardship.submitted(now, peer, message)
             case msg.SubmitAnswer():
                 return self.submissions.answered(now, peer, message)
+            case msg.Prepare():
+                return self.stewardship.prepared(now, peer, message)
+            case msg.Promise():
+                return self.stewardship.promised(now, peer, message)
+            case msg.Accept():
+                return self.stewardship.accept(now, peer, message)
+            case msg.Accepted():
+                return self.stewardship.accepted(now, peer, message)
             case msg.Offer():
                 return self.attempts.offered(now, peer, message)
             case msg.OfferAnswer():
@@ -643,7 +653,7 @@ class Node:
         self.asking.linked_again(now, peer)
         self.stewardship.room_changed(now)
         self.burst.mesh_changed(now)
-        return self._gossip.link_opened(now, peer)
+        return [*self._gossip.link_opened(now, peer), *self.stewardship.linked(now, peer)]
 
     def _look_for_clones(self, now: Now, peer: NodeId, instance: str) -> list[Effect]:
         is_news = self._clones.link_opened(now, peer, instance)

@@ -397,7 +397,7 @@ class Intruder:
 
     def _view(self) -> JobView | None:
         """A job that is held elsewhere; rather one that lives now."""
-        views = [c.view for c in self.ledger.confirmed.values() if c.steward != self.machine.node]
+        views = [c.view for c in self.ledger.confirmed.values() if self.machine.node not in c.view.spec.stewards]
         living = [view for view in views if view.spec.job in self.ledger.living]
         return self.timeline.rng.choice(living or views) if views else None
 
@@ -405,7 +405,7 @@ class Intruder:
         """Whether saying it from here is this machine's right."""
         job = getattr(message, "job", None)
         confirmed = self.ledger.confirmed.get(job) if job else None
-        is_held_here = confirmed is None or confirmed.steward == self.machine.node
+        is_held_here = confirmed is None or self.machine.node in confirmed.view.spec.stewards
         return job is not None and is_held_here and not isinstance(message, Submit)
 
     def _account(self) -> KeyId:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, NoReturn
 
 from meshgpu.core import effects as fx
@@ -17,6 +17,7 @@ from meshgpu.model.inventory import Inventory
 from meshgpu.model.job import (
     ATTEMPT_ORDER,
     ENDED_ATTEMPT_STATES,
+    NO_STAMP,
     AttemptPlan,
     AttemptState,
     CloudUse,
@@ -25,6 +26,8 @@ from meshgpu.model.job import (
     JobView,
     Register,
     Result,
+    Stamp,
+    Standing,
 )
 from meshgpu.model.messages import GossipDelta, GossipDigest
 from meshgpu.model.records import AttemptRecord, JobRecord, ObeyedRecord
@@ -43,7 +46,6 @@ class Confirmed:
     """A job whose id was printed."""
 
     view: JobView
-    steward: NodeId
 
 
 @dataclass(slots=True)
@@ -53,6 +55,8 @@ class Ledger:
     machines: by the id that each has now. ids: by every id that each has or had. submitted: jobs that a user signed.
     said: entries that their owner signed. stops_asked: jobs whose user, or whoever revoked his machine, wants them to
     end. living: where each job may have a process. accepted: {(job, epoch): node and hold}.
+    standings: how a job stands by each stamp that a steward wrote. chosen: the newest that a quorum of its stewards has
+    written.
     preempted: attempts that had to make way for the owner of their machine. stopped: machines that were revoked with
     all their jobs. obeyed: requests to stop, by the name of the machine that obeyed them, key and nonce.
     """
@@ -65,6 +69,8 @@ class Ledger:
     stops_asked: set[JobId] = field(default_factory=set)
     living: dict[JobId, tuple[NodeId, int]] = field(default_factory=dict)
     accepted: dict[tuple[JobId, int], tuple[NodeId, HoldId]] = field(default_factory=dict)
+    standings: dict[tuple[JobId, Stamp], Standing] = field(default_factory=dict)
+    chosen: dict[JobId, Standing] = field(default_factory=dict)
     results: dict[tuple[JobId, int], Result] = field(default_factory=dict)
     preempted: set[tuple[JobId, int]] = field(default_factory=set)
     stopped: set[NodeId] = field(default_factory=set)
@@ -137,7 +143,7 @@ class Invariants:
     def answered(self, answer: fx.Answered) -> None:
         for view in answer.views:
             if answer.query.startswith("run"):
-                self.ledger.confirmed[view.spec.job] = Confirmed(view, view.spec.stewards[0])
+                self.ledger.confirmed[view.spec.job] = Confirmed(view)
                 self._check_held(view.spec.job)
 
     def owner_waited(self, machine: Machine, gpu: GpuId) -> None:
@@ -245,7 +251,7 @@ class Invariants:
             self._fail(f"{spec.job} runs on {setup.name}, which its user did not name")
         if spec.job not in self.ledger.submitted:
             self._fail(f"{spec.job} runs, but no user asked for it")
-        register = self._register(spec.job, spec.stewards[0])
+        register = self._register(spec.job)
         is_active = (
             register is not None
             and register.node is not None
@@ -273,11 +279,11 @@ class Invariants:
             self.ledger.preempted.add(key)
         is_asked = record.job in self.ledger.stops_asked or record.preempted
         if record.stop is not None and before.stop is None and not is_asked:
-            register = self._register(record.job, self.ledger.submitted[record.job].stewards[0])
+            register = self._register(record.job)
             if register is not None and register.epoch == record.epoch and register.state in COMMITTED_STATES:
                 self._fail(f"{key} is stopped on {machine.setup.name}, but nobody asked for it")
         if record.state is AttemptState.DELIVERED and before.state is not AttemptState.DELIVERED:
-            register = self._register(record.job, self.ledger.submitted[record.job].stewards[0])
+            register = self._register(record.job)
             if register is not None and register.epoch == record.epoch and register.state in UNSETTLED_STATES:
                 self._fail(f"{key} counts as delivered, but the register is {register}")
 
@@ -291,10 +297,9 @@ class Invariants:
         here = [e for e in higher if self.ledger.ids[self.ledger.accepted[record.job, e][0]] is machine]
         if here:
             self._fail(f"{key} is accepted on {machine.setup.name} after {here}")
-        known = [m for m in self.ledger.machines.values() if ("job", record.job) in m.disk]
-        registers = [r.register for m in known if isinstance(r := m.disk["job", record.job], JobRecord)]
-        if not any(register.epoch >= record.epoch for register in registers):
-            self._fail(f"{key} is accepted on {machine.setup.name} before its steward wrote it down: {registers}")
+        register = self._register(record.job)
+        if register is None or register.epoch < record.epoch:
+            self._fail(f"{key} is accepted on {machine.setup.name} before its stewards wrote it down: {register}")
 
     def _check_obeyed(self, machine: Machine, record: ObeyedRecord) -> None:
         """A request is obeyed once, whatever is repeated and whoever restarts. (No world lasts longer than that.)"""
@@ -306,31 +311,55 @@ class Invariants:
     # -- registers ----------------------------------------------------------------------------------------------------
 
     def _check_register(self, machine: Machine, before: object, record: JobRecord) -> None:
+        """What one steward is about to write; where that makes a quorum, what is chosen by it."""
         register = record.register
         if register.job not in self.ledger.submitted:
             self._fail(f"{machine.setup.name} holds {register.job}, which no user asked for")
+        has_before = isinstance(before, JobRecord)
+        if has_before and (record.promised, register.stamp) < (before.promised, before.register.stamp):
+            self._fail(f"{machine.setup.name} goes back: {before.promised} and {before.register} → {record}")
+        if register.stamp == NO_STAMP:
+            return
+        standing = Standing(register, record.cancel, record.receipt)
+        known = self.ledger.standings.setdefault((register.job, register.stamp), standing)
+        if known != standing:
+            self._fail(f"two registers have one stamp: {known} and {standing}")
+        stewards = self.ledger.submitted[register.job].stewards
+        others = [self.ledger.ids[node] for node in stewards if self.ledger.ids[node] is not machine]
+        agreeing = 1 + sum(self._stamp(other, register.job) == register.stamp for other in others)
+        chosen = self.ledger.chosen.get(register.job)
+        if agreeing > len(stewards) // 2 and (chosen is None or register.stamp > chosen.register.stamp):
+            self._check_chosen(chosen.register if chosen else None, record)
+            self.ledger.chosen[register.job] = standing
+
+    def _stamp(self, machine: Machine, job: JobId) -> Stamp | None:
+        record = machine.disk.get(("job", job))
+        return record.register.stamp if isinstance(record, JobRecord) else None
+
+    def _check_chosen(self, was: Register | None, record: JobRecord) -> None:
+        register = record.register
         if register.stop is not None and register.job not in self.ledger.stops_asked:
             self._fail(f"{register.job} is stopped, but its user did not ask for it")
-        if not isinstance(before, JobRecord):
+        if was is None:
             if record.trial is not None:
-                self._check_parallel(machine, record)
+                self._check_parallel(record)
             if register.epoch or register.state is not JobState.QUEUED:
-                self._fail(f"the first register of {register.job} on disk is {register}")
+                self._fail(f"the first register of {register.job} is {register}")
             return
-        was = before.register
-        if was.state.is_final and register != was:
+        if was.state.is_final and replace(register, stamp=was.stamp) != was:
             self._fail(f"the final register of {register.job} changes: {was} → {register}")
         if register.epoch != was.epoch:
             self._check_new_epoch(was, register)
         if register.state.is_final and not was.state.is_final:
             self._check_final(register)
 
-    def _check_parallel(self, machine: Machine, record: JobRecord) -> None:
-        """A trial begins: no more of them at a time than its user wants, whatever became of the steward between."""
-        records = [r for r in machine.disk.values() if isinstance(r, JobRecord) and r.spec == record.spec]
-        running = sum(r.trial is not None and not r.register.state.is_final for r in records)
-        sweep = next(self.ledger.submitted[r.register.job].sweep for r in records if r.trial is None)
-        if sweep is None or running >= sweep.parallel:
+    def _check_parallel(self, record: JobRecord) -> None:
+        """A trial begins: no more of them at a time than its user wants, whatever became of its stewards between."""
+        trial = self.ledger.submitted[record.register.job]
+        sweep = next(spec for spec in self.ledger.submitted.values() if spec.sweep and spec.nonce == trial.nonce)
+        trials = [self._register(spec.job) for spec in trials_of(sweep)]
+        running = sum(register is not None and not register.state.is_final for register in trials)
+        if sweep.sweep is None or running >= sweep.sweep.parallel:
             self._fail(f"{record.register.job} begins beside {running} trials of {sweep}")
 
     def _check_new_epoch(self, was: Register, register: Register) -> None:
@@ -348,7 +377,7 @@ class Invariants:
         if register.state is JobState.CANCELLED and register.job not in self.ledger.stops_asked:
             self._fail(f"{register.job} is cancelled, but its user did not ask for it")
         for trial in trials_of(self.ledger.submitted[register.job]):
-            found = self._register(trial.job, trial.stewards[0])
+            found = self._register(trial.job)
             must = register.state is not JobState.CANCELLED
             if (found is None and must) or (found is not None and not found.state.is_final):
                 self._fail(f"the sweep {register.job} is {register.state}, but of its trials {trial.job} is {found}")
@@ -358,9 +387,9 @@ class Invariants:
                 self._fail(f"{register.job}/{register.epoch} ended with {true}, recorded is {register.result}")
 
     def _check_held(self, job: JobId) -> None:
-        held = self._register(job, self.ledger.confirmed[job].steward)
+        held = self._register(job)
         if held is None or held.state is JobState.DRAFT:
-            self._fail(f"{job} was confirmed, but its steward's disk has {held}")
+            self._fail(f"{job} was confirmed, but what a quorum of its stewards has on disk is {held}")
 
     # -- in the end ---------------------------------------------------------------------------------------------------
 
@@ -382,10 +411,10 @@ class Invariants:
         """What ended on a machine, and who is there to hear it has not said that he did."""
         records = [record for record in machine.disk.values() if isinstance(record, AttemptRecord)]
         return [
-            f"has yet to tell {steward.setup.name} how {record.job}/{record.epoch} ended"
+            f"has yet to tell {speaker.setup.name} how {record.job}/{record.epoch} ended"
             for record in records
             if record.state in ENDED_ATTEMPT_STATES and record.state is not AttemptState.DELIVERED
-            if (steward := self.ledger.ids[self.ledger.submitted[record.job].stewards[0]]).node not in away
+            if (speaker := self._speaker(record.job, away)) is not None
         ]
 
     def check_end(self) -> None:
@@ -405,28 +434,24 @@ class Invariants:
 
     def _job_unsettled(self, job: JobId, away: set[NodeId]) -> str:
         spec = self.ledger.submitted[job]
-        steward = self.ledger.ids[spec.stewards[0]]
-        register = self._register(job, steward.node)
-        if steward.node in away or register is None or steward.agent is None:
+        speaker = self._speaker(job, away)
+        register = self._register(job)
+        if speaker is None or register is None or speaker.agent is None:
             return ""
-        view = steward.agent.stewardship.view(job)
+        view = speaker.agent.stewardship.view(job)
         if view is None:
-            self._fail(f"{job} is on its steward's disk, but its steward does not know it")
+            return f"{speaker.setup.name}, which speaks for {job}, does not know it"
         where = self.ledger.ids[view.register.node].node if view.register.node else None
         if view.register.state.is_final or (where in away and view.register.state in UNSETTLED_STATES):
             return ""
         if view.register.state is JobState.QUEUED and view.register.reason and self._must_wait(view, away):
             return ""
-        begun = [trial.job for trial in trials_of(spec) if steward.agent.stewardship.view(trial.job)]
+        begun = [trial.job for trial in trials_of(spec) if self._register(trial.job) is not None]
         if begun and register.state is not JobState.QUEUED:
-            is_waiting = any(not self._is_final(trial, steward.node) for trial in begun)
+            is_waiting = any(not register.state.is_final for trial in begun if (register := self._register(trial)))
             stuck = "" if is_waiting else f"the sweep {job} goes on, but none of its trials does"
             return next(filter(None, (self._job_unsettled(trial, away) for trial in begun)), stuck)
-        return f"{job} is {view.register}"
-
-    def _is_final(self, job: JobId, steward: NodeId) -> bool:
-        register = self._register(job, steward)
-        return register is not None and register.state.is_final
+        return f"{job} is {view.register} at {speaker.setup.name}"
 
     def _must_wait(self, view: JobView, away: set[NodeId]) -> bool:
         """Whether no machine that is there could ever run the job."""
@@ -445,9 +470,16 @@ class Invariants:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _register(self, job: JobId, steward: NodeId) -> Register | None:
-        record = self.ledger.ids[steward].disk.get(("job", job))
-        return record.register if isinstance(record, JobRecord) else None
+    def _register(self, job: JobId) -> Register | None:
+        """The newest register that was chosen."""
+        chosen = self.ledger.chosen.get(job)
+        return chosen.register if chosen is not None else None
+
+    def _speaker(self, job: JobId, away: set[NodeId]) -> Machine | None:
+        """The steward that must speak for the job by now; None while too few of them are there."""
+        stewards = self.ledger.submitted[job].stewards
+        there = [self.ledger.ids[node] for node in stewards if self.ledger.ids[node].node not in away]
+        return there[0] if len(there) > len(stewards) // 2 else None
 
     def _tell(self, machine: Machine, what: str) -> None:
         self._story.append(f"{machine.setup.name}: {what}")

@@ -102,7 +102,7 @@ class People:
     def end(self, machine: Machine, key: KeyId, view: JobView, action: Action) -> None:
         self.queries += 1
         self.ledger.stops_asked |= {view.spec.job, *(trial.job for trial in trials_of(view.spec))}
-        machine.post(ActionAsked(f"end{self.queries}", key, action, view.spec.job, view.spec.stewards[0]))
+        machine.post(ActionAsked(f"end{self.queries}", key, action, view.spec.job, view.spec.stewards))
 
     def watch_something(self) -> None:
         """Follow a job for a while, and list one's jobs."""
@@ -117,7 +117,7 @@ class People:
         machine, _, key = found
         self.queries += 1
         machine.post(JobsAsked(f"list{self.queries}", key))
-        machine.post(WatchStarted(key, view.spec.job, view.spec.stewards[0]))
+        machine.post(WatchStarted(key, view.spec.job, view.spec.stewards))
         self.timeline.after(rng.uniform(1.0, 20.0), lambda: machine.post(WatchStopped(view.spec.job)))
 
     def heard(self, answer: Answered) -> None:

@@ -132,6 +132,17 @@ class Story:
                 return f"SubmitAnswer {self._job(message.job)} {said}"
             case msg.KnockWanted() | msg.KnockAnswer():
                 return _kind(message)
+            case msg.Prepare(ballot=ballot):
+                return f"Prepare {self._job(message.job)} turn {ballot.round}"
+            case msg.Promise(ballot=ballot, promised=promised):
+                said = "granted" if promised == ballot else f"refused for turn {promised.round}"
+                return f"Promise {self._job(message.job)} turn {ballot.round} {said}"
+            case msg.Accept(standing=standing):
+                register = standing.register
+                stamp = f"{register.stamp.ballot.round}.{register.stamp.step}"
+                return f"Accept {self._job(message.job)} {stamp} {register.state}/{register.epoch}"
+            case msg.Accepted(stamp=stamp):
+                return f"Accepted {self._job(message.job)} {stamp.ballot.round}.{stamp.step}"
             case msg.Submit() | msg.Release():
                 return f"{_kind(message)} {self._job(message.job)}"
             case _:

@@ -410,7 +410,7 @@ def test_jobs_that_ended_are_still_found_where_they_were_held() -> None:
     room.tell(heir, ev.LinkOpened(first))
     for event in (
         ev.JobsAsked("list", key),
-        ev.ActionAsked("stop", key, Action.STOP, held, second),
+        ev.ActionAsked("stop", key, Action.STOP, held, (second,)),
     ):
         room.tell(first, event)
         room.pass_time(1.0)
@@ -578,7 +578,7 @@ def test_attempt_that_was_accepted_too_late_is_fenced_by_a_holder_under_new_keys
     assert attempt_state(room, second, job) is AttemptState.ACCEPTED
     room.pass_time(20.0)  # nobody answered: the job waits again
     key = room.office.setups[0].accounts[ADA]
-    room.tell(first, ev.ActionAsked("stop", key, Action.STOP, job, third))
+    room.tell(first, ev.ActionAsked("stop", key, Action.STOP, job, (third,)))
     answer, _, heir, notary = room.rekey(third)
     assert answer.code == "", answer
     room.lost = ()
@@ -596,7 +596,7 @@ def test_stop_reaches_a_machine_that_took_new_keys_after_the_commit_to_it_was_lo
     room.tell(third, ev.TreeArrived(job))
     key = room.office.setups[0].accounts[ADA]
     room.lost = (msg.Commit, msg.Cancel)
-    room.tell(first, ev.ActionAsked("stop", key, Action.STOP, job, third))
+    room.tell(first, ev.ActionAsked("stop", key, Action.STOP, job, (third,)))
     steward = room.machines[third].node.stewardship
     view = steward.view(job)
     assert view is not None
@@ -654,7 +654,7 @@ def test_watch_goes_on_where_the_holder_took_new_keys() -> None:
     room.run(first, "rig1")
     job = room.finish(third)
     key = room.office.setups[0].accounts[ADA]
-    room.tell(first, ev.WatchStarted(key, job, third))
+    room.tell(first, ev.WatchStarted(key, job, (third,)))
     _, _, heir, notary = room.rekey(third)
     room.begin_anew(third, heir, notary)
     del room.machines[first].done[:]

@@ -35,8 +35,8 @@ class Attempt:
 
     trial: which of a sweep, None for a job of its own. metric: what the job has reported of its objective.
     preempted: why the machine's owner wants it gone, empty where he does not. kill_at: `boot_s` at which it must be.
-    fenced: whether it is shut in. receipt: what this node signed when it ended. steward: as it was when it offered the
-    job; it may have other keys by now, and with them another id.
+    fenced: whether it is shut in. receipt: what this node signed when it ended. steward: the one that spoke for the job
+    last; it may have other keys by now, and with them another id. forgotten_by: stewards that know no such job.
     """
 
     spec: JobSpec
@@ -60,6 +60,7 @@ class Attempt:
     ended_wall_s: float | None = None
     fenced: bool = False
     receipt: Signed | None = None
+    forgotten_by: set[NodeId] = field(default_factory=set)
     story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
 
     @property

@@ -209,8 +209,9 @@ class Attempts:
     def committed(self, now: Now, steward: NodeId, commit: Commit) -> list[Effect]:
         key = (commit.job, commit.epoch)
         attempt = self._live.get(key) or self._delivered.get(key)
-        if attempt is None or attempt.hold != commit.hold or attempt.steward != steward:
+        if attempt is None or attempt.hold != commit.hold or not self._holds(steward, attempt.spec):
             return [_decline(steward, commit, "the hold is not known here (any more)")]
+        attempt.steward = steward  # another than the one that offered the job may speak for it by now
         if attempt.state is not AttemptState.HELD:  # it was accepted before: say so again
             return [Send(steward, CommitAnswer(*key, accepted=True))]
         if now.boot_s >= attempt.due:
@@ -288,8 +289,15 @@ class Attempts:
         return self._end(attempt, StopMode.KILL if request.action is Action.KILL else StopMode.STOP)
 
     def acknowledged(self, steward: NodeId, ack: ReportAck) -> list[Effect]:
+        """A steward has recorded the result; or it knows of no such job, which counts once a quorum says so."""
         attempt = self._of_steward(steward, ack.job, ack.epoch)
-        return self._settle(attempt) if attempt is not None and attempt.result is not None else []
+        if attempt is None or attempt.result is None:
+            return []
+        if ack.is_forgotten:
+            attempt.forgotten_by.add(steward)
+            if len(attempt.forgotten_by) <= len(attempt.spec.stewards) // 2:
+                return []
+        return self._settle(attempt)
 
     def drain(self, now: Now, reason: str) -> list[Effect]:
         """This machine goes away: everything on it must leave."""
@@ -320,7 +328,7 @@ class Attempts:
     def steward_linked(self, now: Now, steward: NodeId) -> None:
         """A Link to a steward is up again: tell it at once how its attempts stand."""
         for attempt in self._live.values():
-            if self._log.current(attempt.steward) == steward and attempt.needs_telling:
+            if self._holds(steward, attempt.spec) and attempt.needs_telling:
                 attempt.due = now.boot_s
 
     # -- what the executor says ---------------------------------------------------------------------------------------
@@ -376,12 +384,12 @@ class Attempts:
                 del self._live[key]
             elif attempt.state is not AttemptState.ACCEPTED:
                 attempt.due = now.boot_s + (self._timing.report_s if attempt.occupies else self._timing.ask_s)
-                effects.append(self._report(attempt))
+                effects.extend(self._tell_all(attempt, attempt.report()))
             elif now.boot_s >= attempt.accepted_at + self._timing.give_up_s:
                 effects.extend(self._never(now, attempt, AttemptState.ABANDONED, "nobody said that it may start"))
             else:
                 attempt.due = now.boot_s + self._timing.ask_s
-                effects.append(Send(self._log.current(attempt.steward), CommitAnswer(*key, accepted=True)))
+                effects.extend(self._tell_all(attempt, CommitAnswer(*key, accepted=True)))
         if self._sweep_at is not None and now.boot_s >= self._sweep_at:
             self._sweep_at = now.boot_s + self._timing.sweep_s
             effects.extend(self._forget_old(now))
@@ -414,27 +422,34 @@ class Attempts:
         return [attempt.persist(), *self.audit.wrote(AuditEvent.ENDED, attempt, ended_wall_s)]
 
     def _of_steward(self, steward: NodeId, job: JobId, epoch: int) -> Attempt | None:
-        """A live attempt, if it is `steward`'s to command."""
+        """A live attempt, if it is `steward`'s to command; who does so speaks for the job, and hears how it stands."""
         attempt = self._live.get((job, epoch))
-        return attempt if attempt is not None and self._holds(steward, attempt.spec) else None
+        if attempt is None or not self._holds(steward, attempt.spec):
+            return None
+        attempt.steward = steward
+        return attempt
 
     def _holds(self, node: NodeId, spec: JobSpec) -> bool:
         """Whether `node` is one of the job's stewards, under the keys it has now."""
         return node in map(self._log.current, spec.stewards)
 
     def _is_heard(self, attempt: Attempt) -> bool:
-        """Whether its steward, under whatever keys, still is there and may answer. If not now, it may be again: a
-        removal that did not count is undone, a role is given back."""
-        steward = self._log.members.get(self._log.current(attempt.steward))
-        return steward is not None and steward.role in STEWARD_ROLES
+        """Whether one of its stewards, under whatever keys, still is there and may answer. If not now, it may be again:
+        a removal that did not count is undone, a role is given back."""
+        known = (self._log.members.get(self._log.current(steward)) for steward in attempt.spec.stewards)
+        return any(steward is not None and steward.role in STEWARD_ROLES for steward in known)
 
     def _is_pending(self, attempt: Attempt) -> bool:
         """Whether there is anything left to do about it. What has ended is only told, as long as somebody listens."""
         return attempt.occupies or self._is_heard(attempt)
 
     def _report(self, attempt: Attempt) -> Send:
-        """How it stands, to its steward."""
+        """How it stands, to the steward that speaks for it."""
         return Send(self._log.current(attempt.steward), attempt.report())
+
+    def _tell_all(self, attempt: Attempt, message: AttemptReport | CommitAnswer) -> list[Effect]:
+        """Said from time to time to all its stewards: another may speak for it by now."""
+        return [Send(self._log.current(steward), message) for steward in attempt.spec.stewards]
 
     def _spend(self, job: JobId, epoch: int) -> None:
         self._spent[job] = max(epoch, self._spent.get(job, 0))

@@ -75,7 +75,9 @@ class Offering:
         """Offer what waits, oldest first. What finds no room costs one look for all jobs that ask for the same."""
         effects: list[Effect] = []
         hopeless: dict[tuple[object, ...], str] = {}
-        waiting = [job for job in jobs if job.state is JobState.QUEUED and job.spec.sweep is None]
+        waiting = [
+            job for job in jobs if job.state is JobState.QUEUED and job.replica.is_settled and job.spec.sweep is None
+        ]
         offering = sum(bool(job.offers) for job in waiting)
         self.retry_at = None
         for job in waiting:

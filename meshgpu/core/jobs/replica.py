@@ -32,7 +32,9 @@ class Replica(Generic[V]):
         """Without `promised` nothing of the register is on this disk: round 0 belongs to the first steward unasked."""
         self.me = me
         self.stewards = stewards
-        self.promised = Ballot(0, stewards[0]) if promised is None else promised
+        self.first = Ballot(0, stewards[0])
+        """What everybody is bound to from the start."""
+        self.promised = self.first if promised is None else promised
         self.stamp = stamp
         self.value = value
         self.turn: Ballot | None = self.promised if promised is None and me == stewards[0] else None

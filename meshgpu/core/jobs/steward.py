@@ -1,7 +1,8 @@
 """The registers this node holds as a steward: from draft to final, one compare-and-set at a time.
 
-Thin form: a set of one steward, whose own vote is the quorum. A job has at most one attempt that may live: a new
-epoch is offered only after the node of the last one said that it ended, or before it was ever activated.
+It acts for a job while it is its turn (`Turns`): every change is proposed to the other stewards, and what follows from
+it happens once a quorum has accepted it. A job has at most one attempt that may live: a new epoch is offered only after
+the node of the last one said that it ended, or before it was ever activated.
 """
 
 import random
@@ -11,12 +12,15 @@ from typing import Final
 
 from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
 from meshgpu.core.jobs import sweeps
-from meshgpu.core.jobs.held_job import HeldJob
+from meshgpu.core.jobs.asking import ELSEWHERE
+from meshgpu.core.jobs.held_job import HeldJob, replica_of
 from meshgpu.core.jobs.listing import listed
 from meshgpu.core.jobs.offering import Offering, OfferTiming
 from meshgpu.core.jobs.placement import Candidate, Guest
+from meshgpu.core.jobs.replica import Replica
+from meshgpu.core.jobs.turns import Turns, TurnTiming
 from meshgpu.core.statemachine import earliest
-from meshgpu.core.sweep import check_space, trial_spec
+from meshgpu.core.sweep import check_space, runnable, trial_spec
 from meshgpu.core.trust.freshness import Obeyed
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.receipts import check_about, check_told, read_receipt
@@ -26,6 +30,8 @@ from meshgpu.model.clock import Now
 from meshgpu.model.gossip import NEEDS_LIMIT, Demand, Need
 from meshgpu.model.ids import Digest, JobId, NodeId, UserName
 from meshgpu.model.job import (
+    NO_BALLOT,
+    NO_STAMP,
     Action,
     AttemptState,
     CloudUse,
@@ -36,9 +42,12 @@ from meshgpu.model.job import (
     Phase,
     Register,
     Result,
+    Standing,
     StopMode,
 )
 from meshgpu.model.messages import (
+    Accept,
+    Accepted,
     Activate,
     Answer,
     Ask,
@@ -47,6 +56,8 @@ from meshgpu.model.messages import (
     CommitAnswer,
     Fence,
     OfferAnswer,
+    Prepare,
+    Promise,
     Release,
     ReportAck,
     SignedView,
@@ -54,6 +65,7 @@ from meshgpu.model.messages import (
     SubmitAnswer,
 )
 from meshgpu.model.records import JobRecord
+from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import Notary, Signed
 
 UNFINISHED_LIMIT: Final = 5_000
@@ -73,6 +85,9 @@ GONE: Final = "the instance it ran on is gone"
 CHANGING: Final = (Action.STOP, Action.KILL)
 """Requests that are obeyed once, however often they come."""
 
+WAITING_ASKS_LIMIT: Final = 8
+"""Requests that wait until the turn is won: of one user, who tries again."""
+
 UNSTARTED_TRIES: Final = 3
 """Attempts that may die before they start (a machine that reboots) before the job is given up."""
 
@@ -86,6 +101,7 @@ class StewardTiming:
     """
 
     offers: OfferTiming = field(default_factory=OfferTiming)
+    turns: TurnTiming = field(default_factory=TurnTiming)
     placing_s: float = 15.0
     silence_s: float = 12.0
     cancel_s: float = 2.0
@@ -95,7 +111,10 @@ class StewardTiming:
 
 
 class Stewardship:
-    """All registers of this node. `candidates(guest, machine)` is the mesh as known here."""
+    """All registers of this node. `candidates(guest, machine)` is the mesh as known here.
+
+    `is_alive(node)`: whether a machine is there, by the id that it has now.
+    """
 
     def __init__(
         self,
@@ -105,6 +124,7 @@ class Stewardship:
         notary: Notary,
         rng: random.Random,
         candidates: Callable[[Guest, NodeId | None], list[Candidate]],
+        is_alive: Callable[[NodeId], bool],
         timing: StewardTiming,
     ) -> None:
         self._node = node
@@ -112,9 +132,12 @@ class Stewardship:
         self._rules = rules
         self._notary = notary
         self._timing = timing
+        self._turns = Turns(notary, rng, is_alive, timing.turns)
+        self._turn_at: float | None = None
         self._offering = Offering(rng, candidates, timing.offers)
         self._jobs: dict[JobId, HeldJob] = {}
         self._final: dict[JobId, HeldJob] = {}
+        self._ending: dict[JobId, HeldJob] = {}
         self._trials: dict[JobId, dict[int, HeldJob]] = {}
         self._sweep_at: float | None = None
         self.obeyed = Obeyed()
@@ -130,25 +153,28 @@ class Stewardship:
             except TrustError as error:
                 effects.append(Reject(self._node, error.message))
                 continue
-            job = HeldJob(spec, record.spec, record.register, now.boot_s, cancel=record.cancel, trial=record.trial)
-            job.receipt = record.receipt
+            replica = replica_of(record, self._seat(spec), spec.stewards)
+            job = HeldJob(spec, record.spec, record.register, replica, self._log.current, has_tree=True)
+            job.cancel, job.receipt, job.trial = record.cancel, record.receipt, record.trial
+            job.has_tree = record.register.state is not JobState.DRAFT
             if record.trial is not None:
                 job.sweep = asked
                 self._trials.setdefault(asked.job, {})[record.trial.number] = job
-            if record.register.state in (JobState.ACTIVE, JobState.UNKNOWN):
-                job.due = now.boot_s + self._timing.silence_s
-            if spec.sweep is not None:
-                job.due = None  # its trials have their own
             (self._final if record.register.state.is_final else self._jobs)[spec.job] = job
-        for job in [job for job in self._jobs.values() if job.spec.sweep is not None]:
-            effects += self._drive(now, job)
+            if len(spec.stewards) == 1:
+                job.replica.ask()  # nobody else has a say
+        alone = [job for job in self._jobs.values() if job.acts]
+        for job in sorted(alone, key=lambda job: job.spec.sweep is not None):  # a sweep knows its trials by then
+            effects += self._resume(now, job)
+        if self._jobs:
+            self._turn_at = now.boot_s
         return effects
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def view(self, job: JobId) -> JobView | None:
         found = self._jobs.get(job) or self._final.get(job)
-        return JobView(found.spec, found.register, found.trial, found.sweep) if found else None
+        return JobView(found.spec, found.told, found.trial, found.sweep) if found else None
 
     @property
     def unfinished(self) -> int:
@@ -165,29 +191,67 @@ class Stewardship:
         return listed([job for job in jobs if job.spec.user == user], shared, self._trials)
 
     def tree_for(self, job: JobId, peer: NodeId) -> Digest | None:
-        """The job's tree, if `peer` runs the job now."""
+        """The job's tree, if `peer` runs the job now, or is to hold it as well."""
         found = self._jobs.get(job)
-        return found.spec.tree if found is not None and self._is_at(peer, found) else None
+        if found is None or not (self._is_at(peer, found) or (found.has_tree and peer in found.fellows)):
+            return None
+        return found.spec.tree
 
     # -- submitting ---------------------------------------------------------------------------------------------------
 
     def submitted(self, now: Now, peer: NodeId, submit: Submit) -> list[Effect]:
-        known = self._jobs.get(submit.job) or self._final.get(submit.job)
+        known = self._find(submit.job)
         if known is not None:
-            if not self._is_same(known, submit.spec):
-                return [Send(peer, SubmitAnswer(submit.job, held=False, code="bad-request", reason="the id is taken"))]
-            return [Send(peer, SubmitAnswer(submit.job, held=known.register.state is not JobState.DRAFT))]
+            return self._submitted_again(now, peer, known, submit)
         try:
             spec = self._rules.verify_new_spec(submit.spec)
             self._check_acceptable(spec, peer, submit)
-            self._rules.check_fresh_spec(spec, now, peer)
+            if peer == spec.submitter:  # else a fellow steward has asked that
+                self._rules.check_fresh_spec(spec, now, peer)
         except MeshgpuError as error:
             challenge = challenge_of(error)
             answer = SubmitAnswer(submit.job, False, code=error.code, reason=error.message, challenge=challenge)
             return [Reject(peer, error.message), Send(peer, answer)]
+        job = self._draft(now, spec, submit.spec)
+        effects: list[Effect] = [FetchTree(spec.job, spec.tree, self._sources(job, peer))]
+        if peer != spec.submitter or not self._turns.is_first(job):
+            return effects
+        job.answer_to = peer
+        effects += (Send(fellow, submit) for fellow in job.fellows)
+        return effects if job.acts else [*effects, *self._turns.ask(now, job)]
+
+    def _submitted_again(self, now: Now, peer: NodeId, job: HeldJob, submit: Submit) -> list[Effect]:
+        if not self._is_same(job, submit.spec):
+            return [Send(peer, SubmitAnswer(submit.job, held=False, code="bad-request", reason="the id is taken"))]
+        if peer != job.spec.submitter:
+            return []
+        if job.acts:
+            is_held = job.state is not JobState.DRAFT
+            return job.after(Send(peer, SubmitAnswer(submit.job, held=is_held)))
+        if not self._turns.is_first(job):
+            return []
+        job.answer_to = peer
+        return self._turns.ask(now, job) if job.replica.asked is None else []
+
+    def _draft(self, now: Now, spec: JobSpec, signed: Signed, trial: Trial | None = None) -> HeldJob:
+        """A job of which nothing is on this disk."""
         register = Register(spec.job, JobState.DRAFT, submitted_wall_s=now.wall_s)
-        self._jobs[spec.job] = HeldJob(spec, submit.spec, register)
-        return [FetchTree(spec.job, spec.tree, (spec.submitter,))]
+        replica: Replica[Standing] = Replica(self._seat(spec), spec.stewards)
+        job = HeldJob(spec, signed, register, replica, self._log.current, trial=trial)
+        self._jobs[spec.job] = job
+        return job
+
+    def _seat(self, spec: JobSpec) -> NodeId:
+        """The id by which the job names this machine."""
+        return next(steward for steward in spec.stewards if self._log.current(steward) == self._node)
+
+    def _find(self, job: JobId) -> HeldJob | None:
+        return self._jobs.get(job) or self._final.get(job)
+
+    def _sources(self, job: HeldJob, first: NodeId) -> tuple[NodeId, ...]:
+        """Who may have the tree of a job that is new here, `first` before all others."""
+        known = dict.fromkeys((first, job.spec.submitter, *job.fellows))
+        return tuple(node for node in known if node != self._node) or (self._node,)
 
     def _is_same(self, known: HeldJob, signed: Signed) -> bool:
         """Whether it is the job that is held, as it was before or after its submitter was challenged."""
@@ -200,10 +264,15 @@ class Stewardship:
         return one == other and one.job == known.spec.job
 
     def _check_acceptable(self, spec: JobSpec, peer: NodeId, submit: Submit) -> None:
-        if spec.job != submit.job or spec.submitter != peer:
-            raise TrustError("not-allowed", "cannot hold a job: it was not sent by the machine that signed it")
-        if spec.stewards != (self._node,):
+        if self._node not in spec.stewards:
             raise TrustError("not-allowed", "cannot hold a job: it names other machines to hold it")
+        if spec.job != submit.job or peer not in (spec.submitter, *spec.stewards):
+            raise TrustError("not-allowed", "cannot hold a job: it was not sent by the machine that signed it")
+        self._check_room(spec, submit.spec)
+        if spec.sweep is not None:
+            check_space(spec.sweep, spec.command)
+
+    def _check_room(self, spec: JobSpec, signed: Signed) -> None:
         if sum(job.spec.user == spec.user for job in self._jobs.values()) >= UNFINISHED_LIMIT:
             raise TrustError("too-many-jobs", f"cannot hold a job: {UNFINISHED_LIMIT} of yours are here already")
         held = (*self._jobs.values(), *self._final.values())
@@ -212,24 +281,22 @@ class Stewardship:
             >= USER_LIMIT_BYTES
         ):
             raise TrustError("too-many-jobs", "cannot hold a job: your jobs of the last 30 days fill what is kept here")
-        if spec.sweep is not None:
-            check_space(spec.sweep, spec.command)
-        if len(submit.spec.payload) > SPEC_LIMIT_BYTES:
+        if len(signed.payload) > SPEC_LIMIT_BYTES:
             raise TrustError("too-large", f"cannot hold a job: its request has more than {SPEC_LIMIT_BYTES} bytes")
 
     # -- sweeps -------------------------------------------------------------------------------------------------------
 
     def _drive(self, now: Now, sweep: HeldJob) -> list[Effect]:
         """Begin the trials that are due, or end the sweep; to be asked whenever one of its trials ends."""
+        if not sweep.acts:
+            return []
         trials = self._trials.setdefault(sweep.spec.job, {})
         effects: list[Effect] = []
         for trial in sweeps.beginning(sweep, trials.values()):
-            spec = trial_spec(sweep.spec, trial)
-            register = Register(spec.job, JobState.DRAFT, submitted_wall_s=now.wall_s)
-            job = HeldJob(spec, sweep.signed, register, trial=trial, sweep=sweep.spec)
-            trials[trial.number] = self._jobs[spec.job] = job
-            effects += job.change(now, state=JobState.QUEUED)
-            self._offering.retry_at = now.boot_s
+            job = self._draft(now, trial_spec(sweep.spec, trial), sweep.signed, trial)
+            job.sweep, job.has_tree = sweep.spec, True
+            trials[trial.number] = job
+            effects += self._begin(now, job) if job.acts else self._turns.ask(now, job)
         if end := sweeps.ending(sweep, trials.values()):
             return [*effects, *self._finish(now, sweep, end[0], None, None, end[1])]
         if sweep.state is JobState.QUEUED:
@@ -241,29 +308,210 @@ class Stewardship:
 
     def tree_progressed(self, job: JobId, done_bytes: int, total_bytes: int) -> list[Effect]:
         found = self._jobs.get(job)
-        if found is None or found.state is not JobState.DRAFT:
+        if found is None or found.state is not JobState.DRAFT or found.answer_to is None:
             return []
-        return [Send(found.spec.submitter, SubmitAnswer(job, False, done_bytes, total_bytes))]
+        return [Send(found.answer_to, SubmitAnswer(job, False, done_bytes, total_bytes))]
 
     def tree_failed(self, job: JobId, code: str, reason: str) -> list[Effect]:
         found = self._jobs.get(job)
         if found is None or found.state is not JobState.DRAFT:
             return []
-        del self._jobs[job]
-        return [Send(found.spec.submitter, SubmitAnswer(job, held=False, code=code, reason=reason))]
+        to, found.accept = found.answer_to, None
+        if found.replica.promised == found.replica.first:  # else a promise was made, which must be kept
+            del self._jobs[job]
+        return [Send(to, SubmitAnswer(job, held=False, code=code, reason=reason))] if to is not None else []
 
     def tree_arrived(self, now: Now, job: JobId) -> list[Effect]:
-        """Spec and tree are here: the job is durable, and only now may its id be printed."""
+        """Spec and tree are here. Once a quorum says so, the job is durable, and only then may its id be printed."""
         found = self._jobs.get(job)
-        if found is None or found.state is not JobState.DRAFT:
+        if found is None or found.has_tree:
             return []
-        effects = found.change(now, state=JobState.QUEUED)
-        return [
-            *effects,
-            *(self._drive(now, found) if found.spec.sweep is not None else ()),
-            Send(found.spec.submitter, SubmitAnswer(job, held=True)),
-            *self._offering.place_waiting(now, self._jobs.values()),
-        ]
+        found.has_tree = True
+        effects: list[Effect] = []
+        if found.accept is not None:
+            (peer, accept), found.accept = found.accept, None
+            effects += self._accept(now, found, peer, accept)
+        if found.acts and found.state is JobState.DRAFT and found.answer_to is not None:
+            effects += self._begin(now, found)
+        return [*effects, *self._offering.place_waiting(now, self._jobs.values())]
+
+    def _begin(self, now: Now, job: HeldJob) -> list[Effect]:
+        """A draft becomes a job."""
+        effects = job.change(now, state=JobState.QUEUED)
+        if job.spec.sweep is not None:
+            effects += self._drive(now, job)
+        if job.answer_to is not None:
+            effects += job.after(Send(job.answer_to, SubmitAnswer(job.spec.job, held=True)))
+        self._offering.retry_at = now.boot_s
+        return effects
+
+    # -- among stewards -----------------------------------------------------------------------------------------------
+
+    def prepared(self, now: Now, peer: NodeId, prepare: Prepare) -> list[Effect]:
+        job, effects = self._joined(now, peer, prepare.job, prepare.spec, prepare.trial)
+        if job is None:
+            return effects
+        if self._log.current(prepare.ballot.steward) != peer:
+            return [Reject(peer, "a steward asked for the turn of another")]
+        effects += self._turns.prepared(job, peer, prepare)
+        self._turn_at = now.boot_s
+        return effects
+
+    def promised(self, now: Now, peer: NodeId, promise: Promise) -> list[Effect]:
+        job = self._find(promise.job)
+        if job is None or (steward := job.fellows.get(peer)) is None:
+            return []
+        self._turn_at = now.boot_s
+        return self._resume(now, job) if self._turns.promised(now, job, steward, promise) else []
+
+    def accept(self, now: Now, peer: NodeId, accept: Accept) -> list[Effect]:
+        """Another's change; one of a job whose tree is not here waits for that."""
+        job, effects = self._joined(now, peer, accept.job, accept.spec, accept.trial)
+        if job is None:
+            return effects
+        if accept.standing.register.job != accept.job:
+            return [Reject(peer, "a steward tells of one job in another's name")]
+        if job.has_tree or accept.standing.register.state.is_final:
+            return [*effects, *self._accept(now, job, peer, accept)]
+        is_first = job.accept is None
+        job.accept = (peer, accept)
+        return [FetchTree(accept.job, job.spec.tree, self._sources(job, peer))] if is_first else []
+
+    def _accept(self, now: Now, job: HeldJob, peer: NodeId, accept: Accept) -> list[Effect]:
+        effects = self._turns.accept(job, peer, accept)
+        self._file(job)
+        self._turn_at = now.boot_s
+        return effects
+
+    def accepted(self, now: Now, peer: NodeId, accepted: Accepted) -> list[Effect]:
+        job = self._find(accepted.job)
+        if job is None or (steward := job.fellows.get(peer)) is None:
+            return []
+        if not job.acts:
+            is_other = accepted.stamp != job.replica.stamp and job.replica.asked is None
+            return self._turns.ask(now, job) if is_other and self._turns.is_first(job) else []
+        was_settled = job.replica.is_settled
+        effects = self._turns.confirmed(now, job, steward, accepted)
+        if not job.acts:
+            self._file(job)
+            self._turn_at = now.boot_s
+        elif job.replica.is_settled and not was_settled:
+            effects += self._settled(now, job)
+        return effects
+
+    def _settled(self, now: Now, job: HeldJob) -> list[Effect]:
+        """All that was proposed is chosen."""
+        if job.state is JobState.PLACING:
+            assert job.register.node is not None
+            return [Send(self._log.current(job.register.node), job.commit(self._notary))]
+        if job.state is JobState.QUEUED:
+            self._offering.retry_at = now.boot_s
+        return []
+
+    def _joined(
+        self, now: Now, peer: NodeId, job: JobId, signed: Signed | None, trial: Trial | None
+    ) -> tuple[HeldJob | None, list[Effect]]:
+        """The job that a fellow steward speaks of, known or new here; or None, and what follows from that."""
+        found = self._find(job)
+        if found is not None:
+            return (found, []) if peer in found.fellows else (None, [Reject(peer, "it does not hold that job")])
+        if signed is None:
+            return None, [Send(peer, Accepted(job, NO_STAMP, NO_BALLOT, is_lacking=True))]
+        try:
+            asked = self._rules.verify_spec(signed)
+            spec = runnable(asked, trial)
+            if spec.job != job or self._node not in spec.stewards or peer not in spec.stewards:
+                raise TrustError("not-allowed", "cannot hold a job: it is not ours to hold")
+            if now.wall_s >= spec.issued_wall_s + self._timing.retention_s:
+                raise TrustError("not-allowed", "cannot hold a job: one that old may have ended, and be forgotten")
+            self._check_room(spec, signed)
+        except MeshgpuError as error:
+            return None, [Reject(peer, error.message)]
+        found = self._draft(now, spec, signed, trial)
+        if trial is not None:
+            sweep = self._find(asked.job)
+            found.sweep, found.has_tree = asked, sweep is not None and sweep.has_tree
+            self._trials.setdefault(asked.job, {})[trial.number] = found
+        return found, []
+
+    def _file(self, job: HeldJob) -> None:
+        """Among those that have ended, or not: what one steward accepted alone may turn out not to have been chosen."""
+        here, there = (self._final, self._jobs) if job.state.is_final else (self._jobs, self._final)
+        there.pop(job.spec.job, None)
+        here[job.spec.job] = job
+        if job.state.is_final and job.acts:
+            self._ending[job.spec.job] = job
+
+    def _unheard(self) -> list[HeldJob]:
+        """Jobs that have ended here, which some of their other stewards have not heard."""
+        for job in [job for job in self._ending.values() if not job.acts or not job.replica.behind()]:
+            del self._ending[job.spec.job]
+        return list(self._ending.values())
+
+    def _resume(self, now: Now, job: HeldJob) -> list[Effect]:
+        """The turn is won: see to it that the job stands as it is found, and go on from there."""
+        self._file(job)
+        if job.replica.value is None:  # nobody has accepted anything
+            is_ready = job.has_tree and (job.trial is not None or job.answer_to is not None)
+            return self._begin(now, job) if is_ready else []
+        effects = job.propose(now) if job.replica.others else []
+        if job.answer_to is not None:
+            effects += job.after(Send(job.answer_to, SubmitAnswer(job.spec.job, held=True)))
+        asks, job.asks = job.asks, []
+        if not job.state.is_final:
+            effects += self._go_on(now, job)
+        for peer, ask in asks:
+            effects += self.asked(now, peer, ask, is_fresh=True)
+        return effects
+
+    def _go_on(self, now: Now, job: HeldJob) -> list[Effect]:
+        """What is due in a job that another drove, or this node before it started anew."""
+        job.due = now.boot_s
+        if job.state in (JobState.ACTIVE, JobState.UNKNOWN):
+            job.due = now.boot_s + self._timing.silence_s
+        if job.signed.key in self._log.stopped:
+            return self._key_stopped(now, job)
+        if job.spec.sweep is not None:
+            job.due = None  # its trials have their own
+            return self._drive(now, job)
+        if job.register.node in self._log.ended:
+            return self._is_gone(now, job)
+        return []
+
+    def _take_turns(self, now: Now) -> list[Effect]:
+        """Ask for the turn of each job that nobody speaks for who is before this node."""
+        if self._turns.look(now, self._log.members):
+            self._turn_at = now.boot_s
+        if self._turn_at is None or now.boot_s < self._turn_at:
+            return []
+        effects: list[Effect] = []
+        dues: list[float] = []
+        for job in list(self._jobs.values()):
+            if job.acts or (job.state is JobState.DRAFT and job.answer_to is None and job.trial is None):
+                continue
+            due = self._turns.due(now, job)
+            if due is not None and now.boot_s >= due:
+                effects += self._turns.ask(now, job)
+                due = self._turns.due(now, job)
+            if due is not None:
+                dues.append(due)
+        self._turn_at = earliest(*dues)
+        return effects
+
+    def linked(self, now: Now, peer: NodeId) -> list[Effect]:
+        """A Link to another machine is up: what it holds with this one, both are to know alike."""
+        effects: list[Effect] = []
+        for job in [*self._jobs.values(), *self._unheard()]:
+            if (steward := job.fellows.get(peer)) is None:
+                continue
+            if job.acts:
+                effects += job.accepts([steward] if steward in job.replica.behind() else ())
+            elif not job.state.is_final and job.replica.asked is not None:
+                effects += job.prepares()
+            elif not job.state.is_final:
+                effects.append(Send(peer, job.accepted()))
+        self._turn_at = now.boot_s
+        return effects
 
     # -- placing ------------------------------------------------------------------------------------------------------
 
@@ -292,25 +540,40 @@ class Stewardship:
             reason="",
         )
         job.due = now.boot_s + self._timing.placing_s
-        return [*effects, Send(chosen.node, job.commit(self._notary, self._node)), *others]
+        if job.replica.is_settled:
+            effects += self._settled(now, job)
+        return [*effects, *others]
 
     def commit_answered(self, now: Now, node: NodeId, answer: CommitAnswer) -> list[Effect]:
-        job = self._jobs.get(answer.job)
-        if job is None or not self._is_at(node, job) or answer.epoch != job.register.epoch:
-            is_stale = answer.accepted and (job is not None or answer.job in self._final)
-            return [Send(node, Fence(answer.job, answer.epoch))] if is_stale else []
+        job = self._find(answer.job)
+        if job is None or not job.acts:
+            return self._look_again(now, job)
+        if job.state.is_final or not self._is_at(node, job) or answer.epoch != job.register.epoch:
+            return self._fence(now, job, node, answer.epoch) if answer.accepted else []
         register = job.register
         if register.state is JobState.PLACING:
             if not answer.accepted:
                 return self._requeue(now, job, f"{self._name(node)} declined: {answer.reason}")
             effects = job.change(now, state=JobState.ACTIVE, phase=Phase.STAGING, heard_wall_s=now.wall_s)
             job.due = now.boot_s + self._timing.silence_s
-            return [*effects, Send(node, Activate(answer.job, answer.epoch))]
+            return [*effects, *job.after(Send(node, Activate(answer.job, answer.epoch)))]
         if register.state in (JobState.ACTIVE, JobState.UNKNOWN) and answer.accepted:
-            return [Send(node, Activate(answer.job, answer.epoch))]
+            return job.after(Send(node, Activate(answer.job, answer.epoch)))
         if register.state is JobState.QUEUED and answer.accepted:  # this epoch was given up before it was activated
-            return [Send(node, Fence(answer.job, answer.epoch))]
+            return job.after(Send(node, Fence(answer.job, answer.epoch)))
         return []
+
+    def _fence(self, now: Now, job: HeldJob, node: NodeId, epoch: int) -> list[Effect]:
+        """A node speaks of an epoch that is not the register's: it is spent, unless this register is behind others'."""
+        if epoch > job.register.epoch and job.replica.others:
+            return self._turns.ask(now, job)
+        return job.after(Send(node, Fence(job.spec.job, epoch)))
+
+    def _look_again(self, now: Now, job: HeldJob | None) -> list[Effect]:
+        """A node speaks of a job for which this steward does not act, but ought to: it asks for the turn."""
+        if job is None or job.replica.asked is not None or not self._turns.is_first(job):
+            return []
+        return self._turns.ask(now, job)
 
     def _requeue(self, now: Now, job: HeldJob, reason: str, died: int = 0) -> list[Effect]:
         """The attempt is over and nothing of it lives: its epoch is spent, the job waits again."""
@@ -331,15 +594,18 @@ class Stewardship:
 
     def reported(self, now: Now, node: NodeId, report: AttemptReport) -> list[Effect]:
         report = _clipped(report)
-        job = self._jobs.get(report.job)
-        if job is None or not self._is_at(node, job) or job.register.epoch != report.epoch:
-            return self._answer_stale(node, report)
-        if report.result is not None:
-            rejects = self._keep_receipt(job, report, report.result)
-            effects = self._ended(now, job, report, report.result)
-            return [*rejects, *effects, Send(node, ReportAck(report.job, report.epoch))]
-        if job.state is JobState.QUEUED:  # spent before it was activated; it must not go on
-            return [Send(node, Fence(report.job, report.epoch))]
+        job = self._find(report.job)
+        ack = ReportAck(report.job, report.epoch)
+        if job is None:
+            return [Send(node, replace(ack, is_forgotten=True))] if report.result is not None else []
+        if not job.acts:
+            return self._look_again(now, job)
+        is_current = not job.state.is_final and self._is_at(node, job) and job.register.epoch == report.epoch
+        if report.result is not None and (is_current or report.epoch <= job.register.epoch):
+            effects = self._ended(now, job, report, report.result) if is_current else []
+            return [*effects, *job.after(Send(node, ack))]
+        if not is_current or job.state is JobState.QUEUED:  # spent, maybe before it was activated; it must not go on
+            return self._fence(now, job, node, report.epoch)
         if job.state not in (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING):
             return []
         is_cancelling = job.state is JobState.CANCELLING
@@ -372,17 +638,15 @@ class Stewardship:
         job.receipt = report.receipt
         return []
 
-    def _answer_stale(self, node: NodeId, report: AttemptReport) -> list[Effect]:
-        """A report of an epoch that is not the register's (any more), or of a job that was forgotten long ago."""
-        if report.result is not None:
-            return [Send(node, ReportAck(report.job, report.epoch))]
-        is_known = report.job in self._jobs or report.job in self._final
-        return [Send(node, Fence(report.job, report.epoch))] if is_known else []
-
     def _ended(self, now: Now, job: HeldJob, report: AttemptReport, result: Result) -> list[Effect]:
         register = job.register
         if register.state is JobState.QUEUED:
             return []
+        rejects = self._keep_receipt(job, report, result)
+        return [*rejects, *self._after_end(now, job, report, result)]
+
+    def _after_end(self, now: Now, job: HeldJob, report: AttemptReport, result: Result) -> list[Effect]:
+        register = job.register
         if register.state is JobState.CANCELLING or register.stop is not None:
             return self._finish(now, job, JobState.CANCELLED, report, result, result.reason)
         if result.outcome is AttemptState.EXITED:
@@ -412,36 +676,54 @@ class Stewardship:
             ended_wall_s=(report.ended_wall_s if report else None) or now.wall_s,
         )
         job.due = None
-        job.cancel = None
-        self._final[job.spec.job] = self._jobs.pop(job.spec.job)
+        self._file(job)
         if job.sweep is not None and (sweep := self._jobs.get(job.sweep.job)) is not None:
             effects += self._drive(now, sweep)
         return effects
 
     # -- what users ask -----------------------------------------------------------------------------------------------
 
-    def asked(self, now: Now, peer: NodeId, ask: Ask) -> list[Effect]:
+    def asked(self, now: Now, peer: NodeId, ask: Ask, *, is_fresh: bool = False) -> list[Effect]:
+        """is_fresh: its time was looked at before, when it came."""
         try:
             request = self._rules.verify_addressed(ask.request, peer)
             is_repeated = request.action in CHANGING and self.obeyed.has(ask.request.key, request.nonce)
-            if not is_repeated:
+            if not is_repeated and not is_fresh:
                 self._rules.check_fresh_request(request, now, peer)
+            job = self._visible(request)
+            if job is not None and request.action in CHANGING and not job.acts:
+                return self._keep_ask(now, job, peer, ask)
             views, effects = self._obey(now, peer, request, ask.request, is_repeated=is_repeated)
         except TrustError as error:
             answer = Answer(ask.query, (), error.code, error.message, challenge_of(error))
             return [Reject(peer, error.message), Send(peer, answer)]
-        return [*effects, Send(peer, Answer(ask.query, views))]
+        told = Send(peer, Answer(ask.query, views))
+        return [*effects, *(job.after(told) if job is not None and request.action in CHANGING else (told,))]
+
+    def _keep_ask(self, now: Now, job: HeldJob, peer: NodeId, ask: Ask) -> list[Effect]:
+        """What changes a job waits for the turn, where it is this node's to take. Raises TrustError where it is not."""
+        if not self._turns.is_first(job) or len(job.asks) >= WAITING_ASKS_LIMIT:
+            raise TrustError(ELSEWHERE, "cannot change the job: another machine that holds it speaks for it now")
+        job.asks.append((peer, ask))
+        return self._turns.ask(now, job) if job.replica.asked is None else []
+
+    def _visible(self, request: JobRequest) -> HeldJob | None:
+        """The job that is asked about, None for a list. Raises TrustError in the same words, be it there or not."""
+        if request.action is Action.LIST:
+            return None
+        job = self._find(request.job or JobId(""))
+        if job is None or not (job.spec.user == request.user or job.spec.shared):
+            raise TrustError("unknown-job", "cannot find that job among yours here", "meshgpu ps -a")
+        return job
 
     def _obey(
         self, now: Now, peer: NodeId, request: JobRequest, signed: Signed, *, is_repeated: bool = False
     ) -> tuple[tuple[SignedView, ...], list[Effect]]:
         """What is answered, and what follows. is_repeated: it was obeyed before, and changes nothing now."""
-        if request.action is Action.LIST:
+        job = self._visible(request)
+        if job is None:
             return self.views_of(request.user), []
-        job = self._jobs.get(request.job or JobId("")) or self._final.get(request.job or JobId(""))
-        is_own = job is not None and job.spec.user == request.user
-        if job is None or not (is_own or job.spec.shared):  # the same words, so that nobody learns what exists
-            raise TrustError("unknown-job", "cannot find that job among yours here", "meshgpu ps -a")
+        is_own = job.spec.user == request.user
         effects: list[Effect] = []
         match request.action:
             case Action.WATCH:
@@ -458,7 +740,7 @@ class Stewardship:
                 return (replace(job.view(), receipt=job.receipt),), []
             case Action.LOGS | Action.FILES:
                 raise TrustError("not-allowed", f"cannot answer {request.action} over a Link: it is a bulk stream")
-        return (job.view(),), effects
+        return (replace(job.view(), register=job.register) if effects else job.view(),), effects
 
     def _stop(self, now: Now, job: HeldJob, mode: StopMode, signed: Signed) -> list[Effect]:
         """Ends a job for its user. What may live somewhere is cancelled only when its node confirms."""
@@ -472,12 +754,13 @@ class Stewardship:
         job.cancel = signed
         job.due = now.boot_s + self._timing.cancel_s
         effects = job.change(now, state=JobState.CANCELLING, stop=mode)
-        return [*effects, *job.cancel_order(self._log.current)]
+        return [*effects, *job.after(*job.cancel_order())]
 
     def _stop_sweep(self, now: Now, sweep: HeldJob, mode: StopMode, signed: Signed) -> list[Effect]:
         """Ends all trials that have not ended, then the sweep."""
+        sweep.cancel = signed
         effects = sweep.change(now, state=JobState.CANCELLING, stop=mode)
-        for trial in list(self._trials[sweep.spec.job].values()):
+        for trial in [trial for trial in self._trials[sweep.spec.job].values() if trial.acts]:
             effects += self._stop(now, trial, mode, signed)
         return effects if sweep.state.is_final else [*effects, *self._drive(now, sweep)]
 
@@ -491,7 +774,8 @@ class Stewardship:
         waiting = [
             Need(job.spec.job, job.spec.resources, job.waits_since)
             for job in self._jobs.values()
-            if job.waits_since is not None
+            if job.acts
+            and job.waits_since is not None
             and job.state is JobState.QUEUED
             and job.spec.cloud is not CloudUse.NEVER
             and job.spec.secrets is None
@@ -501,36 +785,43 @@ class Stewardship:
 
     def node_gone(self, now: Now, node: NodeId) -> list[Effect]:
         """An instance is gone for good: what it ran has died, whatever it last said."""
-        effects: list[Effect] = []
-        for job in list(self._jobs.values()):
-            register = job.register
-            if register.node != node or register.state in (JobState.QUEUED, JobState.DRAFT):
-                continue
-            if register.state is JobState.CANCELLING:
-                effects += self._finish(now, job, JobState.CANCELLED, None, None, GONE)
-            elif register.started_wall_s is None:
-                effects += self._requeue(now, job, GONE)
-            elif register.died < job.spec.retries:
-                effects += self._requeue(now, job, GONE, died=1)
-            else:
-                effects += self._finish(now, job, JobState.FAILED, None, None, GONE)
-        return effects
+        there = [job for job in self._jobs.values() if job.acts and job.register.node == node]
+        return [effect for job in there for effect in self._is_gone(now, job)]
+
+    def _is_gone(self, now: Now, job: HeldJob) -> list[Effect]:
+        """So is the machine that the register names."""
+        register = job.register
+        if register.state in (JobState.QUEUED, JobState.DRAFT) or register.state.is_final:
+            return []
+        if register.state is JobState.CANCELLING:
+            return self._finish(now, job, JobState.CANCELLED, None, None, GONE)
+        if register.started_wall_s is None:
+            return self._requeue(now, job, GONE)
+        if register.died < job.spec.retries:
+            return self._requeue(now, job, GONE, died=1)
+        return self._finish(now, job, JobState.FAILED, None, None, GONE)
 
     def keys_stopped(self, now: Now) -> list[Effect]:
         """A revocation may have ended the jobs of some keys: what waits is over; what runs its node stops by itself."""
         stopped = [job for job in self._jobs.values() if job.signed.key in self._log.stopped]
         effects: list[Effect] = []
         for job in sorted(stopped, key=lambda job: job.spec.sweep is None):  # sweeps first: they begin no more trials
-            if job.state is JobState.DRAFT:
-                del self._jobs[job.spec.job]  # nobody was told that it is here
-            elif (
-                job.state not in (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING) or job.spec.sweep is not None
-            ):
-                effects += self._finish(now, job, JobState.CANCELLED, None, None, STOPPED)
-            elif job.state is not JobState.CANCELLING:
-                job.due = None
-                effects += job.change(now, state=JobState.CANCELLING, stop=StopMode.STOP, reason=STOPPED)
+            if job.acts:
+                effects += self._key_stopped(now, job)
+            elif job.state is JobState.DRAFT and job.replica.promised == job.replica.first:
+                del self._jobs[job.spec.job]
         return effects
+
+    def _key_stopped(self, now: Now, job: HeldJob) -> list[Effect]:
+        if job.state is JobState.DRAFT:
+            del self._jobs[job.spec.job]  # nobody was told that it is here
+            return []
+        if job.state not in (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING) or job.spec.sweep is not None:
+            return self._finish(now, job, JobState.CANCELLED, None, None, STOPPED)
+        if job.state is JobState.CANCELLING:
+            return []
+        job.due = None
+        return job.change(now, state=JobState.CANCELLING, stop=StopMode.STOP, reason=STOPPED)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -539,9 +830,11 @@ class Stewardship:
         self._offering.room_changed(now, self._jobs.values())
 
     def step(self, now: Now) -> list[Effect]:
-        effects: list[Effect] = []
-        for job in list(self._jobs.values()):
-            if job.due is None or now.boot_s < job.due:
+        effects = self._take_turns(now)
+        for job in [*self._jobs.values(), *self._unheard()]:
+            if job.resend_at is not None and now.boot_s >= job.resend_at:
+                effects += self._turns.resend(now, job)
+            if job.due is None or now.boot_s < job.due or not job.replica.is_settled:
                 continue
             match job.state:
                 case JobState.QUEUED if job.offers:
@@ -556,7 +849,7 @@ class Stewardship:
                     effects.extend(job.change(now, durable=False, state=JobState.UNKNOWN))
                 case JobState.CANCELLING:
                     job.due = now.boot_s + self._timing.cancel_s
-                    effects.extend(job.cancel_order(self._log.current))
+                    effects.extend(job.cancel_order())
                 case _:
                     job.due = None
         if self._offering.retry_at is not None and now.boot_s >= self._offering.retry_at:
@@ -568,7 +861,9 @@ class Stewardship:
         return effects
 
     def deadline(self) -> float | None:
-        return earliest(self._sweep_at, self._offering.retry_at, *(job.due for job in self._jobs.values()))
+        dues = (job.due for job in self._jobs.values() if job.replica.is_settled)
+        resends = (job.resend_at for job in (*self._jobs.values(), *self._unheard()))
+        return earliest(self._sweep_at, self._offering.retry_at, self._turn_at, *dues, *resends)
 
     def _forget_old(self, now: Now) -> list[Effect]:
         old = [

@@ -11,10 +11,11 @@ from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import check_space
 from meshgpu.core.trust.freshness import CHALLENGE_BYTES
 from meshgpu.core.trust.meshlog import MeshLog
+from meshgpu.core.trust.requests import MAX_STEWARDS
 from meshgpu.core.trust.sealing import SEALING_KEY_BYTES, Seal, binding, check_draft, no_seal
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import ClockGap, Now
-from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, job_id
+from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, digest, job_id
 from meshgpu.model.job import CloudUse, Draft, JobSpec, JobState, JobView, Register
 from meshgpu.model.messages import Challenge, Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources
@@ -39,6 +40,7 @@ class _Submission:
     resend_at: float
     give_up_at: float
     clock: ClockGap | None = None
+    tries: int = 0
 
 
 class Submissions:
@@ -123,15 +125,16 @@ class Submissions:
     def step(self, now: Now) -> list[Effect]:
         effects: list[Effect] = []
         for job, found in list(self._open.items()):
-            steward = found.spec.stewards[0]
             if now.boot_s >= found.give_up_at:
                 del self._open[job]
-                name = self._log.name_of(steward)
+                name = " or ".join(map(self._log.name_of, found.spec.stewards))
                 waited = f"{self._timing.patience_s:.0f} s"
-                reason = f"cannot submit: {name} did not confirm within {waited} that it holds the job"
+                reason = f"cannot submit: {name} did not confirm within {waited} that the job is held"
                 effects.append(Answered(found.query, code="no-answer", reason=reason, hint="meshgpu machines"))
             elif now.boot_s >= found.resend_at:
                 found.resend_at = now.boot_s + self._timing.resend_s
+                found.tries += 1  # whoever speaks for the job by now
+                steward = found.spec.stewards[found.tries % len(found.spec.stewards)]
                 effects.append(Send(self._log.current(steward), Submit(job, found.signed)))
         return effects
 
@@ -188,7 +191,7 @@ class Submissions:
             draft.tree_files,
             resources,
             machine.node if machine else None,
-            (self._steward(guest, resources, machine),),
+            self._stewards(job, guest, resources, machine),
             now.wall_s,
             draft.image,
             guest.cloud,
@@ -254,17 +257,23 @@ class Submissions:
             reasons = explain(resources, open_to_me)
             raise MeshgpuError("impossible", f"cannot run anywhere: {reasons}", "meshgpu machines")
 
-    def _steward(self, guest: Guest, resources: Resources, machine: Member | None) -> NodeId:
-        """Who holds the job: the machine named by -m, else the best-ranked rig, else any that answers, else we."""
+    def _stewards(self, job: JobId, guest: Guest, resources: Resources, machine: Member | None) -> tuple[NodeId, ...]:
+        """Who holds the job: three rigs that are there, by rendezvous hash, so that the office shares that work evenly.
+
+        Where fewer are there, one: the machine named by -m, else the best-ranked rig, else any, else this one.
+        """
         everyone = self._candidates(replace(guest, cloud=CloudUse.OK), None)
         alive = [c for c in everyone if c.record is not None and not c.is_down and c.record.may_steward]
         rigs = [c for c in alive if self._log.members[c.node].role in STEWARD_ROLES]
+        if len(rigs) >= MAX_STEWARDS:
+            ordered = sorted((c.node for c in rigs), key=lambda node: digest(f"{job} {node}".encode()))
+            return tuple(ordered[:MAX_STEWARDS])
         if machine is not None and any(c.node == machine.node for c in rigs):
-            return machine.node
+            return (machine.node,)
         ranked = rank(resources, rigs, self._rng)
         if ranked:
-            return ranked[0]
-        return next((c.node for c in rigs if c.node != self._node), self._node)
+            return (ranked[0],)
+        return (next((c.node for c in rigs if c.node != self._node), self._node),)
 
 
 def _recipients(candidates: Iterable[Candidate], machine: Member | None) -> dict[NodeId, bytes]:

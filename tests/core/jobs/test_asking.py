@@ -107,7 +107,7 @@ def test_second_answer_of_one_node_counts_for_nothing(bench: Bench) -> None:
 
 
 def test_stop_is_asked_of_the_steward_alone(bench: Bench) -> None:
-    (effect,) = bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, bench.steward)
+    (effect,) = bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, (bench.steward,))
     request = bench.request(effect)
     assert (request.action, request.job, request.node) == (Action.STOP, bench.view.spec.job, bench.steward)
     (answer,) = bench.asking.answered(bench.steward, Answer("q", (bench.told,)))
@@ -116,14 +116,14 @@ def test_stop_is_asked_of_the_steward_alone(bench: Bench) -> None:
 
 
 def test_refused_stop_says_why(bench: Bench) -> None:
-    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, bench.steward)
+    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, (bench.steward,))
     (answer,) = bench.asking.answered(bench.steward, Answer("q", (), "unknown-job", "cannot find that job"))
     assert isinstance(answer, Answered)
     assert (answer.code, answer.reason) == ("unknown-job", "cannot find that job")
 
 
 def test_silent_steward_is_named(bench: Bench) -> None:
-    bench.asking.act(bench.at(0), "q", bench.key, Action.KILL, bench.view.spec.job, bench.steward)
+    bench.asking.act(bench.at(0), "q", bench.key, Action.KILL, bench.view.spec.job, (bench.steward,))
     (answer,) = bench.asking.step(bench.at(TIMING.act_s))
     assert isinstance(answer, Answered)
     assert answer.code == "no-answer"
@@ -132,7 +132,7 @@ def test_silent_steward_is_named(bench: Bench) -> None:
 
 def test_steward_outside_the_mesh_is_no_reason_to_fall_over(bench: Bench) -> None:
     stranger = NodeId("x" * 52)
-    bench.asking.act(bench.at(0), "q", bench.key, Action.KILL, bench.view.spec.job, stranger)
+    bench.asking.act(bench.at(0), "q", bench.key, Action.KILL, bench.view.spec.job, (stranger,))
     (answer,) = bench.asking.step(bench.at(TIMING.act_s))
     assert isinstance(answer, Answered)
     assert answer.code == "no-answer"
@@ -142,13 +142,13 @@ def test_account_of_no_user_asks_nothing(bench: Bench) -> None:
     (answer,) = bench.asking.list_jobs(bench.at(0), "q", KeyId("x" * 52))
     assert isinstance(answer, Answered)
     assert answer.code == "not-allowed"
-    bench.asking.watch(bench.at(0), KeyId("x" * 52), JobId("j"), bench.steward)
+    bench.asking.watch(bench.at(0), KeyId("x" * 52), JobId("j"), (bench.steward,))
     assert bench.asking.step(bench.at(0)) == []
 
 
 def test_watch_is_renewed_until_it_ends(bench: Bench) -> None:
     job = bench.view.spec.job
-    bench.asking.watch(bench.at(0), bench.key, job, bench.steward)
+    bench.asking.watch(bench.at(0), bench.key, job, (bench.steward,))
     asked = [bench.asking.step(bench.at(tick)) for tick in range(21)]
     assert sum(bool(effects) for effects in asked) == 5
     assert bench.request(asked[0][0]).action is Action.WATCH
@@ -157,7 +157,7 @@ def test_watch_is_renewed_until_it_ends(bench: Bench) -> None:
 
 
 def test_watch_is_renewed_at_once_when_the_steward_is_back(bench: Bench) -> None:
-    bench.asking.watch(bench.at(0), bench.key, bench.view.spec.job, bench.steward)
+    bench.asking.watch(bench.at(0), bench.key, bench.view.spec.job, (bench.steward,))
     bench.asking.step(bench.at(0))
     bench.asking.linked_again(bench.at(1), bench.steward)
     assert bench.asking.deadline() == 1
@@ -165,7 +165,7 @@ def test_watch_is_renewed_at_once_when_the_steward_is_back(bench: Bench) -> None
 
 def test_watchers_believe_only_the_steward(bench: Bench) -> None:
     job, register = bench.view.spec.job, bench.view.register
-    bench.asking.watch(bench.at(0), bench.key, job, bench.steward)
+    bench.asking.watch(bench.at(0), bench.key, job, (bench.steward,))
     assert bench.asking.updated(bench.linked[2], JobUpdate(register)) == []
     assert bench.asking.updated(bench.steward, JobUpdate(register)) == [TellWatchers(register)]
     assert bench.asking.answered(bench.steward, Answer(f"watch-{job}", (bench.told,))) == [TellWatchers(register)]
@@ -247,7 +247,7 @@ def test_people_are_told_of_their_clock_where_most_others_differ(bench: Bench, l
 
 
 def test_request_is_signed_again_once_and_the_refusal_is_told(bench: Bench) -> None:
-    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, bench.steward)
+    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, (bench.steward,))
     assert len(bench.asking.answered(bench.steward, stale(bench))) == 1
     (answer,) = bench.asking.answered(bench.steward, stale(bench, nonce=b"m" * 32, refused=b"n" * 32))
     assert isinstance(answer, Answered)
@@ -264,7 +264,7 @@ def test_node_that_refuses_a_list_is_named(bench: Bench) -> None:
 
 
 def test_challenge_of_a_node_that_was_not_asked_is_not_signed(bench: Bench) -> None:
-    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, bench.steward)
+    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, (bench.steward,))
     for node in (bench.linked[1], NodeId("x" * 52)):
         assert bench.asking.answered(node, stale(bench)) == []
         assert bench.asking.answered(node, stale(bench, f"watch-{bench.view.spec.job}")) == []
@@ -272,7 +272,7 @@ def test_challenge_of_a_node_that_was_not_asked_is_not_signed(bench: Bench) -> N
 
 def test_watch_goes_on_where_clocks_differ(bench: Bench) -> None:
     job = bench.view.spec.job
-    bench.asking.watch(bench.at(0), bench.key, job, bench.steward)
+    bench.asking.watch(bench.at(0), bench.key, job, (bench.steward,))
     for now_s in (0.0, TIMING.watch_s):  # every renewal is challenged anew
         (effect,) = bench.asking.step(bench.at(now_s))
         asked = bench.request(effect)

@@ -89,6 +89,7 @@ class Bench:
             self.office.notaries[0],
             random.Random(1),
             lambda _user, _machine: self.candidates,
+            lambda _node: True,
             TIMING,
         )
         return self.stewardship.restore(self.at(0), records)
