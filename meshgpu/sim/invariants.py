@@ -20,6 +20,7 @@ from meshgpu.model.job import (
     NO_STAMP,
     AttemptPlan,
     AttemptState,
+    Ballot,
     CloudUse,
     JobSpec,
     JobState,
@@ -315,8 +316,10 @@ class Invariants:
         register = record.register
         if register.job not in self.ledger.submitted:
             self._fail(f"{machine.setup.name} holds {register.job}, which no user asked for")
-        has_before = isinstance(before, JobRecord)
-        if has_before and (record.promised, register.stamp) < (before.promised, before.register.stamp):
+        if isinstance(before, JobRecord) and (record.promised, register.stamp) < (
+            before.promised,
+            before.register.stamp,
+        ):
             self._fail(f"{machine.setup.name} goes back: {before.promised} and {before.register} → {record}")
         if register.stamp == NO_STAMP:
             return
@@ -411,10 +414,10 @@ class Invariants:
         """What ended on a machine, and who is there to hear it has not said that he did."""
         records = [record for record in machine.disk.values() if isinstance(record, AttemptRecord)]
         return [
-            f"has yet to tell {speaker.setup.name} how {record.job}/{record.epoch} ended"
+            f"has yet to tell its stewards how {record.job}/{record.epoch} ended"
             for record in records
             if record.state in ENDED_ATTEMPT_STATES and record.state is not AttemptState.DELIVERED
-            if (speaker := self._speaker(record.job, away)) is not None
+            if self._has_quorum(record.job, away)
         ]
 
     def check_end(self) -> None:
@@ -434,13 +437,14 @@ class Invariants:
 
     def _job_unsettled(self, job: JobId, away: set[NodeId]) -> str:
         spec = self.ledger.submitted[job]
-        speaker = self._speaker(job, away)
         register = self._register(job)
-        if speaker is None or register is None or speaker.agent is None:
+        if register is None or register.state.is_final or not self._has_quorum(job, away):
             return ""
+        speaker = self._speaker(job, away)
+        if speaker is None or speaker.agent is None:
+            return f"nobody speaks for {job}, which is {register}"
         view = speaker.agent.stewardship.view(job)
-        if view is None:
-            return f"{speaker.setup.name}, which speaks for {job}, does not know it"
+        assert view is not None
         where = self.ledger.ids[view.register.node].node if view.register.node else None
         if view.register.state.is_final or (where in away and view.register.state in UNSETTLED_STATES):
             return ""
@@ -476,10 +480,18 @@ class Invariants:
         return chosen.register if chosen is not None else None
 
     def _speaker(self, job: JobId, away: set[NodeId]) -> Machine | None:
-        """The steward that must speak for the job by now; None while too few of them are there."""
+        """The steward that speaks for the job, of several who believe that they do the one whom others obey."""
+        best: tuple[Ballot, Machine] | None = None
+        for machine in (self.ledger.ids[node] for node in self.ledger.submitted[job].stewards):
+            agent = machine.agent if machine.node not in away else None
+            turn = agent.stewardship.turn(job) if agent is not None else None
+            if turn is not None and (best is None or turn > best[0]):
+                best = (turn, machine)
+        return best[1] if best else None
+
+    def _has_quorum(self, job: JobId, away: set[NodeId]) -> bool:
         stewards = self.ledger.submitted[job].stewards
-        there = [self.ledger.ids[node] for node in stewards if self.ledger.ids[node].node not in away]
-        return there[0] if len(there) > len(stewards) // 2 else None
+        return sum(self.ledger.ids[node].node not in away for node in stewards) > len(stewards) // 2
 
     def _tell(self, machine: Machine, what: str) -> None:
         self._story.append(f"{machine.setup.name}: {what}")

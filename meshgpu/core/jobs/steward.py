@@ -34,6 +34,7 @@ from meshgpu.model.job import (
     NO_STAMP,
     Action,
     AttemptState,
+    Ballot,
     CloudUse,
     JobRequest,
     JobSpec,
@@ -176,6 +177,11 @@ class Stewardship:
         found = self._jobs.get(job) or self._final.get(job)
         return JobView(found.spec, found.told, found.trial, found.sweep) if found else None
 
+    def turn(self, job: JobId) -> Ballot | None:
+        """The ballot by which this node speaks for a job; None where it does not."""
+        found = self._find(job)
+        return found.replica.turn if found is not None else None
+
     @property
     def unfinished(self) -> int:
         """How many jobs are held here and have not ended."""
@@ -231,7 +237,7 @@ class Stewardship:
         if not self._turns.is_first(job):
             return []
         job.answer_to = peer
-        return self._turns.ask(now, job) if job.replica.asked is None else []
+        return self._turns.ask(now, job)
 
     def _draft(self, now: Now, spec: JobSpec, signed: Signed, trial: Trial | None = None) -> HeldJob:
         """A job of which nothing is on this disk."""
@@ -385,10 +391,12 @@ class Stewardship:
 
     def accepted(self, now: Now, peer: NodeId, accepted: Accepted) -> list[Effect]:
         job = self._find(accepted.job)
+        if job is None and not accepted.is_lacking:
+            return [Send(peer, Accepted(accepted.job, NO_STAMP, NO_BALLOT, is_lacking=True))]
         if job is None or (steward := job.fellows.get(peer)) is None:
             return []
-        if not job.acts:
-            is_other = accepted.stamp != job.replica.stamp and job.replica.asked is None
+        if not job.acts and not accepted.is_lacking:
+            is_other = accepted.stamp != job.replica.stamp
             return self._turns.ask(now, job) if is_other and self._turns.is_first(job) else []
         was_settled = job.replica.is_settled
         effects = self._turns.confirmed(now, job, steward, accepted)
@@ -571,9 +579,7 @@ class Stewardship:
 
     def _look_again(self, now: Now, job: HeldJob | None) -> list[Effect]:
         """A node speaks of a job for which this steward does not act, but ought to: it asks for the turn."""
-        if job is None or job.replica.asked is not None or not self._turns.is_first(job):
-            return []
-        return self._turns.ask(now, job)
+        return self._turns.ask(now, job) if job is not None and self._turns.is_first(job) else []
 
     def _requeue(self, now: Now, job: HeldJob, reason: str, died: int = 0) -> list[Effect]:
         """The attempt is over and nothing of it lives: its epoch is spent, the job waits again."""
@@ -705,7 +711,7 @@ class Stewardship:
         if not self._turns.is_first(job) or len(job.asks) >= WAITING_ASKS_LIMIT:
             raise TrustError(ELSEWHERE, "cannot change the job: another machine that holds it speaks for it now")
         job.asks.append((peer, ask))
-        return self._turns.ask(now, job) if job.replica.asked is None else []
+        return self._turns.ask(now, job)
 
     def _visible(self, request: JobRequest) -> HeldJob | None:
         """The job that is asked about, None for a list. Raises TrustError in the same words, be it there or not."""

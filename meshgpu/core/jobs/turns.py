@@ -69,7 +69,9 @@ class Turns:
     # -- in its own turn, or on the way to it -------------------------------------------------------------------------
 
     def ask(self, now: Now, job: HeldJob) -> list[Effect]:
-        """Ask for the turn, or ask those again who have not answered."""
+        """Ask for the turn, or ask those again who have not answered; not before the last try had its time."""
+        if job.ask_at is not None and now.boot_s < job.ask_at:
+            return []
         job.ask_at = now.boot_s + self._timing.ask_s * self._rng.uniform(0.8, 1.2)
         if job.replica.asked is not None:
             return job.prepares()
@@ -89,9 +91,9 @@ class Turns:
 
     def confirmed(self, now: Now, job: HeldJob, steward: NodeId, accepted: Accepted) -> list[Effect]:
         """A fellow tells how far it is: what follows from the changes that are chosen by that."""
-        if accepted.is_lacking:
+        if accepted.is_lacking:  # what was accepted here may be passed on by anybody
             job.informed.discard(steward)
-            return job.accepts([steward]) if job.acts else []
+            return job.accepts([steward])
         acted = job.acts
         has_chosen = job.replica.confirmed(steward, accepted.stamp, accepted.promised)
         if acted and not job.acts:
