@@ -63,12 +63,11 @@ class JobSpec:
     job: follows from the signing key and nonce (16 random bytes). tree: digest of the working directory's manifest.
     command: argv, never empty; with `shell`, one string that `sh -c` runs.
     machine: the node named by `-m`, else None. stewards: one rig, or three, that hold the register.
-    issued_wall_s: Unix time; a steward accepts a spec 120 s old at most, or of any age with its `challenge` in it.
+    issued_wall_s: Unix time; a steward accepts a spec 120 s old at most, or one of any age that comes with `fresh`.
     image: the container image that the command runs in; empty for a process in a Python environment.
     cloud: whether it may leave the office. retries: how often it is started again after an attempt that died.
     sweep: the space of which each trial is a job; None for a job of its own. objective: what it reports; None: nothing.
     secrets: variables that most who get the spec cannot read; None without any. shared: whether every user may see it.
-    challenge: 32 bytes that the steward asked for because the two clocks differ; empty where they do not.
     """
 
     mesh: MeshId
@@ -95,7 +94,6 @@ class JobSpec:
     objective: Objective | None = None
     secrets: SecretBox | None = None
     shared: bool = False
-    challenge: bytes = b""
 
 
 class JobState(StrEnum):
@@ -286,6 +284,8 @@ class PlacingVote:
 class Action(StrEnum):
     """What a user asks of a job; each is a signed request."""
 
+    SUBMIT = "submit"
+    """To hold it, where the spec itself is not fresh."""
     LIST = "list"
     WATCH = "watch"
     STOP = "stop"
@@ -300,7 +300,8 @@ class JobRequest:
     """A user's request about a job (or, with LIST, all of the user's jobs), signed by the user's key.
 
     node: whom it is meant for, so that it cannot be replayed elsewhere. issued_wall_s: Unix time, 120 s fresh.
-    nonce: what one that stops a job is known by, so that it is obeyed once. challenge: as in JobSpec, of `node`.
+    nonce: what one that stops a job is known by, so that it is obeyed once.
+    challenge: 32 bytes that `node` asked for because the two clocks differ; empty where they do not.
     """
 
     mesh: MeshId

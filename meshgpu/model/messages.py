@@ -91,11 +91,13 @@ class Challenge:
 class Submit:
     """Submitter to steward: hold this job. Sent again until answered; idempotent by job id.
 
-    Steward to steward: this job is about to be held; get its tree.
+    Steward to steward: this job is about to be held; get its tree. fresh: the user's signed JobRequest to submit it,
+    with the steward's challenge in it, where the two clocks differ.
     """
 
     job: JobId
     spec: Signed
+    fresh: Signed | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,9 +216,13 @@ class Intruder:
             stewards=(self._victim.node,),
             submitter=self.machine.node,
             issued_wall_s=self._victim.now().wall_s - STALE_S,
-            challenge=challenge,
         )
-        return Submit(spec.job, self.ring.sign(self._account(), spec))
+        signed = self.ring.sign(self._account(), spec)
+        if not challenge:
+            return Submit(spec.job, signed)
+        victim = self._victim.node
+        request = JobRequest(spec.mesh, spec.user, Action.SUBMIT, victim, spec.issued_wall_s, "nonce", job, challenge)
+        return Submit(spec.job, signed, self.ring.sign(self._account(), request))
 
     def _stop(self) -> Message | None:
         request = self._request()

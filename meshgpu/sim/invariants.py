@@ -346,7 +346,9 @@ class Invariants:
         if was is None:
             if record.trial is not None:
                 self._check_parallel(record)
-            if register.epoch or register.state is not JobState.QUEUED:
+            is_sweep = self.ledger.submitted[register.job].sweep is not None
+            may_be_further = is_sweep or register.job in self.ledger.stops_asked  # the change after it made a quorum
+            if register.epoch or not (register.state is JobState.QUEUED or may_be_further):
                 self._fail(f"the first register of {register.job} is {register}")
             return
         if was.state.is_final and replace(register, stamp=was.stamp) != was:

@@ -90,6 +90,11 @@ class HeldJob:
         return self.replica.turn is not None
 
     @property
+    def is_over(self) -> bool:
+        """Whether it is certain that it has ended: it is this steward's turn, and the end is chosen."""
+        return self.state.is_final and self.replica.is_settled
+
+    @property
     def rank(self) -> int:
         """Which of its stewards this one is; 0 speaks first."""
         return self.replica.stewards.index(self.replica.me)

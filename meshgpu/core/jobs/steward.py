@@ -81,6 +81,10 @@ USER_LIMIT_BYTES: Final = 64 * 2**20
 REASON_CHARACTERS: Final = 2_000
 """Of what a node tells about an attempt: the last lines of a failed build; a register must fit a frame."""
 
+DOUBT_S: Final = 3600.0
+"""For how long after its end a steward that starts again asks the others how a job has ended: it may have been the only
+one to write so."""
+
 GONE: Final = "the instance it ran on is gone"
 
 CHANGING: Final = (Action.STOP, Action.KILL)
@@ -139,6 +143,8 @@ class Stewardship:
         self._jobs: dict[JobId, HeldJob] = {}
         self._final: dict[JobId, HeldJob] = {}
         self._ending: dict[JobId, HeldJob] = {}
+        self._doubted: dict[JobId, HeldJob] = {}
+        """Jobs that have ended by what this disk has, which others may see otherwise."""
         self._trials: dict[JobId, dict[int, HeldJob]] = {}
         self._sweep_at: float | None = None
         self.obeyed = Obeyed()
@@ -164,6 +170,8 @@ class Stewardship:
             (self._final if record.register.state.is_final else self._jobs)[spec.job] = job
             if len(spec.stewards) == 1:
                 job.replica.ask()  # nobody else has a say
+            elif now.wall_s - (record.register.ended_wall_s or now.wall_s) < DOUBT_S:
+                self._doubted[spec.job] = job
         alone = [job for job in self._jobs.values() if job.acts]
         for job in sorted(alone, key=lambda job: job.spec.sweep is not None):  # a sweep knows its trials by then
             effects += self._resume(now, job)
@@ -213,7 +221,7 @@ class Stewardship:
             spec = self._rules.verify_new_spec(submit.spec)
             self._check_acceptable(spec, peer, submit)
             if peer == spec.submitter:  # else a fellow steward has asked that
-                self._rules.check_fresh_spec(spec, now, peer)
+                self._rules.check_fresh_spec(spec, submit.fresh, now, peer)
         except MeshgpuError as error:
             challenge = challenge_of(error)
             answer = SubmitAnswer(submit.job, False, code=error.code, reason=error.message, challenge=challenge)
@@ -227,7 +235,7 @@ class Stewardship:
         return effects if job.acts else [*effects, *self._turns.ask(now, job)]
 
     def _submitted_again(self, now: Now, peer: NodeId, job: HeldJob, submit: Submit) -> list[Effect]:
-        if not self._is_same(job, submit.spec):
+        if job.signed != submit.spec:
             return [Send(peer, SubmitAnswer(submit.job, held=False, code="bad-request", reason="the id is taken"))]
         if peer != job.spec.submitter:
             return []
@@ -259,16 +267,6 @@ class Stewardship:
         known = dict.fromkeys((first, job.spec.submitter, *job.fellows))
         return tuple(node for node in known if node != self._node) or (self._node,)
 
-    def _is_same(self, known: HeldJob, signed: Signed) -> bool:
-        """Whether it is the job that is held, as it was before or after its submitter was challenged."""
-        if known.signed == signed:
-            return True
-        try:
-            one, other = (replace(self._rules.verify_spec(s), challenge=b"") for s in (known.signed, signed))
-        except TrustError:
-            return False
-        return one == other and one.job == known.spec.job
-
     def _check_acceptable(self, spec: JobSpec, peer: NodeId, submit: Submit) -> None:
         if self._node not in spec.stewards:
             raise TrustError("not-allowed", "cannot hold a job: it names other machines to hold it")
@@ -297,6 +295,10 @@ class Stewardship:
         if not sweep.acts:
             return []
         trials = self._trials.setdefault(sweep.spec.job, {})
+        for known in trials.values():
+            if known.state.is_final and not known.acts:
+                self._doubted[known.spec.job] = known
+                self._turn_at = now.boot_s
         effects: list[Effect] = []
         for trial in sweeps.beginning(sweep, trials.values()):
             job = self._draft(now, trial_spec(sweep.spec, trial), sweep.signed, trial)
@@ -377,6 +379,9 @@ class Stewardship:
             return effects
         if accept.standing.register.job != accept.job:
             return [Reject(peer, "a steward tells of one job in another's name")]
+        age_s = now.wall_s - accept.standing.register.submitted_wall_s
+        if job.replica.value is None and age_s >= self._timing.retention_s:
+            return [Reject(peer, "a steward tells of a job so old that it may have ended here, and be forgotten")]
         if job.has_tree or accept.standing.register.state.is_final:
             return [*effects, *self._accept(now, job, peer, accept)]
         is_first = job.accept is None
@@ -414,7 +419,11 @@ class Stewardship:
             return [Send(self._log.current(job.register.node), job.commit(self._notary))]
         if job.state is JobState.QUEUED:
             self._offering.retry_at = now.boot_s
-        return []
+        return self._drive_sweep_of(now, job) if job.is_over else []
+
+    def _drive_sweep_of(self, now: Now, job: HeldJob) -> list[Effect]:
+        sweep = self._jobs.get(job.sweep.job) if job.sweep is not None else None
+        return self._drive(now, sweep) if sweep is not None else []
 
     def _joined(
         self, now: Now, peer: NodeId, job: JobId, signed: Signed | None, trial: Trial | None
@@ -427,11 +436,9 @@ class Stewardship:
             return None, [Send(peer, Accepted(job, NO_STAMP, NO_BALLOT, is_lacking=True))]
         try:
             asked = self._rules.verify_spec(signed)
-            spec = runnable(asked, trial)
+            spec = asked if trial is None else runnable(asked, trial)
             if spec.job != job or self._node not in spec.stewards or peer not in spec.stewards:
                 raise TrustError("not-allowed", "cannot hold a job: it is not ours to hold")
-            if now.wall_s >= spec.issued_wall_s + self._timing.retention_s:
-                raise TrustError("not-allowed", "cannot hold a job: one that old may have ended, and be forgotten")
             self._check_room(spec, signed)
         except MeshgpuError as error:
             return None, [Reject(peer, error.message)]
@@ -468,6 +475,8 @@ class Stewardship:
         asks, job.asks = job.asks, []
         if not job.state.is_final:
             effects += self._go_on(now, job)
+        elif job.is_over:
+            effects += self._drive_sweep_of(now, job)
         for peer, ask in asks:
             effects += self.asked(now, peer, ask, is_fresh=True)
         return effects
@@ -494,7 +503,9 @@ class Stewardship:
             return []
         effects: list[Effect] = []
         dues: list[float] = []
-        for job in list(self._jobs.values()):
+        for job in [job for job in self._doubted.values() if job.acts or not job.state.is_final]:
+            del self._doubted[job.spec.job]
+        for job in [*self._jobs.values(), *self._doubted.values()]:
             if job.acts or (job.state is JobState.DRAFT and job.answer_to is None and job.trial is None):
                 continue
             due = self._turns.due(now, job)
@@ -578,8 +589,12 @@ class Stewardship:
         return job.after(Send(node, Fence(job.spec.job, epoch)))
 
     def _look_again(self, now: Now, job: HeldJob | None) -> list[Effect]:
-        """A node speaks of a job for which this steward does not act, but ought to: it asks for the turn."""
-        return self._turns.ask(now, job) if job is not None and self._turns.is_first(job) else []
+        """A node speaks of a job for which this steward does not act: it asks for the turn, or tells who ought to."""
+        if job is None:
+            return []
+        if not self._turns.is_first(job):
+            return [Send(self._turns.first(job), job.accepted())]
+        return self._turns.ask(now, job)
 
     def _requeue(self, now: Now, job: HeldJob, reason: str, died: int = 0) -> list[Effect]:
         """The attempt is over and nothing of it lives: its epoch is spent, the job waits again."""
@@ -605,7 +620,7 @@ class Stewardship:
         if job is None:
             return [Send(node, replace(ack, is_forgotten=True))] if report.result is not None else []
         if not job.acts:
-            return self._look_again(now, job)
+            return self._look_again(now, job) if report.result is not None or self._turns.is_first(job) else []
         is_current = not job.state.is_final and self._is_at(node, job) and job.register.epoch == report.epoch
         if report.result is not None and (is_current or report.epoch <= job.register.epoch):
             effects = self._ended(now, job, report, report.result) if is_current else []
@@ -683,9 +698,7 @@ class Stewardship:
         )
         job.due = None
         self._file(job)
-        if job.sweep is not None and (sweep := self._jobs.get(job.sweep.job)) is not None:
-            effects += self._drive(now, sweep)
-        return effects
+        return [*effects, *(self._drive_sweep_of(now, job) if job.is_over else ())]
 
     # -- what users ask -----------------------------------------------------------------------------------------------
 
@@ -744,8 +757,8 @@ class Stewardship:
                 pass
             case Action.RECEIPT:
                 return (replace(job.view(), receipt=job.receipt),), []
-            case Action.LOGS | Action.FILES:
-                raise TrustError("not-allowed", f"cannot answer {request.action} over a Link: it is a bulk stream")
+            case Action.LOGS | Action.FILES | Action.SUBMIT:
+                raise TrustError("not-allowed", f"cannot answer {request.action} over a Link: it goes another way")
         return (replace(job.view(), register=job.register) if effects else job.view(),), effects
 
     def _stop(self, now: Now, job: HeldJob, mode: StopMode, signed: Signed) -> list[Effect]:

@@ -15,8 +15,8 @@ from meshgpu.core.trust.requests import MAX_STEWARDS
 from meshgpu.core.trust.sealing import SEALING_KEY_BYTES, Seal, binding, check_draft, no_seal
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import ClockGap, Now
-from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, digest, job_id
-from meshgpu.model.job import CloudUse, Draft, JobSpec, JobState, JobView, Register
+from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, base32, digest, job_id
+from meshgpu.model.job import Action, CloudUse, Draft, JobRequest, JobSpec, JobState, JobView, Register
 from meshgpu.model.messages import Challenge, Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources
 from meshgpu.model.trust import STEWARD_ROLES, Member, Notary, Role, Signed, UserKey
@@ -34,6 +34,8 @@ class SubmissionTiming:
 
 @dataclass(slots=True)
 class _Submission:
+    """fresh: what makes the job fresh for the steward `challenger`, which asked for `challenge` to be in it."""
+
     query: str
     spec: JobSpec
     signed: Signed
@@ -41,6 +43,9 @@ class _Submission:
     give_up_at: float
     clock: ClockGap | None = None
     tries: int = 0
+    fresh: Signed | None = None
+    challenger: NodeId | None = None
+    challenge: bytes = b""
 
 
 class Submissions:
@@ -90,9 +95,9 @@ class Submissions:
         found = self._open.get(answer.job)
         if found is None or not self._holds(steward, found.spec):
             return []
-        if (challenge := answer.challenge) is not None and challenge.refused != found.spec.challenge:
+        if (challenge := answer.challenge) is not None and challenge.refused != found.challenge:
             return []  # it refuses what was sent before the steward was answered
-        if challenge is not None and not found.spec.challenge and len(challenge.nonce) == CHALLENGE_BYTES:
+        if challenge is not None and not found.challenge and len(challenge.nonce) == CHALLENGE_BYTES:
             return self._sign_again(now, steward, found, challenge)
         if answer.code:
             del self._open[answer.job]
@@ -106,16 +111,17 @@ class Submissions:
 
     def _sign_again(self, now: Now, steward: NodeId, found: _Submission, challenge: Challenge) -> list[Effect]:
         """The steward's clock and ours differ: what it asked for makes the same job fresh. Once for each job."""
-        found.clock = ClockGap(steward, challenge.wall_s - now.wall_s)
-        spec = replace(found.spec, challenge=challenge.nonce)
+        spec, found.clock = found.spec, ClockGap(steward, challenge.wall_s - now.wall_s)
+        nonce = base32(self._rng.randbytes(RANDOM_ID_BYTES))
+        request = JobRequest(spec.mesh, spec.user, Action.SUBMIT, steward, now.wall_s, nonce, spec.job, challenge.nonce)
         try:
-            signed = self._notary.sign(found.signed.key, spec)
+            found.fresh = self._notary.sign(found.signed.key, request)
         except MeshgpuError as error:
             del self._open[spec.job]
             return [Answered(found.query, code=error.code, reason=error.message, hint=error.hint)]
-        found.spec, found.signed = spec, signed
+        found.challenge, found.challenger = challenge.nonce, steward
         found.resend_at = now.boot_s + self._timing.resend_s
-        return [Send(steward, Submit(spec.job, signed))]
+        return [Send(steward, Submit(spec.job, found.signed, found.fresh))]
 
     def steward_linked(self, now: Now, steward: NodeId) -> None:
         for found in self._open.values():
@@ -135,7 +141,8 @@ class Submissions:
                 found.resend_at = now.boot_s + self._timing.resend_s
                 found.tries += 1  # whoever speaks for the job by now
                 steward = found.spec.stewards[found.tries % len(found.spec.stewards)]
-                effects.append(Send(self._log.current(steward), Submit(job, found.signed)))
+                fresh = found.fresh if steward == found.challenger else None
+                effects.append(Send(self._log.current(steward), Submit(job, found.signed, fresh)))
         return effects
 
     def deadline(self) -> float | None:

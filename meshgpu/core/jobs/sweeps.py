@@ -14,7 +14,7 @@ def beginning(sweep: HeldJob, trials: Collection[HeldJob]) -> list[Trial]:
     assert space is not None
     if sweep.state not in (JobState.QUEUED, JobState.ACTIVE):
         return []
-    unfinished = sum(not trial.state.is_final for trial in trials)
+    unfinished = sum(not trial.is_over for trial in trials)
     first = len(trials) + 1
     last = min(space.trials, len(trials) + space.parallel - unfinished)
     return [expand(space, number) for number in range(first, last + 1)]
@@ -25,7 +25,7 @@ def ending(sweep: HeldJob, trials: Collection[HeldJob]) -> tuple[JobState, str] 
     space = sweep.spec.sweep
     assert space is not None
     is_cancelled = sweep.state is JobState.CANCELLING
-    if any(not trial.state.is_final for trial in trials) or not (is_cancelled or len(trials) == space.trials):
+    if any(not trial.is_over for trial in trials) or not (is_cancelled or len(trials) == space.trials):
         return None
     if is_cancelled:
         return JobState.CANCELLED, ""

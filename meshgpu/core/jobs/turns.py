@@ -57,6 +57,11 @@ class Turns:
         """Whether no steward that speaks before this one is there."""
         return not any(self._is_alive(job.current(steward)) for steward in job.replica.stewards[: job.rank])
 
+    def first(self, job: HeldJob) -> NodeId:
+        """The steward that ought to speak for the job, by the id that it has now."""
+        stewards = [job.current(steward) for steward in job.replica.stewards]
+        return next((steward for steward in stewards[: job.rank] if self._is_alive(steward)), stewards[job.rank])
+
     def due(self, now: Now, job: HeldJob) -> float | None:
         """`boot_s` at which this node asks for the turn, or asks again; None where it leaves it to another."""
         if job.acts or not self.is_first(job):

@@ -66,9 +66,17 @@ class RequestRules:
                 raise TrustError("not-allowed", f"cannot accept a job: a machine is to hold it, which is a {role}")
         return spec
 
-    def check_fresh_spec(self, spec: JobSpec, now: Now, peer: NodeId) -> None:
-        """Asked last, when a steward first stores it. Raises StaleRequest, with a challenge for `peer`."""
-        self._check_fresh("a job", spec.issued_wall_s, spec.challenge, now, peer)
+    def check_fresh_spec(self, spec: JobSpec, fresh: Signed | None, now: Now, peer: NodeId) -> None:
+        """Asked last, when a steward first stores it: the spec is new, or its user says now that it is to be held.
+
+        Raises StaleRequest, with a challenge for `peer`.
+        """
+        if fresh is None:
+            return self._check_fresh("a job", spec.issued_wall_s, b"", now, peer)
+        request = self.verify_addressed(fresh, peer)
+        if request.action is not Action.SUBMIT or request.job != spec.job:
+            raise TrustError("not-allowed", "cannot accept a job: what came with it is about something else")
+        return self._check_fresh("a job", request.issued_wall_s, request.challenge, now, peer)
 
     def check_may_start(self, signed: Signed) -> None:
         """Raises TrustError where a revocation ended the jobs of whoever signed this one."""

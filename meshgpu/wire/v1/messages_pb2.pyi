@@ -239,23 +239,31 @@ class Submit(_message.Message):
 
     JOB_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    FRESH_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     @_builtins.property
     def spec(self) -> _trust_pb2.Signed:
         """JobSpec, signed by its user; required."""
 
+    @_builtins.property
+    def fresh(self) -> _trust_pb2.Signed:
+        """JobRequest to submit it, signed by its user, with the steward's challenge; absent where the clocks agree."""
+
     def __init__(
         self,
         *,
         job: _builtins.str = ...,
         spec: _trust_pb2.Signed | None = ...,
+        fresh: _trust_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fresh", b"_fresh", "fresh", b"fresh", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fresh", b"_fresh", "fresh", b"fresh", "job", b"job", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__fresh: _TypeAlias = _typing.Literal["fresh"]  # noqa: Y015
+    _WhichOneofArgType__fresh: _TypeAlias = _typing.Literal["_fresh", b"_fresh"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fresh) -> _WhichOneofReturnType__fresh | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
 
