@@ -295,11 +295,9 @@ class Stewardship:
         if not sweep.acts:
             return []
         trials = self._trials.setdefault(sweep.spec.job, {})
-        for known in trials.values():
-            if known.state.is_final and not known.acts:
-                self._doubted[known.spec.job] = known
-                self._turn_at = now.boot_s
         effects: list[Effect] = []
+        for known in list(trials.values()):
+            effects += self._drive_trial(now, sweep, known)
         for trial in sweeps.beginning(sweep, trials.values()):
             job = self._draft(now, trial_spec(sweep.spec, trial), sweep.signed, trial)
             job.sweep, job.has_tree = sweep.spec, True
@@ -311,6 +309,19 @@ class Stewardship:
             effects += sweep.change(now, state=JobState.ACTIVE, started_wall_s=now.wall_s)
             sweep.due = None
         return effects
+
+    def _drive_trial(self, now: Now, sweep: HeldJob, trial: HeldJob) -> list[Effect]:
+        """See to a trial that was left in between: by another steward, or when its turn was won after its sweep's."""
+        if trial.state.is_final and not trial.acts:
+            self._doubted[trial.spec.job] = trial
+            self._turn_at = now.boot_s
+        if not trial.acts or trial.state.is_final:
+            return []
+        if sweep.state is JobState.CANCELLING and trial.state is JobState.DRAFT:
+            return self._finish(now, trial, JobState.CANCELLED, None, None, "stopped before it started")
+        if sweep.state is JobState.CANCELLING and sweep.cancel is not None and trial.register.stop is None:
+            return self._stop(now, trial, sweep.register.stop or StopMode.STOP, sweep.cancel)
+        return self._begin(now, trial) if trial.state is JobState.DRAFT else []
 
     # -- while the tree comes -----------------------------------------------------------------------------------------
 
@@ -392,7 +403,7 @@ class Stewardship:
         effects = self._turns.accept(job, peer, accept)
         self._file(job)
         self._turn_at = now.boot_s
-        return effects
+        return [*effects, *(self._drive_sweep_of(now, job) if job.state.is_final else ())]
 
     def accepted(self, now: Now, peer: NodeId, accepted: Accepted) -> list[Effect]:
         job = self._find(accepted.job)
@@ -444,8 +455,7 @@ class Stewardship:
             return None, [Reject(peer, error.message)]
         found = self._draft(now, spec, signed, trial)
         if trial is not None:
-            sweep = self._find(asked.job)
-            found.sweep, found.has_tree = asked, sweep is not None and sweep.has_tree
+            found.sweep, found.has_tree = asked, True  # to have the tree is its sweep's affair
             self._trials.setdefault(asked.job, {})[trial.number] = found
         return found, []
 
@@ -467,9 +477,12 @@ class Stewardship:
         """The turn is won: see to it that the job stands as it is found, and go on from there."""
         self._file(job)
         if job.replica.value is None:  # nobody has accepted anything
-            is_ready = job.has_tree and (job.trial is not None or job.answer_to is not None)
-            return self._begin(now, job) if is_ready else []
+            if job.trial is not None:
+                return self._drive_sweep_of(now, job)
+            return self._begin(now, job) if job.has_tree and job.answer_to is not None else []
         effects = job.propose(now) if job.replica.others else []
+        if not job.has_tree and not job.state.is_final:
+            effects.append(FetchTree(job.spec.job, job.spec.tree, self._sources(job, job.spec.submitter)))
         if job.answer_to is not None:
             effects += job.after(Send(job.answer_to, SubmitAnswer(job.spec.job, held=True)))
         asks, job.asks = job.asks, []

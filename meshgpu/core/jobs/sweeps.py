@@ -1,6 +1,7 @@
 """What a sweep's steward does next: which trials begin, and when the sweep is over. Its trials are jobs."""
 
 from collections.abc import Collection
+from itertools import islice
 
 from meshgpu.core.jobs.held_job import HeldJob
 from meshgpu.core.sweep import expand
@@ -9,15 +10,15 @@ from meshgpu.model.sweep import Trial
 
 
 def beginning(sweep: HeldJob, trials: Collection[HeldJob]) -> list[Trial]:
-    """The trials that begin now. They begin in order, so that what exists tells what comes next, also after a crash."""
+    """The trials that begin now: in order, those first that this steward has not heard of, begun or not."""
     space = sweep.spec.sweep
     assert space is not None
     if sweep.state not in (JobState.QUEUED, JobState.ACTIVE):
         return []
-    unfinished = sum(not trial.is_over for trial in trials)
-    first = len(trials) + 1
-    last = min(space.trials, len(trials) + space.parallel - unfinished)
-    return [expand(space, number) for number in range(first, last + 1)]
+    room = space.parallel - sum(not trial.is_over for trial in trials)
+    known = {trial.trial.number for trial in trials if trial.trial is not None}
+    unknown = (number for number in range(1, space.trials + 1) if number not in known)
+    return [expand(space, number) for number in islice(unknown, max(room, 0))]
 
 
 def ending(sweep: HeldJob, trials: Collection[HeldJob]) -> tuple[JobState, str] | None:
