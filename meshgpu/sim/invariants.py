@@ -56,8 +56,8 @@ class Ledger:
     machines: by the id that each has now. ids: by every id that each has or had. submitted: jobs that a user signed.
     said: entries that their owner signed. stops_asked: jobs whose user, or whoever revoked his machine, wants them to
     end. living: where each job may have a process. accepted: {(job, epoch): node and hold}.
-    standings: how a job stands by each stamp that a steward wrote. chosen: the newest that a quorum of its stewards has
-    written.
+    standings: how a job stands by each stamp that a steward wrote, and the names of those that did. chosen: the newest
+    that a quorum of its stewards has written.
     preempted: attempts that had to make way for the owner of their machine. stopped: machines that were revoked with
     all their jobs. obeyed: requests to stop, by the name of the machine that obeyed them, key and nonce.
     """
@@ -70,7 +70,7 @@ class Ledger:
     stops_asked: set[JobId] = field(default_factory=set)
     living: dict[JobId, tuple[NodeId, int]] = field(default_factory=dict)
     accepted: dict[tuple[JobId, int], tuple[NodeId, HoldId]] = field(default_factory=dict)
-    standings: dict[tuple[JobId, Stamp], Standing] = field(default_factory=dict)
+    standings: dict[tuple[JobId, Stamp], tuple[Standing, set[str]]] = field(default_factory=dict)
     chosen: dict[JobId, Standing] = field(default_factory=dict)
     results: dict[tuple[JobId, int], Result] = field(default_factory=dict)
     preempted: set[tuple[JobId, int]] = field(default_factory=set)
@@ -324,20 +324,15 @@ class Invariants:
         if register.stamp == NO_STAMP:
             return
         standing = Standing(register, record.cancel, record.receipt)
-        known = self.ledger.standings.setdefault((register.job, register.stamp), standing)
+        known, writers = self.ledger.standings.setdefault((register.job, register.stamp), (standing, set()))
         if known != standing:
             self._fail(f"two registers have one stamp: {known} and {standing}")
+        writers.add(machine.setup.name)
         stewards = self.ledger.submitted[register.job].stewards
-        others = [self.ledger.ids[node] for node in stewards if self.ledger.ids[node] is not machine]
-        agreeing = 1 + sum(self._stamp(other, register.job) == register.stamp for other in others)
         chosen = self.ledger.chosen.get(register.job)
-        if agreeing > len(stewards) // 2 and (chosen is None or register.stamp > chosen.register.stamp):
+        if len(writers) > len(stewards) // 2 and (chosen is None or register.stamp > chosen.register.stamp):
             self._check_chosen(chosen.register if chosen else None, record)
             self.ledger.chosen[register.job] = standing
-
-    def _stamp(self, machine: Machine, job: JobId) -> Stamp | None:
-        record = machine.disk.get(("job", job))
-        return record.register.stamp if isinstance(record, JobRecord) else None
 
     def _check_chosen(self, was: Register | None, record: JobRecord) -> None:
         register = record.register

@@ -34,7 +34,10 @@ class SubmissionTiming:
 
 @dataclass(slots=True)
 class _Submission:
-    """fresh: what makes the job fresh for the steward `challenger`, which asked for `challenge` to be in it."""
+    """fresh: what makes the job fresh for the steward `challenger`, which asked for `challenge` to be in it.
+
+    refusal: of another steward than the first.
+    """
 
     query: str
     spec: JobSpec
@@ -46,6 +49,7 @@ class _Submission:
     fresh: Signed | None = None
     challenger: NodeId | None = None
     challenge: bytes = b""
+    refusal: SubmitAnswer | None = None
 
 
 class Submissions:
@@ -99,6 +103,9 @@ class Submissions:
             return []  # it refuses what was sent before the steward was answered
         if challenge is not None and not found.challenge and len(challenge.nonce) == CHALLENGE_BYTES:
             return self._sign_again(now, steward, found, challenge)
+        if answer.code and steward != self._log.current(found.spec.stewards[0]):
+            found.refusal = answer  # the first, which speaks before it, may hold the job all the same
+            return []
         if answer.code:
             del self._open[answer.job]
             return [Answered(found.query, code=answer.code, reason=answer.reason, clock=found.clock)]
@@ -133,6 +140,9 @@ class Submissions:
         for job, found in list(self._open.items()):
             if now.boot_s >= found.give_up_at:
                 del self._open[job]
+                if (refusal := found.refusal) is not None:
+                    effects.append(Answered(found.query, code=refusal.code, reason=refusal.reason, clock=found.clock))
+                    continue
                 name = " or ".join(map(self._log.name_of, found.spec.stewards))
                 waited = f"{self._timing.patience_s:.0f} s"
                 reason = f"cannot submit: {name} did not confirm within {waited} that the job is held"

@@ -16,7 +16,7 @@ from meshgpu.model.clock import ClockGap, Now
 from meshgpu.model.gossip import Capacity, NodeRecord
 from meshgpu.model.ids import KeyId, NodeId, UserName, digest
 from meshgpu.model.inventory import Inventory
-from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest, JobSpec, SecretBox, SecretWrap
+from meshgpu.model.job import Action, CloudUse, Draft, EnvironmentRequest, JobSpec, SecretBox, SecretWrap
 from meshgpu.model.messages import Challenge, Submit, SubmitAnswer
 from meshgpu.model.resources import NO_GPU, GpuRequest, Resources, parse_gpus
 from meshgpu.model.trust import Role, SetPolicy, SetRole
@@ -51,6 +51,13 @@ class Bench:
         for name in names or tuple(self.candidates):
             self.candidates[name] = replace(self.candidates[name], **changes)  # type: ignore[arg-type]
 
+    def laptops(self, *names: str) -> None:
+        """They are not meant to stay on."""
+        for name in names:
+            record = self.candidates[name].record
+            assert record is not None
+            self.change(name, record=replace(record, may_steward=False))
+
     def inventory(self, *names: str, gpus: int = 0) -> None:
         for name in names or tuple(self.candidates):
             record = self.candidates[name].record
@@ -75,7 +82,7 @@ class Bench:
         assert isinstance(effect, Send)
         assert isinstance(effect.message, Submit)
         spec = RequestRules(self.office.notaries[1], self.log, effect.peer).verify_spec(effect.message.spec)
-        assert spec.stewards == (effect.peer,)
+        assert effect.peer in spec.stewards
         assert spec.job == effect.message.job
         return spec
 
@@ -96,28 +103,41 @@ def refusal(effects: list[Effect]) -> Answered:
 
 
 def test_named_machine_holds_and_runs_the_job(bench: Bench) -> None:
+    bench.laptops("rig1", "rig3")
     spec = bench.spec(bench.ask(machine="rig2"))
     assert spec.machine == bench.office.setups[2].node
     assert spec.stewards == (bench.office.setups[2].node,)
 
 
+def test_three_rigs_hold_the_job_and_all_rigs_do_so_alike(bench: Bench) -> None:
+    held = [bench.spec(bench.ask(machine="rig2")[:1]).stewards for _ in range(100)]
+    assert all(len(set(stewards)) == 3 for stewards in held)
+    first = [sum(stewards[0] == setup.node for stewards in held) for setup in bench.office.setups]
+    assert min(first) > 10  # of 25 that each would have
+
+
+def test_rig_that_does_not_answer_is_not_asked_to_hold_a_job(bench: Bench) -> None:
+    bench.change("rig1", rule=Rule.DOWN, refusal="does not answer")
+    assert all(bench.office.setups[1].node not in bench.spec(bench.ask("1")).stewards for _ in range(20))
+
+
 def test_machine_that_is_not_meant_to_stay_on_holds_nothing(bench: Bench) -> None:
-    record = bench.candidates["rig2"].record
-    assert record is not None
-    bench.change("rig2", record=replace(record, may_steward=False))
+    bench.laptops("rig2")
     spec = bench.spec(bench.ask(machine="rig2"))
     assert spec.machine == bench.office.setups[2].node
     assert bench.office.setups[2].node not in spec.stewards
 
 
 def test_job_without_a_machine_is_held_where_it_would_run(bench: Bench) -> None:
+    bench.laptops("rig0", "rig1")
     bench.inventory("rig0", "rig1", "rig3")
     assert bench.spec(bench.ask("1")).stewards == (bench.office.setups[2].node,)
 
 
 def test_job_is_held_elsewhere_when_there_is_no_room(bench: Bench) -> None:
+    bench.laptops("rig1", "rig2")
     bench.change(capacity=None)
-    assert bench.spec(bench.ask("1")).stewards != (bench.office.setups[0].node,)
+    assert bench.spec(bench.ask("1")).stewards == (bench.office.setups[3].node,)
 
 
 def test_last_resort_is_to_hold_it_oneself(bench: Bench) -> None:
@@ -204,8 +224,10 @@ def test_confirmation_of_another_machine_counts_for_nothing(bench: Bench) -> Non
 
 def test_spec_is_sent_again_unchanged_until_it_is_answered(bench: Bench) -> None:
     (first,) = bench.ask("1")
-    repeated = [bench.submissions.step(bench.at(tick)) for tick in range(1, 9)]
-    assert [effects[0] for effects in repeated if effects] == [first] * 4
+    assert isinstance(first, Send)
+    stewards = bench.spec([first]).stewards
+    repeated = [effects[0] for tick in range(1, 9) if (effects := bench.submissions.step(bench.at(tick)))]
+    assert repeated == [replace(first, peer=stewards[turn % 3]) for turn in (1, 2, 3, 4)]  # whoever speaks by now
 
 
 def test_silent_steward_is_told_to_the_user(bench: Bench) -> None:
@@ -229,6 +251,14 @@ def test_refusal_of_the_steward_ends_the_submission(bench: Bench) -> None:
     effects = bench.submissions.answered(bench.at(1), spec.stewards[0], refused)
     assert refusal(effects).code == "stale"
     assert bench.submissions.step(bench.at(60)) == []
+
+
+def test_refusal_of_another_than_the_first_counts_only_if_nobody_holds_the_job(bench: Bench) -> None:
+    spec = bench.spec(bench.ask("1"))
+    refused = SubmitAnswer(spec.job, held=False, code="too-many-jobs", reason="cannot hold a job")
+    assert bench.submissions.answered(bench.at(1), spec.stewards[1], refused) == []
+    (answer,) = bench.submissions.step(bench.at(TIMING.patience_s))
+    assert refusal([answer]).code == "too-many-jobs"
 
 
 def test_link_to_the_steward_makes_it_send_at_once(bench: Bench) -> None:
@@ -376,13 +406,21 @@ def stale(spec: JobSpec, challenge: Challenge | None) -> SubmitAnswer:
 def test_job_that_is_stale_is_signed_again_with_what_the_steward_asked_for(bench: Bench) -> None:
     spec = bench.spec(bench.ask("1"))
     steward, wall_s = spec.stewards[0], bench.at(0).wall_s + 7200
-    again = bench.spec(bench.submissions.answered(bench.at(1), steward, stale(spec, Challenge(NONCE, wall_s))))
-    assert again == replace(spec, challenge=NONCE)
-    (sent,) = [e for e in bench.submissions.step(bench.at(1 + TIMING.resend_s)) if isinstance(e, Send)]
-    assert bench.spec([sent]) == again
+    (again,) = bench.submissions.answered(bench.at(1), steward, stale(spec, Challenge(NONCE, wall_s)))
+    assert isinstance(again, Send)
+    assert isinstance(again.message, Submit)
+    assert bench.spec([again]) == spec
+    assert again.message.fresh is not None
+    request = RequestRules(bench.office.notaries[1], bench.log, steward).read_request(again.message.fresh)
+    assert (request.action, request.job, request.node, request.challenge) == (Action.SUBMIT, spec.job, steward, NONCE)
+    resent = [e for n in (1, 2, 3) for e in bench.submissions.step(bench.at(1 + n * TIMING.resend_s))]
+    assert again in resent
+    assert all(
+        isinstance(e, Send) and (e == again or e.message == Submit(spec.job, again.message.spec)) for e in resent
+    )
     (answer,) = bench.submissions.answered(bench.at(4), steward, SubmitAnswer(spec.job, held=True))
     assert isinstance(answer, Answered)
-    assert answer.views[0].spec == again
+    assert answer.views[0].spec == spec
     assert answer.clock == ClockGap(steward, 7199.0)
 
 
