@@ -536,8 +536,10 @@ class Stewardship:
         for job in [*self._jobs.values(), *self._unheard()]:
             if (steward := job.fellows.get(peer)) is None:
                 continue
-            if job.acts:
-                effects += job.accepts([steward] if steward in job.replica.behind() else ())
+            if job.acts and steward in job.replica.behind():
+                effects += self._turns.resend(now, job)
+            elif job.acts:
+                continue
             elif not job.state.is_final and job.replica.asked is not None:
                 effects += job.prepares()
             elif not job.state.is_final:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from meshgpu.core.effects import Answered, Effect, Send, TellWatchers
-from meshgpu.core.jobs.asking import Asking, AskTiming
+from meshgpu.core.jobs.asking import ELSEWHERE, Asking, AskTiming
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.model.clock import ClockGap, Now
 from meshgpu.model.ids import JobId, KeyId, NodeId, UserName, key_id
-from meshgpu.model.job import Action, JobRequest, JobSpec, JobState, JobView, Register
+from meshgpu.model.job import Action, Ballot, JobRequest, JobSpec, JobState, JobView, Phase, Register, Stamp
 from meshgpu.model.messages import Answer, Ask, Challenge, JobUpdate, SignedView
 from meshgpu.model.trust import LinkUser, Signed
 from meshgpu.sim.fakes import ToyNotary
@@ -164,13 +164,52 @@ def test_watch_is_renewed_at_once_when_the_steward_is_back(bench: Bench) -> None
 
 
 def test_watchers_believe_only_the_steward(bench: Bench) -> None:
-    job, register = bench.view.spec.job, bench.view.register
+    job = bench.view.spec.job
+    register = replace(bench.view.register, stamp=Stamp(Ballot(1, bench.steward), 1))
     bench.asking.watch(bench.at(0), bench.key, job, (bench.steward,))
     assert bench.asking.updated(bench.linked[2], JobUpdate(register)) == []
     assert bench.asking.updated(bench.steward, JobUpdate(register)) == [TellWatchers(register)]
-    assert bench.asking.answered(bench.steward, Answer(f"watch-{job}", (bench.told,))) == [TellWatchers(register)]
+    told = replace(bench.told, register=register)
+    assert bench.asking.answered(bench.steward, Answer(f"watch-{job}", (told,))) == [TellWatchers(register)]
     bench.asking.unwatch(job)
     assert bench.asking.updated(bench.steward, JobUpdate(register)) == []
+
+
+def test_of_three_stewards_the_newest_register_is_told_and_once(bench: Bench) -> None:
+    job, stewards = bench.view.spec.job, tuple(bench.linked[:3])
+    bench.asking.watch(bench.at(0), bench.key, job, stewards)
+    old, new = (
+        replace(bench.view.register, stamp=Stamp(Ballot(turn, stewards[turn]), 1), reason=str(turn)) for turn in (0, 1)
+    )
+    assert bench.asking.updated(stewards[0], JobUpdate(old)) == [TellWatchers(old)]
+    assert bench.asking.updated(stewards[1], JobUpdate(new)) == [TellWatchers(new)]
+    for steward in (stewards[0], stewards[2]):  # who do not speak for it know less of the same, or it is old
+        assert bench.asking.updated(steward, JobUpdate(new)) == []
+    assert bench.asking.updated(stewards[0], JobUpdate(old)) == []
+    running = replace(new, phase=Phase.RUNNING)
+    assert bench.asking.updated(stewards[1], JobUpdate(running)) == [TellWatchers(running)]
+
+
+def test_stop_is_asked_of_all_stewards_and_again_of_those_that_leave_it_to_another(bench: Bench) -> None:
+    stewards = tuple(bench.linked[:3])
+    asks = bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, stewards)
+    assert [ask.peer for ask in asks if isinstance(ask, Send)] == list(stewards)
+    assert bench.asking.answered(bench.steward, Answer("q", (), ELSEWHERE, "another speaks for it")) == []
+    again = bench.asking.step(bench.at(TIMING.again_s))
+    assert [ask.peer for ask in again if isinstance(ask, Send)] == [bench.steward]
+    (answer,) = bench.asking.answered(bench.steward, Answer("q", (bench.told,)))
+    assert isinstance(answer, Answered)
+    assert [view.spec for view in answer.views] == [bench.view.spec]
+
+
+def test_stop_that_nobody_may_obey_says_so(bench: Bench) -> None:
+    stewards = tuple(bench.linked[:3])
+    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, stewards)
+    bench.asking.answered(stewards[1], Answer("q", (), ELSEWHERE, "another speaks for it"))
+    (answer,) = bench.asking.step(bench.at(TIMING.act_s))
+    assert isinstance(answer, Answered)
+    assert answer.code == "no-answer"
+    assert "too few are there" in answer.reason
 
 
 def test_job_that_a_steward_invented_is_not_believed(bench: Bench, signed: Sign) -> None:

@@ -800,11 +800,22 @@ def challenging(bench: Bench) -> Bench:
     return bench
 
 
-def submit_late(bench: Bench, envelope: Signed, now_s: float = LATE_S) -> SubmitAnswer:
-    effects = bench.stewardship.submitted(bench.at(now_s), bench.submitter, Submit(bench.spec.job, envelope))
+def submit_late(bench: Bench, envelope: Signed, now_s: float = LATE_S, fresh: Signed | None = None) -> SubmitAnswer:
+    submit = Submit(bench.spec.job, envelope, fresh)
+    effects = bench.stewardship.submitted(bench.at(now_s), bench.submitter, submit)
     ((_, answer),) = sent(effects, SubmitAnswer)
     assert isinstance(answer, SubmitAnswer)
     return answer
+
+
+def fresh(bench: Bench, refused: SubmitAnswer, **changes: object) -> Signed:
+    """What the user signs where his clock differs."""
+    assert refused.challenge is not None
+    spec = bench.spec
+    wall_s, nonce = bench.at(0).wall_s, refused.challenge.nonce
+    request = JobRequest(spec.mesh, spec.user, Action.SUBMIT, bench.me, wall_s, "nonce", spec.job, nonce)
+    request = replace(request, **changes)  # type: ignore[arg-type]  # names and types are JobRequest's
+    return bench.office.notaries[1].sign(bench.signed.key, request)
 
 
 def test_job_of_a_machine_with_a_wrong_clock_is_held_once_it_is_signed_again(challenging: Bench, signed: Sign) -> None:
@@ -813,14 +824,32 @@ def test_job_of_a_machine_with_a_wrong_clock_is_held_once_it_is_signed_again(cha
     assert (refused.code, refused.held) == ("stale", False)
     assert refused.challenge is not None
     assert refused.challenge.wall_s == bench.at(LATE_S).wall_s
-    _, again = signed(challenge=refused.challenge.nonce)
-    effects = bench.stewardship.submitted(bench.at(LATE_S + 1), bench.submitter, Submit(bench.spec.job, again))
+    again = Submit(bench.spec.job, bench.signed, fresh(bench, refused))
+    effects = bench.stewardship.submitted(bench.at(LATE_S + 1), bench.submitter, again)
     assert [type(effect) for effect in effects] == [FetchTree]
     bench.stewardship.tree_arrived(bench.at(LATE_S + 2), bench.spec.job)
-    for envelope in (again, bench.signed):  # what was on its way meanwhile is the same job
-        assert submit_late(bench, envelope, LATE_S + 3) == SubmitAnswer(bench.spec.job, held=True)
-    _, other = signed(challenge=refused.challenge.nonce, command=("evil",))
+    for proof in (None, again.fresh):  # what was on its way meanwhile is the same job
+        assert submit_late(bench, bench.signed, LATE_S + 3, proof) == SubmitAnswer(bench.spec.job, held=True)
+    _, other = signed(command=("evil",))
     assert submit_late(bench, other, LATE_S + 4).code == "bad-request"
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"action": Action.STOP}, "not-allowed"),
+        ({"job": JobId("j" * 26)}, "not-allowed"),
+        ({"node": NodeId("x" * 52)}, "not-allowed"),
+        ({"challenge": b"m" * 32}, "stale"),
+        ({"challenge": b""}, "stale"),
+    ],
+)
+def test_what_was_signed_for_something_else_makes_no_job_fresh(
+    challenging: Bench, changes: dict[str, object], code: str
+) -> None:
+    bench = challenging
+    proof = fresh(bench, submit_late(bench, bench.signed), **changes)
+    assert submit_late(bench, bench.signed, LATE_S + 1, proof).code == code
 
 
 def test_submit_that_is_repeated_after_the_end_and_a_restart_runs_nothing(challenging: Bench) -> None:
@@ -836,18 +865,17 @@ def test_submit_that_is_repeated_after_the_end_and_a_restart_runs_nothing(challe
         assert bench.stewardship.step(bench.at(now_s + 1)) == []
 
 
-def test_submit_that_is_repeated_after_its_job_was_forgotten_is_stale(challenging: Bench, signed: Sign) -> None:
+def test_submit_that_is_repeated_after_its_job_was_forgotten_is_stale(challenging: Bench) -> None:
     bench = challenging
-    refused = submit_late(bench, bench.signed)
-    assert refused.challenge is not None
-    _, again = signed(challenge=refused.challenge.nonce)
-    bench.stewardship.submitted(bench.at(LATE_S), bench.submitter, Submit(bench.spec.job, again))
+    proof = fresh(bench, submit_late(bench, bench.signed))
+    bench.stewardship.submitted(bench.at(LATE_S), bench.submitter, Submit(bench.spec.job, bench.signed, proof))
     bench.stewardship.tree_arrived(bench.at(LATE_S), bench.spec.job)
     bench.ask(Action.STOP, now_s=LATE_S)
     bench.stewardship.step(bench.at(LATE_S + TIMING.retention_s + TIMING.sweep_s))
     assert bench.stewardship.view(bench.spec.job) is None
-    for envelope in (bench.signed, again):
-        assert submit_late(bench, envelope, LATE_S + TIMING.retention_s + TIMING.sweep_s + 1).code == "stale"
+    late_s = LATE_S + TIMING.retention_s + TIMING.sweep_s + 1
+    for again in (None, proof):
+        assert submit_late(bench, bench.signed, late_s, again).code == "stale"
         assert bench.stewardship.view(bench.spec.job) is None
 
 

@@ -76,10 +76,10 @@ def test_spec_must_be_fresh_by_two_clocks(
     spec, envelope = signed(issued_wall_s=at(0).wall_s - age_s)
     rules.verify_spec(envelope)
     if is_fresh:
-        rules.check_fresh_spec(spec, at(0), spec.submitter)
+        rules.check_fresh_spec(spec, None, at(0), spec.submitter)
     else:
         with pytest.raises(StaleRequest) as caught:
-            rules.check_fresh_spec(spec, at(0), spec.submitter)
+            rules.check_fresh_spec(spec, None, at(0), spec.submitter)
         assert caught.value.code == "stale"
         assert caught.value.challenge == b""  # these rules have none to give
 
