@@ -277,6 +277,8 @@ class Attempts:
         attempt = self._of_steward(steward, cancel.job, cancel.epoch)
         if spec.job != cancel.job or not self._holds(steward, spec):
             return [Reject(steward, "cannot stop a job: the request does not come from a machine that holds it")]
+        if (told := self._delivered.get((cancel.job, cancel.epoch))) is not None:
+            return [Send(steward, told.report())]  # another steward has heard it, and this one not
         if attempt is None or attempt.state is AttemptState.HELD:
             if attempt is not None:  # without its hold a Commit that is still on its way is refused: it cannot start
                 del self._live[cancel.job, cancel.epoch]

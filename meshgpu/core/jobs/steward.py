@@ -373,6 +373,7 @@ class Stewardship:
         if self._log.current(prepare.ballot.steward) != peer:
             return [Reject(peer, "a steward asked for the turn of another")]
         effects += self._turns.prepared(job, peer, prepare)
+        self._file(job)
         self._turn_at = now.boot_s
         return effects
 
@@ -466,6 +467,8 @@ class Stewardship:
         here[job.spec.job] = job
         if job.state.is_final and job.acts:
             self._ending[job.spec.job] = job
+        elif job.state.is_final and job.replica.stamp.ballot.steward == job.replica.me:
+            self._doubted[job.spec.job] = job  # written here in a turn that is over: the others may have gone on
 
     def _unheard(self) -> list[HeldJob]:
         """Jobs that have ended here, which some of their other stewards have not heard."""
@@ -533,16 +536,16 @@ class Stewardship:
     def linked(self, now: Now, peer: NodeId) -> list[Effect]:
         """A Link to another machine is up: what it holds with this one, both are to know alike."""
         effects: list[Effect] = []
-        for job in [*self._jobs.values(), *self._unheard()]:
+        for job in [*self._jobs.values(), *self._unheard(), *self._doubted.values()]:
             if (steward := job.fellows.get(peer)) is None:
                 continue
             if job.acts and steward in job.replica.behind():
                 effects += self._turns.resend(now, job)
             elif job.acts:
                 continue
-            elif not job.state.is_final and job.replica.asked is not None:
+            elif job.replica.asked is not None:
                 effects += job.prepares()
-            elif not job.state.is_final:
+            else:
                 effects.append(Send(peer, job.accepted()))
         self._turn_at = now.boot_s
         return effects
