@@ -14,8 +14,10 @@ from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.jobs.attempts import Attempts
 from meshgpu.core.jobs.held_job import HeldJob
 from meshgpu.core.jobs.placement import Room, find_room
+from meshgpu.core.jobs.replica import Replica
 from meshgpu.core.jobs.steward import Stewardship
 from meshgpu.core.jobs.submission import Submissions
+from meshgpu.core.jobs.turns import Turns
 from meshgpu.core.membership.gossip import Gossip, _Owner
 from meshgpu.core.membership.links import Links
 from meshgpu.core.node import Node
@@ -29,8 +31,8 @@ from meshgpu.model.audit import AuditEvent
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import GossipEntry
 from meshgpu.model.ids import JobId, NodeId
-from meshgpu.model.job import AttemptState, JobRequest, JobState, Register, Result
-from meshgpu.model.messages import Activate, AttemptReport, CommitAnswer, ReportAck, SubmitAnswer
+from meshgpu.model.job import NO_STAMP, AttemptState, Ballot, JobRequest, JobState, Register, Result, Stamp, Standing
+from meshgpu.model.messages import Accept, Activate, AttemptReport, CommitAnswer, ReportAck, SubmitAnswer
 from meshgpu.model.receipt import Evidence, Receipt
 from meshgpu.model.records import JobRecord
 from meshgpu.model.sweep import Trial
@@ -111,7 +113,7 @@ def test_steward_that_confirms_before_it_persists_is_caught(monkeypatch: pytest.
         return effects if answered else [*effects, Send(peer, SubmitAnswer(submit.job, held=True))]  # type: ignore[attr-defined, arg-type]
 
     monkeypatch.setattr(Stewardship, "submitted", hasty)
-    find("was confirmed, but its steward's disk has")
+    find("was confirmed, but")
 
 
 def test_driver_that_sends_before_it_persists_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +133,52 @@ def test_steward_that_forgets_to_persist_placing_is_caught(monkeypatch: pytest.M
         return [effect for effect in original(self, now, job) if not isinstance(effect, Persist)]
 
     monkeypatch.setattr(Stewardship, "_place", forgetful)
-    find("before its steward wrote it down|epochs of .* jump")
+    find("before its stewards wrote it down|epochs of .* jump")
+
+
+def test_steward_that_acknowledges_what_it_did_not_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Turns.accept
+
+    def forgetful(self: Turns, job: HeldJob, peer: NodeId, accept: Accept) -> list[Effect]:
+        return [effect for effect in original(self, job, peer, accept) if not isinstance(effect, Persist)]
+
+    monkeypatch.setattr(Turns, "accept", forgetful)
+    find("was confirmed, but|before its stewards wrote it down|starts on")
+
+
+def test_steward_that_acts_before_its_change_is_chosen_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HeldJob, "after", lambda _self, *effects: list(effects))
+    find("was confirmed, but|before its stewards wrote it down|starts on|counts as delivered")
+
+
+def test_steward_that_takes_the_turn_without_a_quorum_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Replica, "quorum", property(lambda _self: 1))
+    find(
+        "two registers|epochs of|before its stewards|starts on|was confirmed|while it lives|lives twice|final register"
+    )
+
+
+def test_steward_that_goes_on_from_its_own_register_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Replica.answered
+
+    def stubborn(
+        self: Replica[Standing], who: NodeId, ballot: Ballot, promised: Ballot, stamp: Stamp, value: Standing | None
+    ) -> bool:
+        known = (stamp, value) if who == self.me else (NO_STAMP, None)
+        return original(self, who, ballot, promised, *known)
+
+    monkeypatch.setattr(Replica, "answered", stubborn)
+    find("epochs of|starts on|was confirmed|while it lives|lives twice|final register|not at rest|first register|back")
+
+
+def test_steward_that_forgets_what_it_promised_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steward, "replica_of", lambda _record, me, stewards: Replica(me, stewards))
+    find("goes back|two registers|epochs of|first register|lives twice")
+
+
+def test_job_whose_first_steward_alone_may_speak_for_it_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Turns, "is_first", lambda _self, job: job.rank == 0)
+    find("nobody speaks for|not at rest|has yet to tell")
 
 
 def test_steward_that_reuses_an_epoch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +233,7 @@ def test_node_that_asks_a_stubborn_job_only_once_to_leave_is_caught(monkeypatch:
 
 def test_node_that_sees_owners_where_none_are_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Owner, "takes_back", lambda *_args: "somebody coughed")
-    find("its owner never wanted the GPU", scenario=OWNERS)
+    find("its owner never wanted the GPU|not at rest", scenario=OWNERS)
 
 
 def test_steward_that_takes_a_preempted_job_for_a_finished_one_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +276,7 @@ def test_steward_that_forgets_its_sweeps_at_restart_is_caught(monkeypatch: pytes
         return effects
 
     monkeypatch.setattr(Stewardship, "restore", forgetful)
-    find("epochs of .* jump|begins beside|not at rest|the final register of", scenario=SWEEPS)
+    find("epochs of .* jump|begins beside|not at rest|the final register of|goes back", scenario=SWEEPS)
 
 
 def test_instance_that_takes_any_job_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +312,9 @@ SNAPPING = replace(REKEYS, faults=replace(REKEYS.faults, snips=0.3))
 
 def test_node_that_tells_only_the_id_its_steward_had_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Attempts, "_report", lambda _self, attempt: Send(attempt.steward, attempt.report()))
+    monkeypatch.setattr(
+        Attempts, "_tell_all", lambda _self, attempt, told: [Send(node, told) for node in attempt.spec.stewards]
+    )
     find("has yet to tell", scenario=SNAPPING)
 
 

@@ -157,10 +157,10 @@ class Stewardship:
             try:
                 asked = self._rules.verify_spec(record.spec)
                 spec = asked if record.trial is None else trial_spec(asked, record.trial)
+                replica = replica_of(record, self._seat(spec), spec.stewards)
             except TrustError as error:
                 effects.append(Reject(self._node, error.message))
                 continue
-            replica = replica_of(record, self._seat(spec), spec.stewards)
             job = HeldJob(spec, record.spec, record.register, replica, self._log.current, has_tree=True)
             job.cancel, job.receipt, job.trial = record.cancel, record.receipt, record.trial
             job.has_tree = record.register.state is not JobState.DRAFT
@@ -256,8 +256,11 @@ class Stewardship:
         return job
 
     def _seat(self, spec: JobSpec) -> NodeId:
-        """The id by which the job names this machine."""
-        return next(steward for steward in spec.stewards if self._log.current(steward) == self._node)
+        """The id by which the job names this machine. Raises TrustError where it names others."""
+        seat = next((steward for steward in spec.stewards if self._log.current(steward) == self._node), None)
+        if seat is None:
+            raise TrustError("not-allowed", "cannot hold a job: it names other machines to hold it")
+        return seat
 
     def _find(self, job: JobId) -> HeldJob | None:
         return self._jobs.get(job) or self._final.get(job)

@@ -64,6 +64,8 @@ class Turns:
 
     def due(self, now: Now, job: HeldJob) -> float | None:
         """`boot_s` at which this node asks for the turn, or asks again; None where it leaves it to another."""
+        if not job.acts and job.replica.asked is not None:
+            return job.ask_at  # whoever was asked is bound by that: see it through
         if job.acts or not self.is_first(job):
             return None
         before = (job.current(steward) for steward in job.replica.stewards[: job.rank])

@@ -26,6 +26,7 @@ LOOKS = {
 RUNS = {"OfferAnswer", "CommitAnswer", "AttemptReport", "ChunksWanted"}
 HOLDS = {
     *("Offer", "Release", "Commit", "Activate", "Fence", "Cancel", "ReportAck"),
+    *("Prepare", "Promise", "Accept", "Accepted"),
     *("SubmitAnswer", "Answer", "JobUpdate"),
 }
 SAYS = {
