@@ -395,14 +395,16 @@ def test_steward_that_takes_stale_specs_is_caught(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_steward_that_lets_anybody_stop_a_job_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Stewardship._obey
+    original, begin = RequestRules.verify_addressed, HeldJob.__post_init__
 
-    def obliging(self: Stewardship, now: Now, peer: object, request: JobRequest, signed: Signed, **how: bool) -> object:
-        job = self._jobs.get(request.job or JobId(""))
-        named = replace(request, user=job.spec.user) if job else request
-        return original(self, now, peer, named, signed, **how)  # type: ignore[arg-type]  # the arguments of _obey
+    def obliging(self: RequestRules, signed: Signed, peer: NodeId) -> JobRequest:
+        request = original(self, signed, peer)
+        found = held.get(request.job or JobId(""))
+        return replace(request, user=found.spec.user) if found is not None else request
 
-    monkeypatch.setattr(Stewardship, "_obey", obliging)
+    held: dict[JobId, HeldJob] = {}
+    monkeypatch.setattr(HeldJob, "__post_init__", lambda job: (held.update({job.spec.job: job}), begin(job))[1])
+    monkeypatch.setattr(RequestRules, "verify_addressed", obliging)
     find_by_lies("its user did not ask for it")
 
 

@@ -455,9 +455,9 @@ class Stewardship:
             if spec.job != job or self._node not in spec.stewards or peer not in spec.stewards:
                 raise TrustError("not-allowed", "cannot hold a job: it is not ours to hold")
             self._check_room(spec, signed)
+            found = self._draft(now, spec, signed, trial)
         except MeshgpuError as error:
             return None, [Reject(peer, error.message)]
-        found = self._draft(now, spec, signed, trial)
         if trial is not None:
             found.sweep, found.has_tree = asked, True  # to have the tree is its sweep's affair
             self._trials.setdefault(asked.job, {})[trial.number] = found

@@ -1,7 +1,8 @@
 """One register of three stewards: rules of one replica, then every course of events within a scope, and long ones.
 
-The search of a fast test goes through some ten thousand states, the slow ones through millions. Each planted flaw must
-be found by it: a search that finds nothing in a broken protocol proves nothing of ours.
+Each planted flaw must be found by the search: one that finds nothing in a broken protocol proves nothing of ours. The
+scope with two changes a turn, Scope((0, 1, 0), (0, 0, 0), 2), has 16,012,997 states and takes two minutes and some GB:
+nothing was found in it.
 """
 
 import pytest
@@ -40,7 +41,7 @@ def test_steward_alone_has_its_turn_for_the_asking() -> None:
 
 
 def test_turn_is_won_by_a_quorum_with_the_newest_value_in_it() -> None:
-    asker = Replica(B, STEWARDS, Ballot(1, A), Stamp(Ballot(1, A), 1), ("x",))
+    asker: Replica[Value] = Replica(B, STEWARDS, Ballot(1, A), Stamp(Ballot(1, A), 1), ("x",))
     asker.ask()
     assert asker.asked == Ballot(2, B)
     newest = Stamp(Ballot(1, A), 2)
@@ -88,28 +89,14 @@ def test_nothing_is_proposed_out_of_turn() -> None:
 
 # -- every course of events --------------------------------------------------------------------------------------------
 
-SMALL = Scope(asks=(0, 1, 0), restarts=(1, 0, 0), steps=1)
-"""The second asks for the turn while the first writes, and starts again: 76,294 states."""
+SMALL = Scope(asks=(0, 1, 0), restarts=(1, 1, 1), steps=1)
+"""The second asks for the turn while the first writes, and each may start again: 349,216 states."""
 
 
 def test_every_small_course_of_events_keeps_the_rules() -> None:
     search = Search(SMALL)
     search.run()
-    assert search.states > 50_000
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "scope",
-    [Scope(asks=(0, 1, 0), restarts=(1, 1, 0), steps=1), Scope(asks=(0, 1, 0), restarts=(0, 0, 0), steps=2)],
-    ids=["both start again", "two changes a turn"],
-)
-def test_every_larger_course_of_events_keeps_the_rules(scope: Scope) -> None:
-    search = Search(scope)
-    search.run()
-    print(f"{scope}: {search.states} states")
-    assert search.states > 100_000
+    assert search.states > 300_000
 
 
 def test_long_courses_of_events_keep_the_rules() -> None:
@@ -189,7 +176,7 @@ class Forgets(Steward):
         (TakesAnything, Scope(asks=(0, 1, 0), steps=1)),
         (Stubborn, Scope(asks=(0, 1, 0), steps=1)),
         (Lonely, Scope(asks=(0, 1, 0), steps=1)),
-        (Repeats, SMALL),
+        (Repeats, Scope(asks=(0, 1, 0), restarts=(1, 0, 0), steps=1)),
         (Forgets, Scope(asks=(0, 1, 0), restarts=(0, 0, 1), steps=1)),
     ],
     ids=lambda part: part.__name__ if isinstance(part, type) else "",
