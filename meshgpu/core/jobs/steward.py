@@ -516,7 +516,8 @@ class Stewardship:
 
     def _take_turns(self, now: Now) -> list[Effect]:
         """Ask for the turn of each job that nobody speaks for who is before this node."""
-        if self._turns.look(now, self._log.members):
+        has_changed = self._turns.look(now, self._log.members)
+        if has_changed:
             self._turn_at = now.boot_s
         if self._turn_at is None or now.boot_s < self._turn_at:
             return []
@@ -527,6 +528,8 @@ class Stewardship:
         for job in [*self._jobs.values(), *self._doubted.values()]:
             if job.acts or (job.state is JobState.DRAFT and job.answer_to is None and job.trial is None):
                 continue
+            if has_changed and self._turns.is_orphaned(job):  # who ought to take over may not even know the job
+                effects.append(Send(self._turns.first(job), job.accepted()))
             due = self._turns.due(now, job)
             if due is not None and now.boot_s >= due:
                 effects += self._turns.ask(now, job)

@@ -62,6 +62,11 @@ class Turns:
         stewards = [job.current(steward) for steward in job.replica.stewards]
         return next((steward for steward in stewards[: job.rank] if self._is_alive(steward)), stewards[job.rank])
 
+    def is_orphaned(self, job: HeldJob) -> bool:
+        """Whether who spoke for the job last is away, and it is another's than this steward's to take over."""
+        speaker = job.current(job.replica.stamp.ballot.steward)
+        return job.replica.value is not None and not self._is_alive(speaker) and not self.is_first(job)
+
     def due(self, now: Now, job: HeldJob) -> float | None:
         """`boot_s` at which this node asks for the turn, or asks again; None where it leaves it to another."""
         if not job.acts and job.replica.asked is not None:
