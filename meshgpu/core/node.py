@@ -262,10 +262,10 @@ class Node:
         return self.state(node) is MemberState.ALIVE
 
     def _doubted_by(self, node: NodeId) -> dict[NodeId, Doubt]:
-        """Who of the others doubts a member now."""
-        others = [other for other in self._watched() if other != node and self._is_alive(other)]
-        found = {other: self._gossip.doubts(other) for other in others}
-        return {other: doubt for other, doubts in found.items() for doubt in doubts if doubt.node == node}
+        """Who of the others doubts a member now. Of who does not answer here itself, nothing counts."""
+        doubters = self._gossip.doubters(node)
+        counted = (other for other in doubters if other != node and self._is_probed(other) and self._is_alive(other))
+        return {other: doubters[other] for other in counted}
 
     def _knock(self, peer: NodeId) -> list[Effect]:
         address = self._links.best_address(peer)

@@ -17,6 +17,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from meshgpu.core.effects import CloseLink, Effect, Send
@@ -388,7 +389,8 @@ class Liveness:
     def _patience_s(self, peer: NodeId, found: _Watched) -> float:
         """How long this doubt may last before the member counts as down."""
         others = [d for d in self._doubted_by(peer).values() if d.incarnation >= found.incarnation]
-        could = min(sum(w.state is MemberState.ALIVE for p, w in self._watched.items() if p != peer), CONFIRMATIONS)
+        able = (p for p, w in self._watched.items() if p != peer and w.state is MemberState.ALIVE)
+        could = sum(1 for _ in islice(able, CONFIRMATIONS))
         if found.is_gone and (not could or any(other.is_gone for other in others)):
             return 0.0
         shortest = self._timing.suspicion_s * max(1.0, math.log10(len(self._watched) + 1))
