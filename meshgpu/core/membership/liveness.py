@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
-from meshgpu.core.effects import CloseLink, Effect, Send
+from meshgpu.core.effects import CloseLink, Effect, Reject, Send
 from meshgpu.core.statemachine import earliest
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Doubt, Doubts, Incarnation, KnockOutcome, MemberState
@@ -35,6 +35,15 @@ CONFIRMATIONS: Final = 3
 
 LONGEST: Final = 6.0
 """By how much a doubt that nobody shares lasts longer than one that three share."""
+
+
+FAVOURS_BURST: Final = 16
+"""Probes that a member may ask of this node at once: it asks three of many when one does not answer it, so these are
+for when half of a mesh is gone."""
+
+FAVOURS_PER_S: Final = 1.0
+"""And then on. Who probes one member a second misses no more; through 63 helpers no more than 63 a second reach
+anybody, far less than one may say itself."""
 
 
 NO_INCARNATION: Final = Incarnation(0, 0)
@@ -136,6 +145,8 @@ class Liveness:
         self._is_sure = True
         """Whether nothing is waited for of anybody, as it mostly is: then nobody need be looked at."""
         self._favours: dict[tuple[NodeId, int], _Favour] = {}
+        self._credits: dict[NodeId, tuple[float, float]] = {}
+        """{asker: how many probes it may have asked of us, at which `boot_s`}"""
         self._round: list[NodeId] = []
         self._turned: list[tuple[NodeId, MemberState]] = []
         self._numbers = 0
@@ -214,9 +225,17 @@ class Liveness:
             found.asked_at, found.is_helped = None, False  # it lives; the path from here will show in its own time
 
     def asked_for(self, now: Now, asker: NodeId, ask: ProbeFor) -> list[Effect]:
-        """Probe the target for somebody else. What is not linked here is answered for at once."""
+        """Probe the target for somebody else. What is not linked here is answered for at once.
+
+        Each probe counts against what its asker may have of us, answered or not: nobody is flooded through others.
+        """
         if ask.target not in self._watched or not self._is_linked(ask.target):
             return [Send(asker, ProbeAnswer(ask.target, ask.number, is_alive=False))]
+        credit, at_s = self._credits.get(asker, (float(FAVOURS_BURST), now.boot_s))
+        credit = min(credit + (now.boot_s - at_s) * FAVOURS_PER_S, FAVOURS_BURST)
+        if credit < 1.0:
+            return [Reject(asker, "asks for more probes than a member needs")]
+        self._credits[asker] = credit - 1.0, now.boot_s
         self._numbers += 1
         self._favours[ask.target, self._numbers] = _Favour(asker, ask.number, now.boot_s)
         return [self._probe(ask.target, self._numbers)]
@@ -254,6 +273,7 @@ class Liveness:
     def forget(self, peer: NodeId) -> None:
         """It is no member any more."""
         self._watched.pop(peer, None)
+        self._credits.pop(peer, None)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
