@@ -15,7 +15,7 @@ No job is ever acted on because of it.
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -117,7 +117,7 @@ class Liveness:
     """How each member stands here.
 
     peers(): the members that are watched: all of the office but this node. is_linked(peer): whether its Link is open.
-    incarnation(peer): the highest that was heard of it. doubted_by(peer): {who of the others doubts it: its doubt}.
+    incarnation(peer): the highest that was heard of it. doubted_by(peer): who of the others doubts it, and how.
     probe(peer, number): what asks it for an answer. knock(peer): what tries its port; nothing where none is known.
     """
 
@@ -129,7 +129,7 @@ class Liveness:
         peers: Callable[[], Iterable[NodeId]],
         is_linked: Callable[[NodeId], bool],
         incarnation: Callable[[NodeId], Incarnation],
-        doubted_by: Callable[[NodeId], dict[NodeId, Doubt]],
+        doubted_by: Callable[[NodeId], Iterable[tuple[NodeId, Doubt]]],
         probe: Callable[[NodeId, int], Effect],
         knock: Callable[[NodeId], list[Effect]],
     ) -> None:
@@ -408,16 +408,20 @@ class Liveness:
 
     def _patience_s(self, peer: NodeId, found: _Watched) -> float:
         """How long this doubt may last before the member counts as down."""
-        others = [d for d in self._doubted_by(peer).values() if d.incarnation >= found.incarnation]
         able = (p for p, w in self._watched.items() if p != peer and w.state is MemberState.ALIVE)
-        could = sum(1 for _ in islice(able, CONFIRMATIONS))
-        if found.is_gone and (not could or any(other.is_gone for other in others)):
+        could = sum(1 for _ in islice(able, CONFIRMATIONS))  # no more are looked at: of many this is asked at each step
+        if found.is_gone and (not could or any(doubt.is_gone for doubt in self._sharing(peer, found))):
             return 0.0
         shortest = self._timing.suspicion_s * max(1.0, math.log10(len(self._watched) + 1))
         if found.host_answers:
             return max(self._timing.silent_s, shortest)
-        shared = math.log(min(len(others), could) + 1) / math.log(could + 1) if could else 1.0
+        share = sum(1 for _ in islice(self._sharing(peer, found), could))
+        shared = math.log(share + 1) / math.log(could + 1) if could else 1.0
         return shortest * (LONGEST - (LONGEST - 1.0) * shared)
+
+    def _sharing(self, peer: NodeId, found: _Watched) -> Iterator[Doubt]:
+        """What others doubt of it, as it is now."""
+        return (doubt for _, doubt in self._doubted_by(peer) if doubt.incarnation >= found.incarnation)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from meshgpu.core.effects import Effect, Reject, Send
-from meshgpu.core.membership.gossip import Gossip, GossipTiming
+from meshgpu.core.membership.gossip import ENTRY_PARTS, Gossip, GossipTiming
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Capacity, Doubt, Doubts, GossipEntry, Incarnation, NodeRecord
@@ -359,3 +359,12 @@ def test_own_doubts_are_nobody_elses(office: Office, at: Clock) -> None:
     gossip.say(at(0), Doubts((Doubt(office.setups[1].node, Incarnation(1, 0), is_gone=False),)))
     assert gossip.doubts(office.setups[0].node)
     assert who_doubts(office, gossip) == {}
+
+
+def test_more_doubts_than_a_mesh_has_members_are_refused(office: Office, at: Clock) -> None:
+    gossip, second = make(office, 0), office.setups[1].node
+    gossip.delta_arrived(at(0), second, doubting(office, 1, 0, 1, *[2] * ENTRY_PARTS))
+    assert who_doubts(office, gossip) == {2: {1}}
+    _, effects = gossip.delta_arrived(at(1), second, doubting(office, 1, 0, 2, *[0] * (ENTRY_PARTS + 1)))
+    assert [type(effect) for effect in effects] == [Reject]
+    assert who_doubts(office, gossip) == {2: {1}}

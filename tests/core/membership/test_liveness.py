@@ -34,7 +34,7 @@ class Eye:
             peers=lambda: self.peers,
             is_linked=lambda peer: peer in self.linked,
             incarnation=lambda peer: self.incarnations[peer],
-            doubted_by=lambda peer: self.doubters.get(peer, {}),
+            doubted_by=lambda peer: self.doubters.get(peer, {}).items(),
             probe=lambda peer, number: Send(peer, GossipDigest((), (), True, "all", number)),
             knock=lambda peer: [Knock(peer, Address("there:1"))],
         )
@@ -210,6 +210,13 @@ def test_nobody_is_flooded_through_others() -> None:
     assert favours(eye, B, 1000) == 5 * FAVOURS_PER_S
     eye.at += 3600.0
     assert favours(eye, B, 1000) == FAVOURS_BURST
+
+
+def test_who_joins_again_may_ask_as_a_new_member_may() -> None:
+    eye = Eye(4)
+    assert favours(eye, B, FAVOURS_BURST) == FAVOURS_BURST
+    eye.liveness.forget(B)
+    assert favours(eye, B, 1) == 1
 
 
 def test_what_costs_no_probe_counts_against_nobody() -> None:
