@@ -199,6 +199,7 @@ def test_doubt_is_taken_back_when_the_member_is_put_out() -> None:
     hall.pass_time(0.1)
     hall.pass_time(0.1)
     assert hall.machines[third].node._gossip.doubts(first) == ()
+    assert second not in {row.owner for row in hall.machines[first].node._gossip.known()}
 
 
 def test_heir_of_a_watched_member_is_alive_when_it_is_linked_and_nobody_doubts_the_old_one() -> None:
