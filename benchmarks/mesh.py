@@ -417,12 +417,13 @@ def rows(ours: Figures, serf: Figures) -> list[str]:
             compared.append((f"{what}, {name}, s", at(getattr(ours, values), share), at(getattr(serf, values), share)))
     compared += [
         ("a path that is open one way alone is noticed, median, s", at(ours.deaf_s, 0.5), at(serf.deaf_s, 0.5)),
-        ("both have each other back once it is open, worst, s", max(ours.heard_s), max(serf.heard_s)),
         (f"halves that were apart for {CUT_S:.0f} s are one, s", ours.healed_s, serf.healed_s),
         ("idle, RSS, MiB", ours.rss_mib, serf.rss_mib),
         ("idle, anonymous memory, MiB", ours.anonymous_mib, serf.anonymous_mib),
         ("idle, % of a core", ours.core_percent, serf.core_percent),
     ]
+    if max(ours.heard_s + serf.heard_s):  # else nobody was called down
+        compared.append(("both have each other back once it is open, worst, s", max(ours.heard_s), max(serf.heard_s)))
     return [
         "| what | meshgpu | Serf | ratio |",
         "|---|---|---|---|",
