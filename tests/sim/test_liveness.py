@@ -201,8 +201,8 @@ def test_machine_that_was_off_for_a_week_takes_in_who_joined_and_who_was_put_out
     assert admin.agent is not None
     key, public = admin.setup.accounts[admin.setup.owner], world.office.ring.make("newcomer")
     newcomer = AddNode(node_id(public), public, b"ca " + public, "newcomer", Role.RIG, admin.setup.owner)
-    changes = [newcomer, Revoke(put_out.node, (), stops_jobs=False)]
-    admin.post(LogWritten(admin.agent.log.write(key, changes)))
+    put = Revoke(put_out.node, (), stops_jobs=False)
+    admin.post(LogWritten(admin.agent.log.write(key, [newcomer, put])))
     world.run(60.0)
     for machine in (admin, put_out, other):
         machine.power_off()
