@@ -26,6 +26,10 @@ from meshgpu.client.agent import AgentClient
 from tests.hosts.office import Host, Office
 
 CUT_S = 60.0
+SETTLE_S = 20.0
+"""After the last has joined."""
+DEAF_S = 40.0
+"""Longer than a doubt that nobody shares lasts in a mesh of sixteen."""
 IDLE_S = 30.0
 KNOWN_LIMIT_S = 120.0
 """After which whoever does not know, will not."""
@@ -56,6 +60,10 @@ class Mesh(Protocol):
         ...
 
     def is_down(self, line: str, peer: Host) -> bool: ...
+    def is_missed(self, line: str, peer: Host) -> bool:
+        """Whether a line says that `peer` did not answer, or is in doubt."""
+        ...
+
     def change(self, host: Host) -> float:
         """Change a little thing that all are to know; returns the moment before."""
         ...
@@ -78,6 +86,8 @@ class Ours:
             host.meshgpu("join", "--name", host.name, "--yes", invite)
         self.ids = {host.name: AgentClient(host.home).agent()["node"][:12] for host in office.hosts}
         self._paused: set[str] = set()
+        self._read: dict[str, tuple[int, list[Said]]] = {}
+        """{host: bytes of its log that were read, and its lines}"""
 
     def start_all(self) -> None:
         started = [(host, self._spawn(host)) for host in self.office.hosts]
@@ -100,13 +110,18 @@ class Ours:
         return at_s
 
     def said(self, host: Host) -> list[Said]:
-        lines: list[Said] = []
-        for line in (host.home / "agent.log").read_text().splitlines():
+        read, lines = self._read.get(host.name, (0, []))
+        with (host.home / "agent.log").open("rb") as file:
+            file.seek(read)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        for line in whole.decode(errors="replace").splitlines():
             try:
                 at = datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f")  # noqa: DTZ007  # the log's own time
             except ValueError:
                 continue
             lines.append(Said(at.timestamp(), line[24:]))
+        self._read[host.name] = read + len(whole), lines
         return lines
 
     def is_up(self, line: str, peer: Host) -> bool:
@@ -114,6 +129,9 @@ class Ours:
 
     def is_down(self, line: str, peer: Host) -> bool:
         return f"{peer.name} is down:" in line
+
+    def is_missed(self, line: str, peer: Host) -> bool:
+        return f"{peer.name} is suspect:" in line
 
     def change(self, host: Host) -> float:
         client, at_s = AgentClient(host.home), time.time()
@@ -190,6 +208,9 @@ class Serf:
     def is_down(self, line: str, peer: Host) -> bool:
         return bool(re.search(rf"EventMemberFailed: {peer.name} ", line))
 
+    def is_missed(self, line: str, peer: Host) -> bool:
+        return bool(re.search(rf"memberlist: (Failed (UDP )?ping: {peer.name} |Suspect {peer.name} )", line))
+
     def change(self, host: Host) -> float:
         self._values += 1
         at_s = time.time()
@@ -241,6 +262,9 @@ class Figures:
     unplugged_s: list[float] = field(default_factory=list)
     healed_s: float = 0.0
     false_downs: int = 0
+    deaf_s: list[float] = field(default_factory=list)
+    deaf_downs: int = 0
+    heard_s: list[float] = field(default_factory=list)
     rss_mib: float = 0.0
     anonymous_mib: float = 0.0
     core_percent: float = 0.0
@@ -276,6 +300,11 @@ def measure(mesh: Mesh, office: Office, trials: int) -> Figures:
         host.heal()
         firsts(mesh, others(hosts, host), mesh.is_up, host, since_s)
     say(mesh, f"a pulled cable is known: {spread(figures.unplugged_s)}")
+    for number in range(trials):
+        one_way(mesh, hosts, hosts[1 + 2 * number], hosts[2 + 2 * number], figures)
+    say(
+        mesh, f"a path that is open one way alone is noticed: {spread(figures.deaf_s)}; well: {spread(figures.heard_s)}"
+    )
     halves = hosts[::2], hosts[1::2]
     since_s = time.time()
     part(office, halves[1], "br1")
@@ -293,6 +322,32 @@ def measure(mesh: Mesh, office: Office, trials: int) -> Figures:
     figures.healed_s = max(healed)
     say(mesh, f"halves that were apart for {CUT_S:.0f} s are one after {figures.healed_s:.2f} s")
     return figures
+
+
+def one_way(mesh: Mesh, hosts: list[Host], speaker: Host, deaf: Host, figures: Figures) -> None:
+    """For DEAF_S nothing of `speaker` reaches `deaf`, while `deaf` reaches `speaker`.
+
+    Noticed: when the first of the two says so of the other. Down: how often the others, who reach both, call one of
+    them that. Well: when each of the two that called the other down has it back; 0 where neither did.
+    """
+    pair, rule = (speaker, deaf), ["INPUT", "-s", speaker.address, "-j", "DROP"]
+    since_s = time.time()
+    subprocess.run(deaf.argv("iptables", "-A", *rule), check=True)
+    time.sleep(DEAF_S)
+    subprocess.run(deaf.argv("iptables", "-D", *rule), check=True)
+    healed_s = time.time()
+    seen = [
+        (host, peer, said)
+        for host in hosts
+        for peer in pair
+        for said in mesh.said(host)
+        if host is not peer and since_s <= said.at_s
+    ]
+    noticed = [said.at_s for host, peer, said in seen if host in pair and mesh.is_missed(said.text, peer)]
+    figures.deaf_s.append(min(noticed, default=float("inf")) - since_s)
+    figures.deaf_downs += sum(host not in pair and mesh.is_down(said.text, peer) for host, peer, said in seen)
+    lost = [(host, peer) for host, peer, said in seen if host in pair and mesh.is_down(said.text, peer)]
+    figures.heard_s.append(max((firsts(mesh, [a], mesh.is_up, b, healed_s)[0] for a, b in lost), default=0.0))
 
 
 def others(hosts: list[Host], host: Host) -> list[Host]:
@@ -361,22 +416,36 @@ def rows(ours: Figures, serf: Figures) -> list[str]:
         for name, share in (("median", 0.5), ("p99", 0.99)):
             compared.append((f"{what}, {name}, s", at(getattr(ours, values), share), at(getattr(serf, values), share)))
     compared += [
+        ("a path that is open one way alone is noticed, median, s", at(ours.deaf_s, 0.5), at(serf.deaf_s, 0.5)),
         (f"halves that were apart for {CUT_S:.0f} s are one, s", ours.healed_s, serf.healed_s),
         ("idle, RSS, MiB", ours.rss_mib, serf.rss_mib),
         ("idle, anonymous memory, MiB", ours.anonymous_mib, serf.anonymous_mib),
         ("idle, % of a core", ours.core_percent, serf.core_percent),
     ]
+    if max(ours.heard_s + serf.heard_s):  # else nobody was called down
+        compared.append(("both have each other back once it is open, worst, s", max(ours.heard_s), max(serf.heard_s)))
     return [
         "| what | meshgpu | Serf | ratio |",
         "|---|---|---|---|",
         *(f"| {what} | {a:.3g} | {b:.3g} | {a / b if b else float('nan'):.2f} |" for what, a, b in compared),
+        f"| one of that pair called down by others | {ours.deaf_downs} | {serf.deaf_downs} | |",
         f"| healthy members called down while the halves were apart | {ours.false_downs} | {serf.false_downs} | |",
     ]
+
+
+def rest(office: Office) -> None:
+    """What an idle agent of ours costs, alone: nothing else is asked."""
+    ours = Ours(office)
+    time.sleep(SETTLE_S)
+    rss_mib, anonymous_mib, core_percent = idle(ours.pids())
+    ours.stop_all()
+    print(f"idle: RSS {rss_mib:.0f} MiB, anonymous {anonymous_mib:.0f} MiB, {core_percent:.2f} % of a core")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--agents", type=int, default=16)
+    parser.add_argument("--idle", action="store_true", help="only what an idle agent of ours costs, with its usual log")
     parser.add_argument("--trials", type=int, default=3, help="of each loss; four times as many changes")
     options = parser.parse_args()
     if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "serf"))):
@@ -386,7 +455,10 @@ def main() -> None:
         subprocess.run(["ip", "-n", office.switch, "link", "add", "br1", "type", "bridge"], check=True)
         subprocess.run(["ip", "-n", office.switch, "link", "set", "br1", "up"], check=True)
         for number in range(options.agents):
-            office.host(f"m{number:02}", MESHGPU_LOG="debug")
+            office.host(f"m{number:02}", **({} if options.idle else {"MESHGPU_LOG": "debug"}))
+        if options.idle:
+            rest(office)
+            return
         ours = Ours(office)
         ours.stop_all()
         figures = measure(ours, office, options.trials)

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
@@ -187,7 +187,7 @@ class Node:
             self._gossip.capacity(member.node),
             now.boot_s - heard_at if heard_at is not None else None,
             self._gossip.capacity_age_s(now, member.node),
-            tuple(sorted(self.log.members[other].name for other in self._doubted_by(member.node))),
+            tuple(sorted(self.log.members[other].name for other, _ in self._doubted_by(member.node))),
             self._clones.is_cloned(member.node),
         )
 
@@ -263,11 +263,11 @@ class Node:
     def _is_alive(self, node: NodeId) -> bool:
         return self.state(node) is MemberState.ALIVE
 
-    def _doubted_by(self, node: NodeId) -> dict[NodeId, Doubt]:
-        """Who of the others doubts a member now."""
-        others = [other for other in self._watched() if other != node and self._is_alive(other)]
-        found = {other: self._gossip.doubts(other) for other in others}
-        return {other: doubt for other, doubts in found.items() for doubt in doubts if doubt.node == node}
+    def _doubted_by(self, node: NodeId) -> Iterator[tuple[NodeId, Doubt]]:
+        """Who of the others doubts a member now, and how. Of who does not answer here itself, nothing counts."""
+        for other, doubt in self._gossip.doubters(node).items():
+            if other != node and self._is_probed(other) and self._is_alive(other):
+                yield other, doubt
 
     def _knock(self, peer: NodeId) -> list[Effect]:
         address = self._links.best_address(peer)

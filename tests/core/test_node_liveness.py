@@ -9,7 +9,7 @@ from meshgpu.core.membership.clones import CLONE_S
 from meshgpu.core.node import MachineView, Node, NodeConfig
 from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
-from meshgpu.model.gossip import Doubts, Incarnation, KnockOutcome, MemberState
+from meshgpu.model.gossip import Doubt, Doubts, GossipEntry, Incarnation, KnockOutcome, MemberState
 from meshgpu.model.ids import KeyId, NodeId
 from meshgpu.model.trust import RemoveNode, Revoke
 from meshgpu.sim.office import furnish
@@ -101,6 +101,65 @@ def test_who_is_doubted_refutes_above_what_was_doubted_and_the_doubt_is_taken_ba
     assert hall.machines[first].node._gossip.doubts(first) == ()
 
 
+def say(hall: Hall, to: NodeId, owner: NodeId, *doubts: Doubt) -> list[fx.Effect]:
+    """`to` hears what a member says that it doubts now; returns what it orders then."""
+    gossip = hall.machines[to].node._gossip
+    version = gossip._owners[owner].version + 1
+    entry = GossipEntry(hall.office.mesh, owner, gossip.incarnation(owner), version, Doubts(doubts))
+    notary = hall.office.notaries[hall.nodes.index(owner)]
+    delta = msg.GossipDelta((notary.sign(KeyId(owner), entry),))
+    return hall.machines[to].node.step(hall.now(), ev.MessageArrived(owner, delta))
+
+
+def test_doubt_of_who_is_in_doubt_itself_counts_for_nothing_and_nobody_is_its_own_witness() -> None:
+    hall = Hall(4)
+    first, second, third, fourth = hall.nodes
+    node, doubt = hall.machines[first].node, Doubt(second, Incarnation(1, 0), is_gone=True)
+    say(hall, first, second, doubt)
+    say(hall, first, third, doubt)
+    say(hall, first, fourth, doubt)
+    assert set(dict(node._doubted_by(second))) == {third, fourth}
+    hall.lose(fourth)
+    assert set(dict(node._doubted_by(second))) == {third}
+
+
+def test_who_hears_that_it_is_doubted_takes_itself_for_slow_and_of_another_it_looks_at_once() -> None:
+    hall = Hall(4)
+    first, second, third, _ = hall.nodes
+    node = hall.machines[first].node
+    hall.at += 0.6  # nobody was heard just now
+    say(hall, first, third, Doubt(first, Incarnation(1, 0), is_gone=False))
+    assert node._liveness.health == 1
+    effects = say(hall, first, third, Doubt(second, Incarnation(1, 0), is_gone=False))
+    assert [e.peer for e in effects if isinstance(e, fx.Send) and getattr(e.message, "is_probe", False)] == [second]
+
+
+def test_what_a_doubted_member_says_above_the_doubt_ends_it_though_another_brings_it() -> None:
+    hall = Hall(3)
+    first, second, third = hall.nodes
+    hall.lose(second)
+    assert hall.machines[first].node._liveness.doubts().doubts
+    record = hall.machines[first].node._gossip.record(second)
+    assert record is not None
+    entry = GossipEntry(hall.office.mesh, second, Incarnation(1, 1), 1, record)
+    signed = hall.office.notaries[1].sign(KeyId(second), entry)
+    hall.tell(first, ev.MessageArrived(third, msg.GossipDelta((signed,))))
+    assert not hall.machines[first].node._liveness.doubts().doubts
+
+
+def test_rented_machine_is_nobodys_witness() -> None:
+    office = furnish(random.Random(1), 3, is_plain=True, instances=1)
+    me, other, _, rented = (setup.node for setup in office.setups)
+    node = Node(me, at(0.0), office.notaries[0], random.Random(1), NodeConfig("1"), ())
+    node.step(at(0.0), ev.MeshEntered(office.mesh, office.log))
+    node.step(at(0.0), ev.LinkOpened(rented))
+    entry = GossipEntry(office.mesh, rented, Incarnation(1, 0), 1, Doubts((Doubt(other, Incarnation(1, 0), True),)))
+    signed = office.notaries[3].sign(KeyId(rented), entry)
+    node.step(at(0.1), ev.MessageArrived(rented, msg.GossipDelta((signed,))))
+    assert node._gossip.doubts(rented)
+    assert list(node._doubted_by(other)) == []
+
+
 def test_incarnation_grows_with_every_start() -> None:
     hall = Hall(2)
     first, second = hall.nodes
@@ -140,6 +199,7 @@ def test_doubt_is_taken_back_when_the_member_is_put_out() -> None:
     hall.pass_time(0.1)
     hall.pass_time(0.1)
     assert hall.machines[third].node._gossip.doubts(first) == ()
+    assert second not in {row.owner for row in hall.machines[first].node._gossip.known()}
 
 
 def test_heir_of_a_watched_member_is_alive_when_it_is_linked_and_nobody_doubts_the_old_one() -> None:

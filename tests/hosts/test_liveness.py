@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from typing import Any
 
@@ -57,6 +58,30 @@ def test_agent_that_stands_still_is_in_doubt_and_not_down(lab: Any) -> None:
         os.kill(pid, signal.SIGCONT)
     assert seen == {"alive", "suspect"}
     known_after([ada, cyd, dan], bob, "alive", 10.0)
+
+
+def test_path_that_is_open_one_way_alone_is_noticed_by_the_two_and_taken_for_no_death_by_others(lab: Any) -> None:
+    ada, bob, cyd, dan = lab
+    rule = ["INPUT", "-s", bob.address, "-j", "DROP"]
+    others: set[str] = set()
+
+    def is_noticed() -> bool:
+        others.update(state(at, whom) for at in (cyd, dan) for whom in (ada, bob))
+        return "alive" not in (state(ada, bob), state(bob, ada))
+
+    subprocess.run(ada.argv("iptables", "-A", *rule), check=True)
+    try:
+        began = time.monotonic()
+        while not is_noticed():
+            assert time.monotonic() - began < 60.0, [(at.name, at.log()) for at in (ada, bob)]
+            time.sleep(0.1)
+        print(f"a path that is open one way alone is noticed by both ends after {time.monotonic() - began:.1f} s")
+    finally:
+        subprocess.run(ada.argv("iptables", "-D", *rule), check=True)
+    known_after([ada], bob, "alive", 60.0)
+    known_after([bob], ada, "alive", 60.0)
+    assert "down" not in others
+    assert {state(at, whom) for at in (cyd, dan) for whom in (ada, bob)} == {"alive"}
 
 
 def test_machine_without_its_cable_is_known_everywhere_and_found_again(lab: Any) -> None:

@@ -1,20 +1,26 @@
 """Who is known to be gone, how soon, and how seldom somebody is taken for gone who is not."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import permutations
 
 import pytest
 
+from meshgpu.core.events import LogWritten
 from meshgpu.core.membership.liveness import Liveness
 from meshgpu.core.node import Node
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Doubt, Doubts, MemberState
-from meshgpu.model.ids import NodeId
+from meshgpu.model.ids import NodeId, node_id
+from meshgpu.model.trust import AddNode, Revoke, Role
 from meshgpu.sim.machine import Machine
 from meshgpu.sim.world import World, WorldConfig
 
 LOOK_S = 0.25
 LONGEST_PAUSE_S = 20.0
+MORE_PER_PAIR = 5
+"""Messages more than at rest, for each pair one way, when a machine wakes: all take their doubt of it back and tell
+all, and it meets each of them with a digest and what either lacked."""
 
 
 def office(size: int, seed: int = 1) -> World:
@@ -135,6 +141,91 @@ def test_member_that_was_away_for_long_is_found_within_a_minute(away_s: float) -
     world.network.heal(one, other)
     world.network.heal(other, one)
     until(world, lambda: set(states(world)) == {MemberState.ALIVE}, 60.0, LOOK_S)
+
+
+def suspend(world: World, sleeper: Machine, for_s: float) -> None:
+    """Nothing of it runs or answers for so long; its clocks go on, and its Links are dead when it wakes."""
+    others = [node for node in world.machines if node != sleeper.node]
+    for other in others:
+        world.network.cut(sleeper.node, other)
+        world.network.cut(other, sleeper.node)
+    sleeper.pause(for_s)
+    world.run(for_s)
+    for other in others:
+        world.network.heal(sleeper.node, other)
+        world.network.heal(other, sleeper.node)
+
+
+@pytest.mark.parametrize("asleep_s", [600.0, pytest.param(8 * 3600.0, marks=pytest.mark.slow)])
+def test_machine_that_slept_is_back_soon_and_brings_no_storm(asleep_s: float) -> None:
+    """One exchange with each of the others, and what a mesh at rest says: counted from when it wakes."""
+    size, counted_s = 16, 30.0
+    world = office(size)
+    sleeper = world.named("rig1")
+    sent: Counter[str] = Counter()
+    doubted: set[tuple[str, str]] = set()
+    world.network.sent = lambda message: sent.update([type(message).__name__])
+    world.run(counted_s)
+    at_rest = sent.copy()
+    suspend(world, sleeper, asleep_s)
+    assert known_down(world, sleeper)
+    sent.clear()
+
+    def is_well() -> bool:
+        doubted.update(
+            (one.setup.name, other.setup.name)
+            for one, other in pairs(world)
+            if sleeper not in (one, other) and one.sees(other) is not MemberState.ALIVE
+        )
+        return set(states(world)) == {MemberState.ALIVE}
+
+    took = until(world, is_well, 60.0, LOOK_S)
+    world.run(counted_s - took)
+    more = {kind: count - at_rest[kind] for kind, count in sorted(sent.items()) if count > at_rest[kind]}
+    print(
+        f"all see all {took:.1f} s after it woke; sent in {counted_s:.0f} s: {sum(sent.values())}, "
+        f"at rest {sum(at_rest.values())}; more of {more}"
+    )
+    assert doubted == set()
+    assert sum(sent.values()) - sum(at_rest.values()) <= MORE_PER_PAIR * size * (size - 1)
+
+
+def test_machine_that_was_off_for_a_week_takes_in_who_joined_and_who_was_put_out_meanwhile() -> None:
+    """Its boot clock begins anew, its wall clock is a week on, and it has its disk alone. The office was closed."""
+    world = World(1, WorldConfig(size=4))
+    world.start()
+    world.run(40.0)
+    admin, sleeper, put_out, other = world.machines.values()
+    sleeper.power_off()
+    world.run(60.0)
+    assert admin.agent is not None
+    key, public = admin.setup.accounts[admin.setup.owner], world.office.ring.make("newcomer")
+    newcomer = AddNode(node_id(public), public, b"ca " + public, "newcomer", Role.RIG, admin.setup.owner)
+    put = Revoke(put_out.node, (), stops_jobs=False)
+    admin.post(LogWritten(admin.agent.log.write(key, [newcomer, put])))
+    world.run(60.0)
+    for machine in (admin, put_out, other):
+        machine.power_off()
+    world.run(7 * 86_400.0)
+    for machine in (admin, other):
+        machine.power_on()
+    world.run(60.0)
+    before = sleeper.now()
+    sleeper.power_on()
+    assert sleeper.now().boot_id != before.boot_id
+    assert sleeper.agent is not None
+    assert put_out.node in sleeper.agent.log.members, "it knows what its disk knows"
+    here = (admin, sleeper, other)
+
+    def is_well() -> bool:
+        logs = [machine.agent.log.members for machine in here if machine.agent is not None]
+        has_heard = all(put_out.node not in members and newcomer.node in members for members in logs)
+        return has_heard and {one.sees(two) for one, two in permutations(here, 2)} == {MemberState.ALIVE}
+
+    print(f"all are one {until(world, is_well, 60.0, LOOK_S):.1f} s after it is back")
+    world.run(60.0)
+    assert is_well()
+    assert not sleeper.trusts(put_out.node)
 
 
 def lie(liar: Node) -> None:

@@ -15,11 +15,12 @@ No job is ever acted on because of it.
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
-from meshgpu.core.effects import CloseLink, Effect, Send
+from meshgpu.core.effects import CloseLink, Effect, Reject, Send
 from meshgpu.core.statemachine import earliest
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Doubt, Doubts, Incarnation, KnockOutcome, MemberState
@@ -34,6 +35,15 @@ CONFIRMATIONS: Final = 3
 
 LONGEST: Final = 6.0
 """By how much a doubt that nobody shares lasts longer than one that three share."""
+
+
+FAVOURS_BURST: Final = 16
+"""Probes that a member may ask of this node at once: it asks three of many when one does not answer it, so these are
+for when half of a mesh is gone."""
+
+FAVOURS_PER_S: Final = 1.0
+"""And then on. Who probes one member a second misses no more; through 63 helpers no more than 63 a second reach
+anybody, far less than one may say itself."""
 
 
 NO_INCARNATION: Final = Incarnation(0, 0)
@@ -107,7 +117,7 @@ class Liveness:
     """How each member stands here.
 
     peers(): the members that are watched: all of the office but this node. is_linked(peer): whether its Link is open.
-    incarnation(peer): the highest that was heard of it. doubted_by(peer): {who of the others doubts it: its doubt}.
+    incarnation(peer): the highest that was heard of it. doubted_by(peer): who of the others doubts it, and how.
     probe(peer, number): what asks it for an answer. knock(peer): what tries its port; nothing where none is known.
     """
 
@@ -119,7 +129,7 @@ class Liveness:
         peers: Callable[[], Iterable[NodeId]],
         is_linked: Callable[[NodeId], bool],
         incarnation: Callable[[NodeId], Incarnation],
-        doubted_by: Callable[[NodeId], dict[NodeId, Doubt]],
+        doubted_by: Callable[[NodeId], Iterable[tuple[NodeId, Doubt]]],
         probe: Callable[[NodeId, int], Effect],
         knock: Callable[[NodeId], list[Effect]],
     ) -> None:
@@ -135,6 +145,8 @@ class Liveness:
         self._is_sure = True
         """Whether nothing is waited for of anybody, as it mostly is: then nobody need be looked at."""
         self._favours: dict[tuple[NodeId, int], _Favour] = {}
+        self._credits: dict[NodeId, tuple[float, float]] = {}
+        """{asker: how many probes it may have asked of us, at which `boot_s`}"""
         self._round: list[NodeId] = []
         self._turned: list[tuple[NodeId, MemberState]] = []
         self._numbers = 0
@@ -213,9 +225,17 @@ class Liveness:
             found.asked_at, found.is_helped = None, False  # it lives; the path from here will show in its own time
 
     def asked_for(self, now: Now, asker: NodeId, ask: ProbeFor) -> list[Effect]:
-        """Probe the target for somebody else. What is not linked here is answered for at once."""
+        """Probe the target for somebody else. What is not linked here is answered for at once.
+
+        Each probe counts against what its asker may have of us, answered or not: nobody is flooded through others.
+        """
         if ask.target not in self._watched or not self._is_linked(ask.target):
             return [Send(asker, ProbeAnswer(ask.target, ask.number, is_alive=False))]
+        credit, at_s = self._credits.get(asker, (float(FAVOURS_BURST), now.boot_s))
+        credit = min(credit + (now.boot_s - at_s) * FAVOURS_PER_S, FAVOURS_BURST)
+        if credit < 1.0:
+            return [Reject(asker, "asks for more probes than a member needs")]
+        self._credits[asker] = credit - 1.0, now.boot_s
         self._numbers += 1
         self._favours[ask.target, self._numbers] = _Favour(asker, ask.number, now.boot_s)
         return [self._probe(ask.target, self._numbers)]
@@ -253,6 +273,7 @@ class Liveness:
     def forget(self, peer: NodeId) -> None:
         """It is no member any more."""
         self._watched.pop(peer, None)
+        self._credits.pop(peer, None)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -387,15 +408,20 @@ class Liveness:
 
     def _patience_s(self, peer: NodeId, found: _Watched) -> float:
         """How long this doubt may last before the member counts as down."""
-        others = [d for d in self._doubted_by(peer).values() if d.incarnation >= found.incarnation]
-        could = min(sum(w.state is MemberState.ALIVE for p, w in self._watched.items() if p != peer), CONFIRMATIONS)
-        if found.is_gone and (not could or any(other.is_gone for other in others)):
+        able = (p for p, w in self._watched.items() if p != peer and w.state is MemberState.ALIVE)
+        could = sum(1 for _ in islice(able, CONFIRMATIONS))  # no more are looked at: of many this is asked at each step
+        if found.is_gone and (not could or any(doubt.is_gone for doubt in self._sharing(peer, found))):
             return 0.0
         shortest = self._timing.suspicion_s * max(1.0, math.log10(len(self._watched) + 1))
         if found.host_answers:
             return max(self._timing.silent_s, shortest)
-        shared = math.log(min(len(others), could) + 1) / math.log(could + 1) if could else 1.0
+        share = sum(1 for _ in islice(self._sharing(peer, found), could))
+        shared = math.log(share + 1) / math.log(could + 1) if could else 1.0
         return shortest * (LONGEST - (LONGEST - 1.0) * shared)
+
+    def _sharing(self, peer: NodeId, found: _Watched) -> Iterator[Doubt]:
+        """What others doubt of it, as it is now."""
+        return (doubt for _, doubt in self._doubted_by(peer) if doubt.incarnation >= found.incarnation)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from meshgpu.core.effects import Effect, Reject, Send
-from meshgpu.core.membership.gossip import Gossip, GossipTiming
+from meshgpu.core.membership.gossip import ENTRY_PARTS, Gossip, GossipTiming
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.model.clock import Now
-from meshgpu.model.gossip import Capacity, GossipEntry, Incarnation, NodeRecord
+from meshgpu.model.gossip import Capacity, Doubt, Doubts, GossipEntry, Incarnation, NodeRecord
 from meshgpu.model.ids import Address, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import Inventory
 from meshgpu.model.messages import GossipDelta, GossipDigest, LogDelta
@@ -310,3 +310,61 @@ def test_nothing_is_said_before_there_is_a_mesh(office: Office, at: Clock) -> No
     gossip.say(at(0), RECORD)
     assert gossip.known() == ()
     assert gossip.deadline() is None
+
+
+def doubting(office: Office, owner: int, counter: int, version: int, *doubted: int) -> GossipDelta:
+    """What a member says when it doubts some others under their first incarnation."""
+    doubts = tuple(Doubt(office.setups[number].node, Incarnation(1, 0), is_gone=False) for number in doubted)
+    said = entry(office, owner, owner, value=Doubts(doubts), incarnation=Incarnation(1, counter), version=version)
+    return GossipDelta((said,))
+
+
+def who_doubts(office: Office, gossip: Gossip) -> dict[int, set[int]]:
+    """{doubted: by whom}, as numbers; nobody whom nobody doubts."""
+    numbers = {setup.node: number for number, setup in enumerate(office.setups)}
+    found = {numbers[node]: {numbers[other] for other in gossip.doubters(node)} for node in numbers}
+    return {number: who for number, who in found.items() if who}
+
+
+def test_who_doubts_whom_follows_what_is_said_now(office: Office, at: Clock) -> None:
+    gossip = make(office, 0)
+    second, third = office.setups[1].node, office.setups[2].node
+    gossip.delta_arrived(at(0), second, doubting(office, 1, 0, 1, 0, 2))
+    gossip.delta_arrived(at(0), third, doubting(office, 2, 0, 1, 0))
+    assert who_doubts(office, gossip) == {0: {1, 2}, 2: {1}}
+    gossip.delta_arrived(at(1), second, doubting(office, 1, 0, 2, 2, 2))
+    assert who_doubts(office, gossip) == {0: {2}, 2: {1}}
+    gossip.delta_arrived(at(2), second, doubting(office, 1, 0, 1, 0))  # said before, heard late
+    assert who_doubts(office, gossip) == {0: {2}, 2: {1}}
+    gossip.delta_arrived(at(3), second, doubting(office, 1, 0, 3))
+    assert who_doubts(office, gossip) == {0: {2}}
+
+
+def test_higher_incarnation_that_says_nothing_of_doubts_has_none(office: Office, at: Clock) -> None:
+    gossip, second = make(office, 0), office.setups[1].node
+    gossip.delta_arrived(at(0), second, doubting(office, 1, 0, 1, 0, 2))
+    gossip.delta_arrived(at(1), second, GossipDelta((entry(office, 1, 1, incarnation=Incarnation(1, 1)),)))
+    assert who_doubts(office, gossip) == {}
+
+
+def test_doubts_of_who_is_no_member_any_more_count_no_more(office: Office, at: Clock) -> None:
+    gossip, second = make(office, 0), office.setups[1].node
+    gossip.delta_arrived(at(0), second, doubting(office, 1, 0, 1, 0, 2))
+    gossip.forget(second)
+    assert who_doubts(office, gossip) == {}
+
+
+def test_own_doubts_are_nobody_elses(office: Office, at: Clock) -> None:
+    gossip = make(office, 0)
+    gossip.say(at(0), Doubts((Doubt(office.setups[1].node, Incarnation(1, 0), is_gone=False),)))
+    assert gossip.doubts(office.setups[0].node)
+    assert who_doubts(office, gossip) == {}
+
+
+def test_more_doubts_than_a_mesh_has_members_are_refused(office: Office, at: Clock) -> None:
+    gossip, second = make(office, 0), office.setups[1].node
+    gossip.delta_arrived(at(0), second, doubting(office, 1, 0, 1, *[2] * ENTRY_PARTS))
+    assert who_doubts(office, gossip) == {2: {1}}
+    _, effects = gossip.delta_arrived(at(1), second, doubting(office, 1, 0, 2, *[0] * (ENTRY_PARTS + 1)))
+    assert [type(effect) for effect in effects] == [Reject]
+    assert who_doubts(office, gossip) == {2: {1}}

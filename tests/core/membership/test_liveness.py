@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from meshgpu.core.effects import CloseLink, Effect, Knock, Send
-from meshgpu.core.membership.liveness import HEALTH_LIMIT, Liveness, LivenessTiming
+from meshgpu.core.effects import CloseLink, Effect, Knock, Reject, Send
+from meshgpu.core.membership.liveness import FAVOURS_BURST, FAVOURS_PER_S, HEALTH_LIMIT, Liveness, LivenessTiming
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Doubt, Incarnation, KnockOutcome, MemberState
 from meshgpu.model.ids import Address, NodeId
@@ -34,7 +34,7 @@ class Eye:
             peers=lambda: self.peers,
             is_linked=lambda peer: peer in self.linked,
             incarnation=lambda peer: self.incarnations[peer],
-            doubted_by=lambda peer: self.doubters.get(peer, {}),
+            doubted_by=lambda peer: self.doubters.get(peer, {}).items(),
             probe=lambda peer, number: Send(peer, GossipDigest((), (), True, "all", number)),
             knock=lambda peer: [Knock(peer, Address("there:1"))],
         )
@@ -185,6 +185,47 @@ def test_nobody_is_probed_for_another_who_is_not_watched() -> None:
     eye.linked.add(NodeId("instance"))
     (answer,) = eye.liveness.asked_for(eye.now, B, ProbeFor(NodeId("instance"), 41))
     assert answer == Send(B, ProbeAnswer(NodeId("instance"), 41, is_alive=False))
+
+
+def favours(eye: Eye, asker: NodeId, count: int) -> int:
+    """How many of `count` probes of A that the asker wants are made; A answers each at once."""
+    made = 0
+    for number in range(count):
+        (effect,) = eye.liveness.asked_for(eye.now, asker, ProbeFor(A, number))
+        if isinstance(effect, Reject):
+            assert effect.peer == asker
+            continue
+        assert isinstance(effect, Send)
+        assert isinstance(effect.message, GossipDigest)
+        assert eye.liveness.acknowledged(A, effect.message.number)
+        made += 1
+    return made
+
+
+def test_nobody_is_flooded_through_others() -> None:
+    eye = Eye(4)
+    assert favours(eye, B, 1000) == FAVOURS_BURST
+    assert favours(eye, C, 1) == 1  # what one has had takes nothing from another
+    eye.at += 5.0
+    assert favours(eye, B, 1000) == 5 * FAVOURS_PER_S
+    eye.at += 3600.0
+    assert favours(eye, B, 1000) == FAVOURS_BURST
+
+
+def test_who_joins_again_may_ask_as_a_new_member_may() -> None:
+    eye = Eye(4)
+    assert favours(eye, B, FAVOURS_BURST) == FAVOURS_BURST
+    eye.liveness.forget(B)
+    assert favours(eye, B, 1) == 1
+
+
+def test_what_costs_no_probe_counts_against_nobody() -> None:
+    eye = Eye(4)
+    eye.linked.discard(A)
+    for number in range(2 * FAVOURS_BURST):
+        eye.liveness.asked_for(eye.now, B, ProbeFor(A, number))
+    eye.linked.add(A)
+    assert favours(eye, B, 1) == 1
 
 
 # -- doubting ---------------------------------------------------------------------------------------------------------
