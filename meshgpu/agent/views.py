@@ -12,7 +12,7 @@ from meshgpu.core.jobs.placement import GpuVerdict, MachineVerdict
 from meshgpu.core.node import MachineView, Node
 from meshgpu.model.clock import Now
 from meshgpu.model.cloud import Instance, InstanceState
-from meshgpu.model.gossip import Allocation
+from meshgpu.model.gossip import Allocation, MemberState
 from meshgpu.model.ids import GpuId, JobId, NodeId, display_name
 from meshgpu.model.inventory import Gpu, GpuReading
 from meshgpu.model.job import JobSpec, JobState, JobView, Register
@@ -111,6 +111,7 @@ class JobDocuments:
     def __init__(self, node: Node, now: Now) -> None:
         self._now = now
         self._members: Mapping[NodeId, Member] = node.log.members
+        self._node = node
         self._gpus: dict[GpuId, Gpu] = {
             gpu.uuid: gpu
             for view in node.machines(now)
@@ -132,7 +133,7 @@ class JobDocuments:
             "machine": self._name(register.node),
             "epoch": register.epoch,
             "exit_code": result.exit_code if result else None,
-            "reason": register.reason,
+            "reason": self._too_few(view) or register.reason,
             "submitted_at": register.submitted_wall_s,
             "started_at": register.started_wall_s,
             "ended_at": register.ended_wall_s,
@@ -160,6 +161,19 @@ class JobDocuments:
     def _name(self, node: NodeId | None) -> str | None:
         member = self._members.get(node) if node else None
         return member.name if member else None
+
+    def _too_few(self, view: JobView) -> str:
+        """Why nothing about the job can change now: most of the machines that hold it are away. Empty while they are
+        not, or it is over.
+        """
+        stewards = view.spec.stewards
+        current = self._node.log.current
+        away = [node for node in stewards if self._node.state(current(node)) is MemberState.DOWN]
+        if view.register.state.is_final or len(away) <= (len(stewards) - 1) // 2:
+            return ""
+        names = ", ".join(self._name(node) or "a machine that left" for node in away)
+        verb = "is" if len(away) == 1 else "are"
+        return f"{names} {verb} away, and with that {len(away)} of {len(stewards)} that hold it"
 
     def _gpu(self, uuid: GpuId, memory_bytes: int) -> Document:
         gpu = self._gpus.get(uuid)
