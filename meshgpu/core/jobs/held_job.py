@@ -41,7 +41,8 @@ class HeldJob:
     waiting: [(stamp, what follows once that is chosen)]. informed: stewards that know the job. votes: of the others,
     for the placing that the register names. ask_at, resend_at: `boot_s` at which the turn is asked for (again), and
     the newest change sent again. accept: a change that waits for the tree, and who sent it. asks: what users want, and
-    who asked, until the turn is won. answer_to: the submitter that waits to hear that it is held.
+    who asked, until the turn is won, at most until `boot_s`. answer_to: the submitter that waits to hear that it is
+    held.
     due: `boot_s` of the next thing to do in its turn; what that is follows from the state.
     offers, ranked, round, refused: the offers under way, belonging to `Offering`. cancel: the user's signed request to
     end it. unstarted: attempts that died before they started. watchers: {peer: boot_s until which it is told}.
@@ -74,7 +75,7 @@ class HeldJob:
     ask_at: float | None = None
     resend_at: float | None = None
     accept: tuple[NodeId, Accept] | None = None
-    asks: list[tuple[NodeId, Ask]] = field(default_factory=list)
+    asks: list[tuple[float, NodeId, Ask]] = field(default_factory=list)
     answer_to: NodeId | None = None
 
     def __post_init__(self) -> None:

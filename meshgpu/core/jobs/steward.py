@@ -93,6 +93,9 @@ CHANGING: Final = (Action.STOP, Action.KILL)
 WAITING_ASKS_LIMIT: Final = 8
 """Requests that wait until the turn is won: of one user, who tries again."""
 
+ASK_KEPT_S: Final = 4.0
+"""For how long: less than who asked waits for the answer, so that nothing happens that was told to be impossible."""
+
 UNSTARTED_TRIES: Final = 3
 """Attempts that may die before they start (a machine that reboots) before the job is given up."""
 
@@ -496,8 +499,9 @@ class Stewardship:
             effects += self._go_on(now, job)
         elif job.is_over:
             effects += self._drive_sweep_of(now, job)
-        for peer, ask in asks:
-            effects += self.asked(now, peer, ask, is_fresh=True)
+        for until_s, peer, ask in asks:
+            if now.boot_s < until_s:
+                effects += self.asked(now, peer, ask, is_fresh=True)
         return effects
 
     def _go_on(self, now: Now, job: HeldJob) -> list[Effect]:
@@ -747,7 +751,7 @@ class Stewardship:
         """What changes a job waits for the turn, where it is this node's to take. Raises TrustError where it is not."""
         if not self._turns.is_first(job) or len(job.asks) >= WAITING_ASKS_LIMIT:
             raise TrustError(ELSEWHERE, "cannot change the job: another machine that holds it speaks for it now")
-        job.asks.append((peer, ask))
+        job.asks.append((now.boot_s + ASK_KEPT_S, peer, ask))
         return self._turns.ask(now, job)
 
     def _visible(self, request: JobRequest) -> HeldJob | None:

@@ -412,6 +412,18 @@ def test_stop_is_not_answered_while_too_few_are_there(table: Table) -> None:
     assert table.told(Answer) == []
 
 
+def test_stop_that_was_told_to_be_impossible_does_not_happen_later(table: Table) -> None:
+    first, second, third = table.spec.stewards
+    table.run()
+    table.leave(first, third)
+    table.stop(second)
+    table.wait(10.0)
+    table.come_back(third)
+    table.wait(3.0)
+    assert second in table.speakers()
+    assert table.register(second).stop is None
+
+
 # -- what others may not do --------------------------------------------------------------------------------------------
 
 
