@@ -352,7 +352,7 @@ def test_machine_that_forgets_its_next_keys_is_caught(monkeypatch: pytest.Monkey
 def test_office_in_which_nobody_brings_the_word_of_new_keys_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of the old keys, for."""
     monkeypatch.setattr("meshgpu.sim.network.Network.errand", lambda *_args: None)
-    find("no Link between|knows .* as None", scenario=REKEYS)
+    find("no Link between|knows .* as None|not at rest", scenario=REKEYS)
 
 
 def test_node_that_believes_records_under_keys_that_were_given_up_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
