@@ -52,7 +52,7 @@ INSTANCES: Final = Scenario(faults=FaultRates(lost=0.0), world=WorldConfig(size=
 
 
 REKEYS: Final = Scenario(
-    jobs=16,
+    jobs=8,
     faults=FaultRates(rekeys=8.0, crashes_at_write=5.0, cuts=5.0, partitions=1.0, snips=0.1, lost=0.0),
     world=WorldConfig(executor=ExecutorTiming(run_s=(0.3, 3.0), long=0.05)),
 )
