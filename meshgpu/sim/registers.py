@@ -318,14 +318,15 @@ class Search:
             for state in frontier:
                 for rank, step in self._steps(state):
                     after = self._after(state, rank, step)
-                    if after in came_from:
-                        continue
-                    came_from[after] = state
                     broken = self._judge(state, after, step)
+                    is_known = after in came_from
+                    if not is_known:
+                        came_from[after] = state
                     if broken is not None and broken not in self.ignored:
                         self.states = len(came_from)
                         raise BrokenInvariant(f"not kept: {broken}", tuple(self._story(after, came_from)))
-                    found.append(after)
+                    if not is_known:
+                        found.append(after)
             frontier = found
         self.states = len(came_from)
 

@@ -150,6 +150,15 @@ class Lonely(Steward):
     replica_type = _Lonely
 
 
+class Hasty(Steward):
+    """Takes what it adopts with its turn for chosen, before it has proposed that again."""
+
+    def win(self) -> None:
+        super().win()
+        if self.replica.value is not None:
+            self.told = self.replica.stamp
+
+
 class Repeats(Steward):
     """The first steward takes round 0 for its own again when it starts again."""
 
@@ -175,6 +184,7 @@ class Forgets(Steward):
         (ForgetsItsPromise, Scope(asks=(0, 1, 0), restarts=(0, 0, 1), steps=1)),
         (TakesAnything, Scope(asks=(0, 1, 0), steps=1)),
         (Stubborn, Scope(asks=(0, 1, 0), steps=1)),
+        (Hasty, Scope(asks=(0, 1, 0), steps=1)),
         (Lonely, Scope(asks=(0, 1, 0), steps=1)),
         (Repeats, Scope(asks=(0, 1, 0), restarts=(1, 0, 0), steps=1)),
         (Forgets, Scope(asks=(0, 1, 0), restarts=(0, 0, 1), steps=1)),
