@@ -85,6 +85,9 @@ DOUBT_S: Final = 3600.0
 """For how long after its end a steward that starts again asks the others how a job has ended: it may have been the only
 one to write so."""
 
+DRAFT_S: Final = 3600.0
+"""For how long a draft is kept in memory that nobody asks about any more."""
+
 GONE: Final = "the instance it ran on is gone"
 
 CHANGING: Final = (Action.STOP, Action.KILL)
@@ -913,6 +916,8 @@ class Stewardship:
         return earliest(self._sweep_at, self._offering.retry_at, self._turn_at, *dues, *resends)
 
     def _forget_old(self, now: Now) -> list[Effect]:
+        for draft in [job for job in self._jobs.values() if self._is_abandoned(now, job)]:
+            del self._jobs[draft.spec.job]
         old = [
             job
             for job, found in self._final.items()
@@ -920,8 +925,16 @@ class Stewardship:
         ]
         for job in old:
             del self._final[job]
+            self._ending.pop(job, None)
+            self._doubted.pop(job, None)
             self._trials.pop(job, None)
         return [Persist("job", job, None) for job in old]
+
+    def _is_abandoned(self, now: Now, job: HeldJob) -> bool:
+        """Whether it is a draft of which nothing came, and nothing is on disk: who was to speak for it is gone."""
+        is_old = now.wall_s >= job.register.submitted_wall_s + DRAFT_S
+        is_unwritten = job.state is JobState.DRAFT and job.replica.promised == job.replica.first
+        return is_old and is_unwritten and job.answer_to is None and job.trial is None
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

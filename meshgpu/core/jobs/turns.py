@@ -87,6 +87,8 @@ class Turns:
         job.ask_at = now.boot_s + self._timing.ask_s * self._rng.uniform(0.8, 1.2)
         if job.replica.asked is not None:
             return job.prepares()
+        if job.acts:  # it was told that others may be further: what it had in mind may be of no use
+            job.stand_back()
         job.replica.ask()
         return [job.persist(), *(job.prepares() if job.replica.asked is not None else ())]
 

@@ -345,7 +345,25 @@ def test_steward_that_comes_back_with_an_old_register_fences_nobody(table: Table
     table.report(first, epoch=2)
     table.wait(3.0)
     assert table.told(Fence) == []
+    assert table.told(ReportAck) == []
     assert table.register(first).epoch == 2
+
+
+def test_what_was_to_follow_from_an_old_turn_does_not_follow_from_the_next(table: Table) -> None:
+    """The first wrote the end alone; others went on meanwhile. It must not acknowledge what they never heard."""
+    first, second, third = table.spec.stewards
+    table.run()
+    table.leave(second, third)
+    table.report(first, result=EXITED)
+    table.leave(first)
+    table.come_back(second, third)
+    table.wait(TIMING.turns.takeover_s + 2.0)
+    table.report(second, third, result=Result(AttemptState.CRASHED, None, "the machine started anew"))
+    table.said.clear()
+    table.come_back(first)
+    table.wait(5.0)
+    assert table.told(ReportAck) == []
+    assert [table.register(steward).died for steward in table.spec.stewards] == [1, 1, 1]
 
 
 def test_steward_that_never_heard_of_the_job_takes_over_all_the_same(table: Table) -> None:
@@ -369,6 +387,15 @@ def test_job_is_submitted_to_the_next_where_the_first_is_away(table: Table) -> N
     table.wait(2.0)
     assert SubmitAnswer(table.spec.job, held=True) in table.told(SubmitAnswer)
     assert table.disks.keys() == {second, third}
+
+
+def test_draft_of_which_nothing_came_is_forgotten(table: Table) -> None:
+    second = table.spec.stewards[1]
+    table.submit(to=1)
+    assert table.seats[second].unfinished == 1
+    table.now_s += TIMING.sweep_s + 10.0
+    table.wait(1.0)
+    assert table.seats[second].unfinished == 0
 
 
 def test_submitter_that_asks_the_wrong_one_changes_nothing(table: Table) -> None:
