@@ -14,10 +14,10 @@ A node that goes on under new keys stays the same machine: who revokes one of it
 A node is no admin: two entries with one number in its own chain, whatever they say, end its machine for ever.
 
 Who counts for what (`Standing`) is read from chains up to their first gap or fork; of a machine that does not rent only
-that it leaves or goes on under new keys. Of two that prove a fork a third is not needed, and what a node says after its fork, or under keys that come after one,
-is not taken in: so nodes may hold different entries of a liar. All the same they agree, because nothing is read from
-these but that he is a liar. An entry follows from what those wrote whom its own past calls admins; other heads in it
-are passed over, so whom only some know holds up nobody.
+that it leaves or goes on under new keys. Of two that prove a fork a third is not needed, and what a node says after its
+fork, or under keys that come after one, is not taken in: so nodes may hold different entries of a liar. All the same
+they agree, because nothing is read from these but that he is a liar. An entry follows from what those wrote whom its
+own past calls admins; other heads in it are passed over, so whom only some know holds up nobody.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -447,7 +447,8 @@ class Chains:
         theirs = {head.author: head for head in heads}
         told = sorted(filter(self._standing.is_told, self._held))
         self._turn += 1
-        first = self._turn % len(told) if theirs else 0
+        # A quarter of the way round each time: also where the first few are many each is soon among them.
+        first = (self._turn % 4 * len(told) // 4 + self._turn // 4) % len(told) if theirs else 0
         lacking: list[Signed] = []
         proofs: list[Signed] = []
         # Rekeys after others: who hears one lets its author go, and must have heard before all that it follows from.
