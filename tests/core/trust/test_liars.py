@@ -330,6 +330,28 @@ def test_what_a_machine_wrote_that_rents_for_some_only_proves_no_lie_of_it() -> 
     assert heir.node in ada.log.members
 
 
+def test_two_lies_of_a_machine_that_rents_for_some_only_hide_no_keys_of_it() -> None:
+    ada, bob, carl, eve, mal = dismissed("ada", "bob", "carl", "eve", "mal")
+    heir = Seat("e2")
+    lets_rent = said(ada, mal.key, SetRole(eve.node, Role.BURST), citing(ada))
+    proofs = tuple(said(ada, mal.key, SetRole(carl.node, Role.RIG), heads) for heads in (citing(ada), citing(ada)[:1]))
+    ada.log.add((lets_rent, *(said(ada, eve.node, rented(name), citing(ada)) for name in ("c0", "c1"))))
+    bob.log.add((*proofs, goes_on(bob, eve, heir)))
+    meet((ada, bob, carl))
+    assert heir.node in ada.log.members
+
+
+def test_machine_whom_only_one_side_of_a_fork_lets_in_is_not_told_of() -> None:
+    ada, bob, carl, mal = dismissed("ada", "bob", "carl", "mal")
+    ghost = Seat("ghost")
+    lets_in = said(ada, mal.key, ghost.added()[0], citing(ada))
+    proofs = tuple(said(ada, mal.key, SetRole(carl.node, Role.RIG), heads) for heads in (citing(ada), citing(ada)[:1]))
+    assert len(ada.log.add((lets_in, leaves(ada, ghost)))) == 2
+    bob.log.add(proofs)
+    meet((ada, bob, carl))
+    assert ghost.node not in {head.author for head in ada.log.heads()}
+
+
 def test_liars_keys_starve_nobody() -> None:
     ada, bob, mal = dismissed("ada", "bob", "mal")
     keys = [Seat(f"P{number}") for number in range(300)]
