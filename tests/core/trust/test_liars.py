@@ -349,7 +349,7 @@ def test_machine_whom_only_one_side_of_a_fork_lets_in_is_not_told_of() -> None:
     assert len(ada.log.add((lets_in, leaves(ada, ghost)))) == 2
     bob.log.add(proofs)
     meet((ada, bob, carl))
-    assert ghost.node not in {head.author for head in ada.log.heads()}
+    assert KeyId(ghost.node) not in {head.author for head in ada.log.heads()}
 
 
 def test_liars_keys_starve_nobody() -> None:
