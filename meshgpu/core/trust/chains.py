@@ -13,10 +13,11 @@ Four rules decide what admins' entries mean, in whatever order they came:
 A node that goes on under new keys stays the same machine: who revokes one of its ids revokes all that come after it.
 A node is no admin: two entries with one number in its own chain, whatever they say, end its machine for ever.
 
-Of two that prove a fork a third is not needed, and what a node says after its fork, or under keys that come after one,
-is not taken in: so nodes may hold different entries of a liar. All the same they agree, because nothing is read from
-these but that he is a liar. An entry follows from what those wrote whom its own past calls admins; other heads in it
-are passed over, so whom only some know holds up nobody.
+Who counts for what (`Standing`) is read from chains up to their first gap or fork; of a machine that does not rent only
+that it leaves or goes on under new keys. Of two that prove a fork a third is not needed, and what a node says after its
+fork, or under keys that come after one, is not taken in: so nodes may hold different entries of a liar. All the same
+they agree, because nothing is read from these but that he is a liar. An entry follows from what those wrote whom its
+own past calls admins; other heads in it are passed over, so whom only some know holds up nobody.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -78,6 +79,31 @@ class Past:
     heads: tuple[Head, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Who counts for what, by the chains up to their first gap or fork: whom they name, one after the other.
+
+    admins: whom any of them calls admins. renters: who may write more than one entry; their heirs may as well. lineage:
+    of machines that were let in. What is *held* of others may differ from node to node: nothing is read from it, and
+    nobody is told of it.
+    """
+
+    admins: frozenset[KeyId]
+    renters: frozenset[NodeId]
+    lineage: Lineage
+
+    def may_rent(self, node: NodeId) -> bool:
+        return not self.renters.isdisjoint(self.lineage.ancestry(node))
+
+    def is_told(self, author: KeyId) -> bool:
+        """Whether what he wrote is passed on: not that of keys below a fork, of which everybody may hold other ones."""
+        return author in self.admins or self.lineage.knows(NodeId(author))
+
+    def is_wide(self, author: KeyId) -> bool:
+        """Whether all that `author` wrote is read: of a machine that does not rent only that it leaves or goes on."""
+        return author in self.admins or self.may_rent(NodeId(author))
+
+
 class Chains:
     """All entries that this node holds, whoever wrote them."""
 
@@ -95,6 +121,8 @@ class Chains:
         self._rekeys: dict[NodeId, list[Written]] = {}
         self._forks: dict[NodeId, int] = {}
         self._lineage: Lineage | None = None
+        self._standing = Standing(frozenset((self.founder, self.recovery)), frozenset(), Lineage((), {}))
+        self._turn = 0
         self._held: dict[KeyId, dict[int, list[Written]]] = {}
         self._by_name: dict[Digest, Written] = {}
         self._named: set[Digest] = set()
@@ -167,9 +195,12 @@ class Chains:
             raise TrustError("not-allowed", f"an entry of {entry.author[:12]} says what no node may say")
         if entry.author not in self._admins and not (goes_on := self._goes_on(entry)):
             return goes_on
-        found = self._held.get(entry.author, {}).get(entry.seq, ())
+        every = self._held.get(entry.author, {}).get(entry.seq, ())
+        found = [sibling for sibling in every if _is_parting(sibling.entry) == _is_parting(entry)]
         if entry.seq >= CHAIN_LIMIT or (len(found) > 1 and name not in self._named):
-            return False  # two prove the fork; a third is kept only where somebody else says that it is the true one
+            return (
+                False  # two of a kind prove the fork; a third is kept only where somebody says that it is the true one
+            )
         if isinstance(entry.body, Rekey):
             self.check_rekey(entry.author, entry.body)
         siblings = self._held.setdefault(entry.author, {}).setdefault(entry.seq, [])
@@ -184,7 +215,7 @@ class Chains:
     def _goes_on(self, entry: LogEntry) -> bool | None:
         """Whether a node's chain can go on with this; None while that hangs on what is not here yet."""
         node = NodeId(entry.author)
-        if not (self.lineage.knows(node) and (_is_parting(entry) or self._may_rent(node))):
+        if not (self._keepable.knows(node) and (_is_parting(entry) or self._may_rent(node))):
             return None
         if entry.seq > self._forks.get(node, entry.seq):
             return False
@@ -204,17 +235,73 @@ class Chains:
     def check_rekey(self, author: KeyId, rekey: Rekey) -> None:
         """Raises TrustError for one that is not to be taken in from `author`."""
         check_rekey(self._notary, self._mesh, author, rekey)
-        if self.lineage.is_full(NodeId(author)):
+        if self._keepable.is_full(NodeId(author)):
             raise TrustError("not-allowed", f"cannot take in new keys of {author[:12]}: it has had too many")
 
     @property
     def lineage(self) -> Lineage:
-        """Who goes on as whom, of what is held now."""
+        """Who goes on as whom."""
+        return self._standing.lineage
+
+    @property
+    def _keepable(self) -> Lineage:
+        """Who goes on as whom if everybody counts whom any entry names: what is kept must not hang on the order."""
         if self._lineage is None:
-            told = {node: min(said, key=lambda written: written.entry.seq) for node, said in self._rekeys.items()}
-            heirs = {node: _heir(written) for node, written in told.items() if node not in self._forks}
-            self._lineage = Lineage(self._admitted, heirs)
+            self._lineage = Lineage(self._admitted, {node: _heir(said) for node, said in self._steps()})
         return self._lineage
+
+    def _steps(self) -> Iterator[tuple[NodeId, Written]]:
+        """(node, how it gave up its keys), if it told one story in what is read of it."""
+        for node, said in self._rekeys.items():
+            first = self._partings(KeyId(node))
+            if len(first) == 1 and isinstance(first[0].entry.body, Rekey):
+                yield node, first[0]
+            elif not first and node not in self._forks:
+                yield node, min(said, key=lambda written: written.entry.seq)
+
+    def _partings(self, author: KeyId) -> list[Written]:
+        """What is read of a machine that does not rent: one entry, or those that prove it a liar."""
+        return [written for written in self._held.get(author, {}).get(0, ()) if _is_parting(written.entry)]
+
+    def _is_liar(self, node: NodeId, standing: "Standing") -> bool:
+        """Whether two entries with one number are read of it."""
+        return len(self._partings(KeyId(node))) > 1 or (node in self._forks and standing.is_wide(KeyId(node)))
+
+    def _stand(self) -> Standing:
+        """The one place that says who counts for what."""
+        admins, admitted, renters = {self.founder, self.recovery}, set[NodeId](), set[NodeId]()
+        waiting = sorted(admins)
+        while waiting:
+            for written in self._runs.get(waiting.pop(), ()):
+                match written.entry.body:
+                    case AddAdmin(public_key=public_key) if key_id(public_key) not in admins:
+                        admins.add(key_id(public_key))
+                        waiting.append(key_id(public_key))
+                    case AddNode(public_key=public_key, role=role) if role is not Role.CLOUD:
+                        admitted.add(node_id(public_key))
+                        if role is Role.BURST:
+                            renters.add(node_id(public_key))
+                    case SetRole(node=node, role=Role.BURST):
+                        renters.add(node)
+                    case _:
+                        pass
+        steps = dict(self._steps())
+        heirs: dict[NodeId, NodeId] = {}
+        liars: set[NodeId] = set()
+        while True:  # who goes on as another's heir may rent as that one might, and so go on again, or be a liar
+            standing = Standing(frozenset(admins), frozenset(renters), Lineage(admitted, heirs))
+            if more := {node for node in steps if self._is_liar(node, standing)} - liars:
+                liars |= more
+                heirs = {}
+                continue
+            read = {
+                node: _heir(said)
+                for node, said in steps.items()
+                if node not in liars and (said.entry.seq == 0 or standing.is_wide(KeyId(node)))
+            }
+            if read == heirs:
+                return standing
+            heirs = read
 
     def heirs(self, node: NodeId) -> Iterator[tuple[NodeId, Rekey]]:
         """(who said it, what he said) of all that goes back to `node`, forked or not: what must not escape it."""
@@ -230,7 +317,7 @@ class Chains:
                     waiting.append(heir)
 
     def _may_rent(self, node: NodeId) -> bool:
-        return not self._renters.isdisjoint(self.lineage.ancestry(node))
+        return not self._renters.isdisjoint(self._keepable.ancestry(node))
 
     def _may_ever_write(self, entry: LogEntry) -> bool:
         """All but what nodes write is for admins."""
@@ -281,15 +368,29 @@ class Chains:
 
         Admins' chains are among them: were a node's left out because somebody called its key an admin's, it came back.
         """
-        for author in sorted(self._runs):
-            yield NodeId(author), [written for written in self._runs[author] if written.name in self._clocks]
+        for author in sorted(self._held):
+            yield NodeId(author), [written for written in self._read(author) if written.name in self._clocks]
+
+    def _read(self, author: KeyId) -> list[Written]:
+        """His run; of a node as far as everybody takes it in: not what only one may write who rents."""
+        if author in self._standing.admins:
+            return self.run(author)
+        if self._standing.is_wide(author):
+            run = self.run(author)
+            last = next((written.entry.seq for written in run if isinstance(written.entry.body, Rekey)), len(run))
+            return run[: last + 1]
+        first = self._partings(author)
+        return first if len(first) == 1 and first[0].entry.previous == NO_DIGEST else []
 
     def rekeyed(self) -> dict[NodeId, Written | None]:
         """Nodes that gave up their keys, for ever, and the entry that says so; None where a fork hides which it is."""
-        found: dict[NodeId, Written | None] = dict.fromkeys(sorted(self._forks))
-        for node, said in sorted(self._rekeys.items()):
-            if node not in self._forks and any(written.name in self._pasts for written in said):
-                meant = (w for w in self.run(KeyId(node)) if isinstance(w.entry.body, Rekey) and w.name in self._clocks)
+        forks = {node for node in self._forks if self._is_liar(node, self._standing)}
+        found: dict[NodeId, Written | None] = dict.fromkeys(sorted(forks))
+        for node, every in sorted(self._rekeys.items()):
+            said = [w for w in every if _is_parting(w.entry) or self._standing.is_wide(KeyId(node))]
+            if node not in forks and any(written.name in self._pasts for written in said):
+                run = self._read(KeyId(node))
+                meant = (w for w in run if isinstance(w.entry.body, Rekey) and w.name in self._clocks)
                 found[node] = next(meant, None)
         return found
 
@@ -298,12 +399,8 @@ class Chains:
         return earlier.is_in(self._clocks.get(later.name, {}))
 
     def heads(self) -> tuple[Head, ...]:
-        runs = ((author, run) for author, run in sorted(self._runs.items()) if run and self._is_told(author))
-        return tuple(Head(author, len(run) - 1, run[-1].name) for author, run in runs)
-
-    def _is_told(self, author: KeyId) -> bool:
-        """Whether what he wrote is passed on: not that of keys below a fork, of which everybody may hold other ones."""
-        return author in self._admins or self.lineage.knows(NodeId(author))
+        runs = ((author, self._read(author)) for author in sorted(self._held) if self._standing.is_told(author))
+        return tuple(Head(author, len(run) - 1, run[-1].name) for author, run in runs if run)
 
     def citable(self) -> tuple[Head, ...]:
         """What a new entry follows from: of each admin, also of before, the newest entry whose every root is here.
@@ -329,24 +426,43 @@ class Chains:
 
     def frozen(self) -> tuple[KeyId, ...]:
         """Authors who wrote two entries with one number, and nobody said which is meant."""
-        return tuple(author for author in sorted(self._held) if self._is_told(author) and self._is_frozen(author))
+        told = filter(self._standing.is_told, sorted(self._held))
+        return tuple(author for author in told if self._siblings(author))
 
-    def _is_frozen(self, author: KeyId) -> bool:
-        return len(self._held[author].get(len(self._runs.get(author, ())), ())) > 1
+    def _siblings(self, author: KeyId) -> list[Written]:
+        """The entries with one number at which he is frozen; none where he is not."""
+        run = self._read(author)
+        if author not in self._standing.admins and run and isinstance(run[-1].entry.body, Rekey):
+            return []  # nothing follows these
+        is_wide = self._standing.is_wide(author)
+        found = self._held[author].get(len(run), []) if is_wide else self._partings(author)
+        return found if len(found) > 1 else []
 
     def beyond(self, heads: Iterable[Head]) -> tuple[Signed, ...]:
-        """Entries that somebody with `heads` lacks; where its head is none of ours, everything of that author."""
+        """Entries that somebody with `heads` lacks; where its head is none of ours, everything of that author.
+
+        Who asks takes only the first few: so authors take turns, and what proves forks, which is told each time, is
+        last.
+        """
         theirs = {head.author: head for head in heads}
+        told = sorted(filter(self._standing.is_told, self._held))
+        self._turn += 1
+        # A quarter of the way round each time: also where the first few are many each is soon among them.
+        first = (self._turn % 4 * len(told) // 4 + self._turn // 4) % len(told) if theirs else 0
         lacking: list[Signed] = []
-        # Rekeys last: who hears one lets its author go, and must have heard before all that it follows from.
-        told = filter(self._is_told, self._held)
-        for author in sorted(told, key=lambda author: (NodeId(author) in self._rekeys, author)):
-            chain, head = self._held[author], theirs.get(author)
+        proofs: list[Signed] = []
+        # Rekeys after others: who hears one lets its author go, and must have heard before all that it follows from.
+        for author in sorted((*told[first:], *told[:first]), key=lambda author: NodeId(author) in self._rekeys):
+            chain, head, stuck = self._held[author], theirs.get(author), self._siblings(author)
             agrees = head is not None and any(written.name == head.entry for written in chain.get(head.seq, ()))
             start = head.seq + 1 if head is not None and agrees else 0
-            stuck = len(self._runs.get(author, ())) if self._is_frozen(author) else None
-            lacking.extend(w.signed for seq in sorted(chain) if seq >= start or seq == stuck for w in chain[seq])
-        return tuple(lacking)
+            if author in self._standing.admins:
+                meant = [written for seq in sorted(chain) for written in chain[seq] if written not in stuck]
+            else:
+                meant = self._read(author)
+            lacking.extend(written.signed for written in meant if written.entry.seq >= start)
+            proofs.extend(written.signed for written in stuck)
+        return (*lacking, *proofs)
 
     def is_admin(self, author: KeyId) -> bool:
         """Whether `author` may write now."""
@@ -378,6 +494,13 @@ class Chains:
             if pins == self._pins:
                 break
             self._pins = pins
+        self._standing = self._stand()
+        for author in self._held:
+            run = self._read(author)
+            if run and run[0].name not in self._clocks and not self._standing.is_wide(author):
+                clock = self._clock(run, 0, self._clocks)
+                if clock is not None:
+                    self._clocks[run[0].name] = clock
         memo: dict[Digest, bool] = {}
         self.counting = tuple(written for written in self._sorted() if self._counts(written, None, memo))
 

@@ -314,13 +314,22 @@ class MeshLog:
         return chains.is_admin(author) or (member is not None and (parts or member.role is Role.BURST))
 
     def revocation(self, node: NodeId, *, stops_jobs: bool) -> Revoke:
-        """What takes `node` out, naming where the chains of its admins end: with what is known of them here."""
+        """What takes the machine of `node` out, naming where the chains of its admins end: with what is known here.
+
+        By the id that an admin let in: later ones may be known to some of us only, for as long as they are told.
+        """
         ends = tuple(
             head
             for key, user in sorted(self.users.items())
             if user.node == node and user.is_admin and (head := self.last_of(key)) is not None
         )
-        return Revoke(node, ends, stops_jobs)
+        return Revoke(self._first_of(node), ends, stops_jobs)
+
+    def _first_of(self, node: NodeId) -> NodeId:
+        before = {heir: node for node, heir in self.heirs.items()}
+        while node in before:
+            node = before[node]
+        return node
 
     def check_rekey(self, node: NodeId, rekey: Rekey) -> None:
         """Raises TrustError unless `node` and the admins among its accounts can write all of it, now."""
