@@ -268,8 +268,12 @@ class Asking:
         effects: list[Effect] = []
         for node in sorted(question.elsewhere):
             before = question.asked[node]
-            question.asked[node] = self._request(now, question.key, before.action, before.job, node)
-            effects.append(Send(node, Ask(query, self._notary.sign(question.key, question.asked[node]))))
+            try:
+                request = self._request(now, question.key, before.action, before.job, node)
+                effects.append(Send(node, Ask(query, self._notary.sign(question.key, request))))
+            except TrustError:
+                continue  # the account left the mesh: the question ends unanswered
+            question.asked[node] = request
         question.elsewhere.clear()
         return effects
 

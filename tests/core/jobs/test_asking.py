@@ -202,6 +202,16 @@ def test_stop_is_asked_of_all_stewards_and_again_of_those_that_leave_it_to_anoth
     assert [view.spec for view in answer.views] == [bench.view.spec]
 
 
+def test_account_that_leaves_the_mesh_while_it_asks_is_told_that_nobody_answered(bench: Bench) -> None:
+    bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, (bench.steward,))
+    bench.asking.answered(bench.steward, Answer("q", (), ELSEWHERE, "another speaks for it"))
+    bench.log.users.pop(bench.key)
+    assert bench.asking.step(bench.at(TIMING.again_s)) == []
+    (answer,) = bench.asking.step(bench.at(TIMING.act_s))
+    assert isinstance(answer, Answered)
+    assert answer.code == "no-answer"
+
+
 def test_stop_that_nobody_may_obey_says_so(bench: Bench) -> None:
     stewards = tuple(bench.linked[:3])
     bench.asking.act(bench.at(0), "q", bench.key, Action.STOP, bench.view.spec.job, stewards)
