@@ -15,7 +15,7 @@ from meshgpu.model.cloud import Instance, InstanceState
 from meshgpu.model.gossip import Allocation, MemberState
 from meshgpu.model.ids import GpuId, JobId, NodeId, display_name
 from meshgpu.model.inventory import Gpu, GpuReading
-from meshgpu.model.job import JobSpec, JobState, JobView, Register
+from meshgpu.model.job import JobSpec, JobState, JobView, Register, quorum
 from meshgpu.model.records import LaunchRecord
 from meshgpu.model.sweep import Metric, Objective, Space
 from meshgpu.model.trust import Member
@@ -169,7 +169,7 @@ class JobDocuments:
         stewards = view.spec.stewards
         current = self._node.log.current
         away = [node for node in stewards if self._node.state(current(node)) is MemberState.DOWN]
-        if view.register.state.is_final or len(away) <= (len(stewards) - 1) // 2:
+        if view.register.state.is_final or len(stewards) - len(away) >= quorum(stewards):
             return ""
         names = ", ".join(self._name(node) or "a machine that left" for node in away)
         verb = "is" if len(away) == 1 else "are"

@@ -185,6 +185,11 @@ ENDED_ATTEMPT_STATES: Final = frozenset(
 """No process of the attempt lives in these states."""
 
 
+def quorum(stewards: tuple[NodeId, ...]) -> int:
+    """How many of a job's stewards decide: any two such parts of them share one."""
+    return len(stewards) // 2 + 1
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Ballot:
     """A steward's turn to change a register. Of two the higher one wins; no two stewards share one."""

@@ -17,6 +17,7 @@ from meshgpu.model.inventory import Inventory
 from meshgpu.model.job import (
     ATTEMPT_ORDER,
     ENDED_ATTEMPT_STATES,
+    NO_BALLOT,
     NO_STAMP,
     AttemptPlan,
     AttemptState,
@@ -316,11 +317,9 @@ class Invariants:
         register = record.register
         if register.job not in self.ledger.submitted:
             self._fail(f"{machine.setup.name} holds {register.job}, which no user asked for")
-        if isinstance(before, JobRecord) and (record.promised, register.stamp) < (
-            before.promised,
-            before.register.stamp,
-        ):
-            self._fail(f"{machine.setup.name} goes back: {before.promised} and {before.register} → {record}")
+        was = (before.promised, before.register.stamp) if isinstance(before, JobRecord) else (NO_BALLOT, NO_STAMP)
+        if record.promised < was[0] or register.stamp < was[1]:
+            self._fail(f"{machine.setup.name} goes back: {before} → {record}")
         if register.stamp == NO_STAMP:
             return
         standing = Standing(register, record.cancel, record.receipt)

@@ -25,7 +25,7 @@ from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Allocation
 from meshgpu.model.ids import RANDOM_ID_BYTES, HoldId, JobId, KeyId, NodeId, UserName, random_id
 from meshgpu.model.inventory import GpuReading, Inventory
-from meshgpu.model.job import Action, AttemptPlan, AttemptState, JobSpec, Phase, PlacingVote, Result, StopMode
+from meshgpu.model.job import Action, AttemptPlan, AttemptState, JobSpec, Phase, PlacingVote, Result, StopMode, quorum
 from meshgpu.model.messages import (
     Activate,
     AttemptReport,
@@ -297,7 +297,7 @@ class Attempts:
             return []
         if ack.is_forgotten:
             attempt.forgotten_by.add(steward)
-            if len(attempt.forgotten_by) <= len(attempt.spec.stewards) // 2:
+            if len(attempt.forgotten_by) < quorum(attempt.spec.stewards):
                 return []
         return self._settle(attempt)
 

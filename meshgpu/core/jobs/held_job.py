@@ -91,6 +91,11 @@ class HeldJob:
         return self.replica.turn is not None
 
     @property
+    def is_unwritten(self) -> bool:
+        """Whether nothing of it is on this disk: it is a draft, and no promise was made."""
+        return self.state is JobState.DRAFT and self.replica.promised == self.replica.first
+
+    @property
     def is_over(self) -> bool:
         """Whether it is certain that it has ended: it is this steward's turn, and the end is chosen."""
         return self.state.is_final and self.replica.is_settled

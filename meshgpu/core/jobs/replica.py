@@ -11,7 +11,7 @@ Source: D. Rystsov, "CASPaxos: Replicated State Machines without logs", arXiv 18
 from typing import Generic, TypeVar
 
 from meshgpu.model.ids import NodeId
-from meshgpu.model.job import NO_STAMP, Ballot, Stamp
+from meshgpu.model.job import NO_STAMP, Ballot, Stamp, quorum
 
 V = TypeVar("V")
 
@@ -47,7 +47,7 @@ class Replica(Generic[V]):
 
     @property
     def quorum(self) -> int:
-        return len(self.stewards) // 2 + 1
+        return quorum(self.stewards)
 
     @property
     def others(self) -> tuple[NodeId, ...]:

@@ -167,7 +167,7 @@ class Stewardship:
             except TrustError as error:
                 effects.append(Reject(self._node, error.message))
                 continue
-            job = HeldJob(spec, record.spec, record.register, replica, self._log.current, has_tree=True)
+            job = HeldJob(spec, record.spec, record.register, replica, self._log.current)
             job.cancel, job.receipt, job.trial = record.cancel, record.receipt, record.trial
             job.has_tree = record.register.state is not JobState.DRAFT
             if record.trial is not None:
@@ -176,19 +176,19 @@ class Stewardship:
             (self._final if record.register.state.is_final else self._jobs)[spec.job] = job
             if len(spec.stewards) == 1:
                 job.replica.ask()  # nobody else has a say
-            elif now.wall_s - (record.register.ended_wall_s or now.wall_s) < DOUBT_S:
+            elif job.state.is_final and now.wall_s - (job.register.ended_wall_s or now.wall_s) < DOUBT_S:
                 self._doubted[spec.job] = job
         alone = [job for job in self._jobs.values() if job.acts]
         for job in sorted(alone, key=lambda job: job.spec.sweep is not None):  # a sweep knows its trials by then
             effects += self._resume(now, job)
-        if self._jobs:
+        if self._jobs or self._doubted:
             self._turn_at = now.boot_s
         return effects
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def view(self, job: JobId) -> JobView | None:
-        found = self._jobs.get(job) or self._final.get(job)
+        found = self._find(job)
         return JobView(found.spec, found.told, found.trial, found.sweep) if found else None
 
     def turn(self, job: JobId) -> Ballot | None:
@@ -345,7 +345,7 @@ class Stewardship:
         if found is None or found.state is not JobState.DRAFT:
             return []
         to, found.accept = found.answer_to, None
-        if found.replica.promised == found.replica.first:  # else a promise was made, which must be kept
+        if found.is_unwritten:  # else a promise was made, which must be kept
             del self._jobs[job]
         return [Send(to, SubmitAnswer(job, held=False, code=code, reason=reason))] if to is not None else []
 
@@ -743,7 +743,7 @@ class Stewardship:
             job = self._visible(request)
             if job is not None and request.action in CHANGING and not job.acts:
                 return self._keep_ask(now, job, peer, ask)
-            views, effects = self._obey(now, peer, request, ask.request, is_repeated=is_repeated)
+            views, effects = self._obey(now, peer, job, request, ask.request, is_repeated=is_repeated)
         except TrustError as error:
             answer = Answer(ask.query, (), error.code, error.message, challenge_of(error))
             return [Reject(peer, error.message), Send(peer, answer)]
@@ -767,10 +767,11 @@ class Stewardship:
         return job
 
     def _obey(
-        self, now: Now, peer: NodeId, request: JobRequest, signed: Signed, *, is_repeated: bool = False
+        self, now: Now, peer: NodeId, job: HeldJob | None, request: JobRequest, signed: Signed, *, is_repeated: bool
     ) -> tuple[tuple[SignedView, ...], list[Effect]]:
-        """What is answered, and what follows. is_repeated: it was obeyed before, and changes nothing now."""
-        job = self._visible(request)
+        """What is answered, and what follows. job: what is asked about, None for a list. is_repeated: it was obeyed
+        before, and changes nothing now.
+        """
         if job is None:
             return self.views_of(request.user), []
         is_own = job.spec.user == request.user
@@ -858,7 +859,7 @@ class Stewardship:
         for job in sorted(stopped, key=lambda job: job.spec.sweep is None):  # sweeps first: they begin no more trials
             if job.acts:
                 effects += self._key_stopped(now, job)
-            elif job.state is JobState.DRAFT and job.replica.promised == job.replica.first:
+            elif job.is_unwritten:
                 del self._jobs[job.spec.job]
         return effects
 
@@ -933,8 +934,7 @@ class Stewardship:
     def _is_abandoned(self, now: Now, job: HeldJob) -> bool:
         """Whether it is a draft of which nothing came, and nothing is on disk: who was to speak for it is gone."""
         is_old = now.wall_s >= job.register.submitted_wall_s + DRAFT_S
-        is_unwritten = job.state is JobState.DRAFT and job.replica.promised == job.replica.first
-        return is_old and is_unwritten and job.answer_to is None and job.trial is None
+        return is_old and job.is_unwritten and job.answer_to is None and job.trial is None
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

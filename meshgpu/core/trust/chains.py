@@ -197,10 +197,9 @@ class Chains:
             return goes_on
         every = self._held.get(entry.author, {}).get(entry.seq, ())
         found = [sibling for sibling in every if _is_parting(sibling.entry) == _is_parting(entry)]
+        # Two of a kind prove the fork; a third is kept only where somebody says that it is the true one.
         if entry.seq >= CHAIN_LIMIT or (len(found) > 1 and name not in self._named):
-            return (
-                False  # two of a kind prove the fork; a third is kept only where somebody says that it is the true one
-            )
+            return False
         if isinstance(entry.body, Rekey):
             self.check_rekey(entry.author, entry.body)
         siblings = self._held.setdefault(entry.author, {}).setdefault(entry.seq, [])

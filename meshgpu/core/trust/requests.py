@@ -9,7 +9,7 @@ from meshgpu.core.trust.sealing import SECRETS_LIMIT
 from meshgpu.errors import StaleRequest, TrustError
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
 from meshgpu.model.ids import JobId, KeyId, NodeId, job_id
-from meshgpu.model.job import Action, JobRequest, JobSpec, PlacingVote
+from meshgpu.model.job import Action, JobRequest, JobSpec, PlacingVote, quorum
 from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import STEWARD_ROLES, Notary, Signed, T, UserKey
 
@@ -136,7 +136,7 @@ class RequestRules:
                     vote = self._notary.read(signed, member.public_key, PlacingVote)
                     if vote == _as_voted_by(wanted, steward):
                         voters.add(steward)
-        needed = len(stewards) // 2 + 1
+        needed = quorum(stewards)
         if len(voters) < needed:
             raise TrustError(
                 "not-allowed", f"cannot start a job: {len(voters)} of {needed} machines that hold it agree"
