@@ -15,6 +15,7 @@ from meshgpu.agent.secrets import checked
 from meshgpu.core.sweep import grid_size
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.cloud import BurstSettings, Caps
+from meshgpu.model.constraints import join
 from meshgpu.model.ids import Digest, as_name
 from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest
 from meshgpu.model.resources import Resources, parse_gpus
@@ -89,6 +90,7 @@ def draft_of(body: Mapping[str, Any], tree: Digest, manifest: Manifest) -> Draft
     """A job or a sweep as it was asked for; its tree is here."""
     gpus = body.get("gpus")
     cpus, memory_bytes = whole_of(body, "cpus"), whole_of(body, "memory_bytes")
+    on = join(str(body.get("on", "")), str(body.get("not_on", "")))
     env = body.get("env", {})
     if not isinstance(env, dict) or not all(isinstance(value, str) for value in env.values()):
         raise MeshgpuError("bad-request", "cannot submit: env is no object of texts")
@@ -107,7 +109,7 @@ def draft_of(body: Mapping[str, Any], tree: Digest, manifest: Manifest) -> Draft
         manifest.size_bytes,
         len(manifest.files),
         str(body.get("machine", "")),
-        Resources(parse_gpus(str(gpus)), cpus, memory_bytes) if gpus is not None else None,
+        Resources(parse_gpus(str(gpus)), cpus, memory_bytes, on) if gpus is not None else None,
         cpus,
         memory_bytes,
         str(body.get("image", "")),
@@ -117,6 +119,7 @@ def draft_of(body: Mapping[str, Any], tree: Digest, manifest: Manifest) -> Draft
         _objective(body),
         tuple(sorted(secrets_of(body))),
         body.get("shared") is True,
+        on,
     )
 
 

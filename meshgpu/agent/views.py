@@ -140,6 +140,7 @@ class JobDocuments:
             "command": command_text(spec),
             "gpus": [self._gpu(share.uuid, share.memory_bytes) for share in register.gpus],
             "gpu_request": str(spec.resources.gpus),
+            "on": spec.resources.on,
             "out_of_touch_s": self._out_of_touch(register),
             "held_by": [self._name(node) for node in spec.stewards],
             "output_files": result.output_files if result else 0,

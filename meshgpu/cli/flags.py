@@ -23,6 +23,11 @@ Image = Annotated[
 ]
 Cpus = Annotated[int, typer.Option("--cpus", min=0, metavar="N", help="Processors to reserve.")]
 Memory = Annotated[str, typer.Option("--memory", metavar="8GB", help="Main memory to reserve.")]
+On = Annotated[
+    str,
+    typer.Option("--on", metavar="WHERE", help="Only there: 'vram>=24GB and name~4090', or names of machines."),
+]
+NotOn = Annotated[str, typer.Option("--not-on", metavar="WHERE", help="Not there: rig7,rig8, or as --on.")]
 Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="The job's name (the script's).")]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Print the id and return.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Start the agent without asking.")]

@@ -25,6 +25,8 @@ from meshgpu.cli.flags import (
     Memory,
     Name,
     NoEnv,
+    NotOn,
+    On,
     Pip,
     PipReq,
     Retries,
@@ -42,6 +44,7 @@ from meshgpu.client.home import find_home
 from meshgpu.client.tree import capture
 from meshgpu.client.views import JobRequest, JobView
 from meshgpu.errors import MeshgpuError
+from meshgpu.model.constraints import join
 from meshgpu.model.ids import as_name
 from meshgpu.model.resources import GB, parse_gpus
 
@@ -61,6 +64,8 @@ def run(
     image: Image = "",
     cpus: Cpus = 0,
     memory: Memory = "",
+    on: On = "",
+    not_on: NotOn = "",
     cloud: Cloud = None,
     retries: Retries = 0,
     secret: Secret = None,
@@ -78,7 +83,7 @@ def run(
     124: out of time, 130: Ctrl-C, after which the job goes on.
     """
     request = job_request(command, name, env, pip, pip_req, image)
-    place(request, machine, gpus, cpus, memory, cloud, no_env=no_env)
+    place(request, machine, gpus, cpus, memory, on, not_on, cloud, no_env=no_env)
     request["retries"] = retries
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
     client = agent_for(yes=yes)
@@ -120,6 +125,8 @@ def job_request(
         gpus=None,
         cpus=0,
         memory_bytes=0,
+        on="",
+        not_on="",
         image=_checked_image(image, has_packages=bool(pip or pip_req)),
         retries=0,
         cloud=None,
@@ -137,6 +144,8 @@ def place(
     gpus: str | None,
     cpus: int,
     memory: str,
+    on: str,
+    not_on: str,
     cloud: str | None,
     *,
     no_env: bool,
@@ -147,6 +156,8 @@ def place(
     request["gpus"] = None if gpus is None else str(parse_gpus(gpus))
     request["cpus"] = cpus
     request["memory_bytes"] = parse_memory(memory) if memory else 0
+    join(on, not_on)  # an error in them is better told before anything is shipped
+    request["on"], request["not_on"] = on, not_on
     request["cloud"] = checked_cloud(cloud)
 
 

@@ -24,6 +24,8 @@ from meshgpu.cli.flags import (
     Memory,
     Name,
     NoEnv,
+    NotOn,
+    On,
     Pip,
     PipReq,
     Retries,
@@ -84,6 +86,8 @@ def grid(
     image: Image = "",
     cpus: Cpus = 0,
     memory: Memory = "",
+    on: On = "",
+    not_on: NotOn = "",
     cloud: Cloud = None,
     retries: Retries = TRIAL_RETRIES,
     secret: Secret = None,
@@ -99,7 +103,7 @@ def grid(
     130: Ctrl-C, after which the sweep goes on.
     """
     request = job_request(command, name, env, pip, pip_req, image)
-    place(request, machine, gpus, cpus, memory, cloud, no_env=no_env)
+    place(request, machine, gpus, cpus, memory, on, not_on, cloud, no_env=no_env)
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
     space = SweepRequest(method="grid", params=params, trials=0, parallel=parallel, seed=0)
     _try_all(request, space, metric, metric_regex, retries)
@@ -124,6 +128,8 @@ def at_random(
     image: Image = "",
     cpus: Cpus = 0,
     memory: Memory = "",
+    on: On = "",
+    not_on: NotOn = "",
     cloud: Cloud = None,
     retries: Retries = TRIAL_RETRIES,
     secret: Secret = None,
@@ -138,7 +144,7 @@ def at_random(
     {lr} or :lr: in the command stands for the value of lr. Exit codes as of `sweep grid`.
     """
     request = job_request(command, name, env, pip, pip_req, image)
-    place(request, machine, gpus, cpus, memory, cloud, no_env=no_env)
+    place(request, machine, gpus, cpus, memory, on, not_on, cloud, no_env=no_env)
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
     space = SweepRequest(method="random", params=params, trials=trials, parallel=parallel, seed=seed)
     _try_all(request, space, metric, metric_regex, retries)

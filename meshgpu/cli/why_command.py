@@ -38,7 +38,7 @@ def story(job: JobView, now: float) -> Iterator[str]:
     held = ", ".join(job["held_by"])
     yield f"{job['display']} is {status(job)} · {word} {ago(now - since)} ago · held by {held}"
     wanted = job["requested_machine"] or "any machine"
-    yield f"asked for: {wanted} · -g {job['gpu_request']}"
+    yield f"asked for: {wanted} · -g {job['gpu_request']}" + (f" · --on '{job['on']}'" if job["on"] else "")
     if waits:
         if job["epoch"]:
             yield f"was placed {count(job['epoch'], 'time')} before, and waits again"

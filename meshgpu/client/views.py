@@ -283,6 +283,7 @@ class JobView(TypedDict):
     tree_files: int
     tree_bytes: int
     requested_machine: str | None
+    on: str
     cloud: str
     retries: int
     died: int
@@ -356,7 +357,7 @@ class SweepRequest(TypedDict):
 
 
 class JobRequest(TypedDict):
-    """What `run` asks for. gpus: the text of `-g`, None without; machine, image: empty without; 0 where not said.
+    """What `run` asks for. gpus: the text of `-g`, None without; texts: empty without; numbers: 0 where not said.
 
     cloud: None where nothing is said. sweep: None for a job of its own.
     metric: `loss:min`, empty without; metric_pattern: where it is in the log. shared: every user may see the job.
@@ -375,6 +376,8 @@ class JobRequest(TypedDict):
     gpus: str | None
     cpus: int
     memory_bytes: int
+    on: str
+    not_on: str
     image: str
     cloud: str | None
     retries: int

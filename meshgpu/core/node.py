@@ -216,7 +216,9 @@ class Node:
     def _candidate(self, guest: Guest, member: Member) -> Candidate:
         record, capacity = self._gossip.record(member.node), self._gossip.capacity(member.node)
         rule, refusal = self._refusal(guest, member, record)
-        return Candidate(member.node, member.name, record, capacity, refusal, rule, member.role is Role.CLOUD)
+        return Candidate(
+            member.node, member.name, record, capacity, refusal, rule, member.role is Role.CLOUD, member.owner
+        )
 
     def _refusal(self, guest: Guest, member: Member, record: NodeRecord | None) -> tuple[Rule | None, str]:
         """Why an offer would be in vain, as far as it is known here: the machine itself has the last word."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from meshgpu.model.constraints import ANYWHERE, Where
 from meshgpu.model.ids import Digest, HoldId, JobId, KeyId, MeshId, NodeId, UserName
 from meshgpu.model.resources import GpuShare, Resources
 from meshgpu.model.sweep import Metric, Objective, Space, Trial
@@ -327,6 +328,7 @@ class Draft:
     machine: a machine's name, empty without `-m`. image: of a container, empty without `--image`.
     cloud: None where `--cloud` is absent: what the mesh's policy says.
     secrets: names of variables whose values the agent keeps under the query, out of the core's sight.
+    on: as in Resources, which has it where `-g` is said.
     """
 
     name: str
@@ -348,6 +350,7 @@ class Draft:
     objective: Objective | None = None
     secrets: tuple[str, ...] = ()
     shared: bool = False
+    on: Where = ANYWHERE
 
 
 @dataclass(frozen=True, slots=True)

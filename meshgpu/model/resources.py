@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from meshgpu.errors import MeshgpuError
+from meshgpu.model.constraints import ANYWHERE, Where
 from meshgpu.model.ids import GpuId
 
 GB: Final = 10**9
@@ -56,11 +57,15 @@ class GpuShare:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a job needs on its machine. `cpus` and `memory_bytes` are 0 where the job does not say."""
+    """What a job needs on its machine. `cpus` and `memory_bytes` are 0 where the job does not say.
+
+    on: which machines and GPUs will do; empty: any.
+    """
 
     gpus: GpuRequest
     cpus: int = 0
     memory_bytes: int = 0
+    on: Where = ANYWHERE
 
 
 def parse_gpus(text: str) -> GpuRequest:

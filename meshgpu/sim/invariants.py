@@ -7,13 +7,12 @@ from typing import Final, NoReturn
 
 from meshgpu.core import effects as fx
 from meshgpu.core.events import Event, MessageArrived, RekeyAsked
-from meshgpu.core.jobs.placement import find_room, lacking, out_of_bounds
+from meshgpu.core.jobs.placement import Host, never_fits, out_of_bounds
 from meshgpu.core.owner import permission
 from meshgpu.core.sweep import expand, trial_spec
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.gossip import Allocation, GossipValue, MemberState
 from meshgpu.model.ids import GpuId, HoldId, JobId, KeyId, NodeId
-from meshgpu.model.inventory import Inventory
 from meshgpu.model.job import (
     ATTEMPT_ORDER,
     ENDED_ATTEMPT_STATES,
@@ -461,11 +460,9 @@ class Invariants:
             is_named = spec.machine is None or self.ledger.ids.get(spec.machine) is machine
             is_meant = is_named and node not in away and not machine.is_gone
             is_meant = is_meant and not out_of_bounds(spec.cloud, is_rented=setup.is_rented)
-            if is_meant and not permission(setup.policy, spec.user, setup.at_home, setup.fence).refusal:
-                inventory = setup.inventory
-                never = lacking(spec.resources.gpus, inventory) or _too_small(view, inventory)
-                if not never:
-                    return False
+            is_meant = is_meant and not permission(setup.policy, spec.user, setup.at_home, setup.fence).refusal
+            if is_meant and not never_fits(spec.resources, Host(setup.inventory, setup.name, setup.at_home)):
+                return False
         return True
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -499,10 +496,6 @@ class Invariants:
 def trials_of(spec: JobSpec) -> list[JobSpec]:
     """Every trial of a sweep, as its steward must make them; none of a job of its own."""
     return [trial_spec(spec, expand(spec.sweep, n)) for n in range(1, spec.sweep.trials + 1)] if spec.sweep else []
-
-
-def _too_small(view: JobView, inventory: Inventory) -> str:
-    return find_room(view.spec.resources, inventory, (), ()).refusal
 
 
 def _brief(register: Register) -> str:

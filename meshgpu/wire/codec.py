@@ -33,6 +33,7 @@ from meshgpu.model import (
     sweep,
     trust,
 )
+from meshgpu.model.constraints import Where, parse_constraint
 from meshgpu.model.ids import Digest, JobId, MeshId
 from meshgpu.wire.v1 import (
     audit_pb2,
@@ -317,6 +318,8 @@ def _item(where: str, hint: Any) -> tuple[_Write, _Read]:
         return (lambda pair: {"key": pair[0], "value": pair[1]}), (lambda pair, _: (pair.key, pair.value))
     if hint in _FORMS:
         return _same, _form(where, _FORMS[hint])
+    if hint is Where:
+        return _same, _constraint(where)
     if isinstance(hint, NewType):
         hint = hint.__supertype__
     if hint is float:
@@ -340,6 +343,19 @@ def _form(where: str, pattern: re.Pattern[str]) -> _Read:
     def read(text: str, _: _Budget) -> str:
         if pattern.fullmatch(text) is None:
             raise _unreadable(where, text, f"the form {pattern.pattern}")
+        return text
+
+    return read
+
+
+def _constraint(where: str) -> _Read:
+    """What every machine reads for every job is looked at once, on arrival."""
+
+    def read(text: str, _: _Budget) -> str:
+        try:
+            parse_constraint(text)
+        except MeshgpuError as error:
+            raise _unreadable(where, text, "a constraint") from error
         return text
 
     return read

@@ -103,7 +103,7 @@ async def test_why_tells_of_every_machine_and_gpu(tmp_path: Path) -> None:
         "takes": False,
         "rule": "lacks",
         "refusal": "has RTX 4090 24 GB; the job asks for 2",
-        "remedy": "ask for less: -g, --cpus, --memory",
+        "remedy": "ask for less: -g, --cpus, --memory, --on",
         "gives": [],
         "gpus": [
             {

@@ -218,6 +218,7 @@ def make_job() -> Callable[..., JobView]:
             "tree_files": 12,
             "tree_bytes": 41_000,
             "requested_machine": None,
+            "on": "",
             "cloud": "never",
             "retries": 0,
             "died": 0,

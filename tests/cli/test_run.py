@@ -64,11 +64,18 @@ def test_log_comes_byte_for_byte_after_one_headline(
     assert result.exit_code == 0
 
 
+def test_constraint_that_cannot_be_read_is_refused_before_anything_is_shipped(cli: Cli, mesh: "StubAgent") -> None:
+    result = cli("run", "--on", "vrm>=24GB", "python", "train.py")
+    assert result.exit_code == 2
+    assert "did you mean vram?" in result.stderr
+    assert "POST /v1/trees" not in mesh.targets()
+
+
 def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path, ended: MakeJob) -> None:
     mesh.on_stream(EVENTS_CALL, end(ended()))
     (project / "more.txt").write_text("einops\n")
     options = "-m rig-b -g 2X24gb -e SEED=1 --pip torch --pip numpy --pip-req more.txt --no-env"
-    options += " --cpus 4 --memory 8GB --cloud never --retries 3"
+    options += " --cpus 4 --memory 8GB --cloud never --retries 3 --on vram>=24GB --not-on rig7,rig8"
     cli("run", *options.split(), "python", "train.py", "-g", "7", "--", "x")
     assert mesh.body("POST /v1/jobs") == {
         "name": "train",
@@ -83,6 +90,8 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
         "gpus": "2x24GB",
         "cpus": 4,
         "memory_bytes": 8_000_000_000,
+        "on": "vram>=24GB",
+        "not_on": "rig7,rig8",
         "image": "",
         "cloud": "never",
         "retries": 3,

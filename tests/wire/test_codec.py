@@ -29,9 +29,10 @@ from meshgpu.model import (
     sweep,
     trust,
 )
+from meshgpu.model.constraints import Where
 from meshgpu.model.ids import Digest, GpuId, JobId, KeyId, MeshId, UserName
 from meshgpu.wire.codec import ELEMENTS_LIMIT, PROTOCOL, decode, decode_frame, encode, encode_frame, field_name, kind_of
-from meshgpu.wire.v1 import envelope_pb2, gossip_pb2, job_pb2, messages_pb2, trust_pb2
+from meshgpu.wire.v1 import envelope_pb2, gossip_pb2, job_pb2, messages_pb2, resources_pb2, trust_pb2
 
 MODELS = (trust, resources, inventory, lending, cloud, gossip, sweep, job, messages, pairing, records, bulk, enrolment)
 LEFT_OUT = {
@@ -115,6 +116,8 @@ def item_values(hint: Any, field: FieldDescriptor | None) -> st.SearchStrategy[A
         return st.text("abcdefghijklmnopqrstuvwxyz234567", min_size=26, max_size=26)
     if hint is Digest:
         return st.just("") | st.text("0123456789abcdef", min_size=64, max_size=64)
+    if hint is Where:
+        return st.sampled_from(["", "rig7,rig8", "vram>=24GB and not name~'rtx 3090'"])
     hint = plain(hint)
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
@@ -400,3 +403,11 @@ def test_a_mutated_frame_is_read_or_refused(message: messages.Message, seed: int
         decode_frame(mutated(encode_frame(MESH, message), random.Random(seed)))
     except MeshgpuError as error:
         assert error.code in {"bad-message", "version", "unknown-message"}  # noqa: PT017  # either outcome is right
+
+
+def test_a_constraint_that_cannot_be_read_is_refused_on_arrival() -> None:
+    data = resources_pb2.Resources(gpus=resources_pb2.GpuRequest(count=1), on="vram>>24").SerializeToString()
+    with pytest.raises(MeshgpuError) as caught:
+        decode(resources.Resources, data)
+    assert caught.value.code == "bad-message"
+    assert "vram>>24" in caught.value.message

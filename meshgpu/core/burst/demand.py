@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from meshgpu.core.jobs.placement import find_room
+from meshgpu.core.jobs.placement import Host, find_room
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
 from meshgpu.model.gossip import Allocation, Demand, Need
 from meshgpu.model.ids import JobId, UserName
@@ -56,7 +56,7 @@ class Place:
     def take(self, need: Need) -> bool:
         """Set room aside for the need, if there is some."""
         resources = need.resources
-        room = find_room(resources, self.inventory, (), self.allocations)
+        room = find_room(resources, Host(self.inventory), (), self.allocations)
         if room.rule is not None:
             return False
         self.allocations.append(

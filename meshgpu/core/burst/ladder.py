@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from meshgpu.core.burst.demand import Place
-from meshgpu.core.jobs.placement import never_fits
+from meshgpu.core.jobs.placement import Host, never_fits
 from meshgpu.model.clock import Now
 from meshgpu.model.cloud import Caps, Market, Rung
 from meshgpu.model.gossip import Need
@@ -38,7 +38,8 @@ def ladder(rungs: Iterable[Rung], needs: Sequence[Need], caps: Caps) -> list[Run
     fitting = [
         rung
         for rung in rungs
-        if (caps.on_demand or rung.market is Market.SPOT) and not never_fits(needs[0].resources, inventory_of(rung))
+        if (caps.on_demand or rung.market is Market.SPOT)
+        and not never_fits(needs[0].resources, Host(inventory_of(rung)))
     ]
     fitting.sort(
         key=lambda rung: (

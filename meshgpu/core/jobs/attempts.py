@@ -12,7 +12,7 @@ from typing import Final
 from meshgpu.core.audit import AuditChain
 from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttempt, Persist, Reject, Send, StartAttempt
 from meshgpu.core.jobs.attempt import Attempt
-from meshgpu.core.jobs.placement import find_room, out_of_bounds
+from meshgpu.core.jobs.placement import Host, find_room, out_of_bounds
 from meshgpu.core.owner import GRACE_S, NEEDS_IMAGE, Owner, Permission, at_home, permission
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import runnable
@@ -167,7 +167,7 @@ class Attempts:
             return [_refuse(steward, offer, refusal)]
         # An offer that is repeated gets a new hold: the one before it must not count as taken.
         self._live.pop((spec.job, offer.epoch), None)
-        room = find_room(spec.resources, self._inventory, self._readings, self.allocations())
+        room = find_room(spec.resources, self._host(), self._readings, self.allocations())
         if room.refusal:
             return [_refuse(steward, offer, room.refusal)]
         hold = HoldId(random_id(self._rng.randbytes(RANDOM_ID_BYTES)))
@@ -198,6 +198,10 @@ class Attempts:
         if spec.secrets is not None and not spec.secrets.opens_for(self._node):
             return NO_WRAP
         return self._permission(spec).refusal or self._owner.refusal()
+
+    def _host(self) -> Host:
+        me = self._log.members[self._node]
+        return Host(self._inventory, me.name, me.owner)
 
     def released(self, steward: NodeId, release: Release) -> list[Effect]:
         for key, attempt in list(self._live.items()):

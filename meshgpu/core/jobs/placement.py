@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
+from meshgpu.model.constraints import Fact, Facts, parse_constraint, version
 from meshgpu.model.gossip import Allocation, Capacity, NodeRecord
 from meshgpu.model.ids import GpuId, JobId, NodeId, UserName, display_name
 from meshgpu.model.inventory import Gpu, GpuReading, Inventory, short_gpu_name, sold_gigabytes
@@ -52,6 +53,33 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
+class Host:
+    """A machine as constraints speak of it. name, owner: empty of one that is not rented yet."""
+
+    inventory: Inventory
+    name: str = ""
+    owner: UserName = UserName("")  # noqa: RUF009  # a string
+
+    def facts(self, gpu: Gpu | None) -> Facts:
+        """Of the machine, and of one of its GPUs."""
+        built_in = self.inventory
+        facts: dict[str, Fact] = {
+            "machine": self.name,
+            "owner": self.owner,
+            "cpus": float(built_in.cpus),
+            "memory": built_in.memory_bytes / GB,
+            "gpus": float(len(built_in.gpus)),
+        }
+        if built_in.driver_version:
+            facts["driver"] = version(built_in.driver_version)
+        if gpu is not None:
+            facts |= {"name": short_gpu_name(gpu.name), "vram": float(sold_gigabytes(gpu.memory_total_bytes))}
+            if gpu.compute_capability:
+                facts["cc"] = version(gpu.compute_capability)
+        return facts
+
+
+@dataclass(frozen=True, slots=True)
 class Guest:
     """What of a job decides whether a machine may run it at all. image: empty for a process.
 
@@ -82,6 +110,12 @@ class Candidate:
     refusal: str = ""
     rule: Rule | None = None
     is_rented: bool = False
+    owner: UserName = UserName("")  # noqa: RUF009  # a string
+
+    @property
+    def host(self) -> Host | None:
+        """None where it has not said yet what it has."""
+        return Host(self.record.inventory, self.name, self.owner) if self.record is not None else None
 
     @property
     def is_closed(self) -> bool:
@@ -119,9 +153,10 @@ class MachineVerdict:
 
 
 def find_room(
-    resources: Resources, inventory: Inventory, readings: Iterable[GpuReading], allocations: Sequence[Allocation]
+    resources: Resources, host: Host, readings: Iterable[GpuReading], allocations: Sequence[Allocation]
 ) -> Room:
     """Whether the resources are free now, and on which GPUs. Counts reservations, never measured load."""
+    inventory = host.inventory
     for what, unit, asked, total, taken in (
         ("processors", 1, wanted_cpus(resources), inventory.cpus, sum(a.cpus for a in allocations)),
         ("GB of memory", GB, resources.memory_bytes, inventory.memory_bytes, sum(a.memory_bytes for a in allocations)),
@@ -132,14 +167,14 @@ def find_room(
         if asked > total - taken:
             left = (total - taken) / unit
             return Room(rule=Rule.BUSY, refusal=f"is busy: {left:.4g} of {total / unit:.4g} {what} free, {asks}")
+    too_few = _lacking(resources, host)
+    if too_few:
+        return Room(rule=Rule.LACKS, refusal=too_few)
     request = resources.gpus
     if request.count == 0:
         return Room()
-    too_few = lacking(request, inventory)
-    if too_few:
-        return Room(rule=Rule.LACKS, refusal=too_few)
     by_uuid = {reading.uuid: reading for reading in readings}
-    rules = [_gpu_rule(request, gpu, by_uuid.get(gpu.uuid), allocations) for gpu in inventory.gpus]
+    rules = [_gpu_rule(resources, host, gpu, by_uuid.get(gpu.uuid), allocations) for gpu in inventory.gpus]
     free = [gpu for gpu, rule in zip(inventory.gpus, rules, strict=True) if rule is None]
     if len(free) < request.count:
         fitting = len(rules) - rules.count(Rule.LACKS)
@@ -153,20 +188,22 @@ def find_room(
     return Room(gpus=tuple(GpuShare(gpu.uuid, reserved) for gpu in chosen))
 
 
-def never_fits(resources: Resources, inventory: Inventory) -> str:
+def never_fits(resources: Resources, host: Host) -> str:
     """Why this machine cannot take the job even when it is idle; empty if it can."""
-    return find_room(resources, inventory, (), ()).refusal
+    return find_room(resources, host, (), ()).refusal
 
 
-def lacking(request: GpuRequest, inventory: Inventory) -> str:
-    """Why this machine can never satisfy the request; empty if it can once it is free."""
-    fitting = sum(_matches(request, gpu) for gpu in inventory.gpus)
-    if fitting >= request.count:
+def _lacking(resources: Resources, host: Host) -> str:
+    """Why this machine's GPUs can never be what the job wants; empty if they can once they are free."""
+    request, gpus = resources.gpus, host.inventory.gpus
+    if request.count == 0:
+        return "" if _accepts(resources, host, None) else f"is not where the job may run: {resources.on}"
+    if sum(_matches(resources, host, gpu) for gpu in gpus) >= request.count:
         return ""
-    if not inventory.gpus:
+    if not gpus:
         return f"has no GPU, the job asks for {request}"
-    installed = ", ".join(describe_gpu(gpu) for gpu in inventory.gpus)
-    return f"has {installed}; the job asks for {request}"
+    installed = ", ".join(describe_gpu(gpu) for gpu in gpus)
+    return f"has {installed}; the job asks for {_wanted(resources)}"
 
 
 def out_of_bounds(cloud: CloudUse, *, is_rented: bool) -> str:
@@ -237,10 +274,10 @@ def _room(resources: Resources, candidate: Candidate) -> Room:
     """What the machine would give, as far as it is known here."""
     if candidate.rule is not None:
         return Room(rule=candidate.rule, refusal=candidate.refusal)
-    record, capacity = candidate.record, candidate.capacity
-    if record is None or capacity is None:
+    host, capacity = candidate.host, candidate.capacity
+    if host is None or capacity is None:
         return Room(rule=Rule.UNKNOWN, refusal="has not said yet what it has")
-    return find_room(resources, record.inventory, capacity.readings, capacity.allocations)
+    return find_room(resources, host, capacity.readings, capacity.allocations)
 
 
 def _without(job: JobId, candidate: Candidate) -> Candidate:
@@ -258,7 +295,8 @@ def _machine_verdict(resources: Resources, candidate: Candidate, named: NodeId |
         room = Room(rule=Rule.ELSEWHERE, refusal="is not the machine that the job names")
     allocations = candidate.capacity.allocations if candidate.capacity else ()
     readings = {reading.uuid: reading for reading in (candidate.capacity.readings if candidate.capacity else ())}
-    gpus = candidate.record.inventory.gpus if candidate.record and resources.gpus.count else ()
+    host = candidate.host
+    gpus = host.inventory.gpus if host is not None and resources.gpus.count else ()
     return MachineVerdict(
         candidate.node,
         candidate.name,
@@ -266,18 +304,18 @@ def _machine_verdict(resources: Resources, candidate: Candidate, named: NodeId |
         room.refusal,
         _remedy(room.rule, allocations),
         room.gpus,
-        tuple(_gpu_verdict(resources.gpus, gpu, readings.get(gpu.uuid), allocations) for gpu in gpus),
+        tuple(_gpu_verdict(resources, host, gpu, readings.get(gpu.uuid), allocations) for gpu in gpus) if host else (),
     )
 
 
 def _gpu_verdict(
-    request: GpuRequest, gpu: Gpu, reading: GpuReading | None, allocations: Sequence[Allocation]
+    resources: Resources, host: Host, gpu: Gpu, reading: GpuReading | None, allocations: Sequence[Allocation]
 ) -> GpuVerdict:
-    rule = _gpu_rule(request, gpu, reading, allocations)
+    rule, request = _gpu_rule(resources, host, gpu, reading, allocations), resources.gpus
     holding = [a for a in allocations if any(share.uuid == gpu.uuid for share in a.gpus)]
     refusal = ""
     if rule is Rule.LACKS:
-        refusal = f"is {describe_gpu(gpu)}, the job asks for {request}"
+        refusal = f"is {describe_gpu(gpu)}, the job asks for {_wanted(resources)}"
     elif reading is not None and rule in (Rule.FAULTY, Rule.OWNER):
         refusal = reading.fault or reading.withheld
     elif rule is Rule.BUSY:
@@ -308,7 +346,7 @@ def _remedy(rule: Rule | None, holding: Collection[Allocation]) -> str:
         case Rule.UNKNOWN:
             return "it has read its hardware, within seconds"
         case Rule.LACKS:
-            return "ask for less: -g, --cpus, --memory"
+            return "ask for less: -g, --cpus, --memory, --on"
         case Rule.OWNER:
             return "its owner leaves it (there: meshgpu resume, or the program that uses the GPU ends)"
         case Rule.FAULTY:
@@ -318,22 +356,34 @@ def _remedy(rule: Rule | None, holding: Collection[Allocation]) -> str:
 
 
 def _gpu_rule(
-    request: GpuRequest, gpu: Gpu, reading: GpuReading | None, allocations: Iterable[Allocation]
+    resources: Resources, host: Host, gpu: Gpu, reading: GpuReading | None, allocations: Iterable[Allocation]
 ) -> Rule | None:
     """What keeps one GPU from serving now; None if it would."""
-    if not _matches(request, gpu):
+    if not _matches(resources, host, gpu):
         return Rule.LACKS
     if reading is not None and reading.fault:
         return Rule.FAULTY
     if reading is not None and reading.withheld:
         return Rule.OWNER
-    return None if _is_free(request, gpu, allocations) else Rule.BUSY
+    return None if _is_free(resources.gpus, gpu, allocations) else Rule.BUSY
 
 
-def _matches(request: GpuRequest, gpu: Gpu) -> bool:
+def _matches(resources: Resources, host: Host, gpu: Gpu) -> bool:
     # Firmware keeps some memory back: a "24 GB" card must pass `-g 24GB`, which counts 10⁹ bytes.
+    request = resources.gpus
     is_large_enough = gpu.memory_total_bytes >= request.memory_bytes
-    return is_large_enough and request.model in short_gpu_name(gpu.name).lower()
+    is_of_model = request.model in short_gpu_name(gpu.name).lower()
+    return is_large_enough and is_of_model and _accepts(resources, host, gpu)
+
+
+def _accepts(resources: Resources, host: Host, gpu: Gpu | None) -> bool:
+    """Whether the job's constraint holds there."""
+    return not resources.on or parse_constraint(resources.on).holds(host.facts(gpu))
+
+
+def _wanted(resources: Resources) -> str:
+    """The request for GPUs as people write it: `1 where vram>=24GB`."""
+    return f"{resources.gpus} where {resources.on}" if resources.on else str(resources.gpus)
 
 
 def _is_free(request: GpuRequest, gpu: Gpu, allocations: Iterable[Allocation]) -> bool:

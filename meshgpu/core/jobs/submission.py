@@ -15,6 +15,7 @@ from meshgpu.core.trust.requests import MAX_STEWARDS
 from meshgpu.core.trust.sealing import SEALING_KEY_BYTES, Seal, binding, check_draft, no_seal
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.clock import ClockGap, Now
+from meshgpu.model.constraints import parse_constraint
 from meshgpu.model.ids import RANDOM_ID_BYTES, Digest, JobId, KeyId, NodeId, base32, digest, job_id
 from meshgpu.model.job import Action, CloudUse, Draft, JobRequest, JobSpec, JobState, JobView, Register
 from meshgpu.model.messages import Challenge, Submit, SubmitAnswer
@@ -185,6 +186,10 @@ class Submissions:
         guest = Guest(user.user, draft.image, self._cloud_use(draft))
         candidates = self._candidates(guest, machine.node if machine else None)
         resources = draft.resources or self._default_resources(draft, candidates)
+        if resources.gpus.count == 0 and parse_constraint(resources.on).is_about_gpus:
+            raise MeshgpuError(
+                "bad-request", f"cannot run where {resources.on}: that is about GPUs, and the job asks for none", "-g 1"
+            )
         self._check_possible(resources, machine, candidates, guest, has_secrets=bool(draft.secrets))
         nonce = self._rng.randbytes(RANDOM_ID_BYTES)
         job = job_id(user.key, nonce)
@@ -231,7 +236,7 @@ class Submissions:
     def _default_resources(self, draft: Draft, candidates: list[Candidate]) -> Resources:
         """Without -g: one whole GPU if the machine (without -m: any machine) has one, else none."""
         has_gpu = any(candidate.record and candidate.record.inventory.gpus for candidate in candidates)
-        return Resources(ONE_WHOLE_GPU if has_gpu else NO_GPU, draft.cpus, draft.memory_bytes)
+        return Resources(ONE_WHOLE_GPU if has_gpu else NO_GPU, draft.cpus, draft.memory_bytes, draft.on)
 
     def _cloud_use(self, draft: Draft) -> CloudUse:
         """Where nothing is said, what the mesh allows."""
@@ -258,7 +263,7 @@ class Submissions:
         known = [candidate for candidate in candidates if candidate.record is not None]
         if machine is not None:
             refusal = next((c.refusal for c in known if c.node == machine.node and c.is_closed), "")
-            lacks = next((never_fits(resources, c.record.inventory) for c in known if c.record), "")
+            lacks = next((never_fits(resources, c.host) for c in known if c.host), "")
             if refusal or lacks:
                 raise MeshgpuError(
                     "impossible", f"cannot run on {machine.name}: it {refusal or lacks}", "meshgpu machines"
@@ -270,7 +275,7 @@ class Submissions:
         open_to_me = [c for c in known if not c.is_closed]
         if known and not open_to_me:
             raise MeshgpuError("impossible", f"cannot run: {explain(resources, known)}", "meshgpu machines")
-        if open_to_me and all(c.record and never_fits(resources, c.record.inventory) for c in open_to_me):
+        if open_to_me and all(c.host and never_fits(resources, c.host) for c in open_to_me):
             reasons = explain(resources, open_to_me)
             raise MeshgpuError("impossible", f"cannot run anywhere: {reasons}", "meshgpu machines")
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmeshgpu/wire/v1/resources.proto\x12\x0fmeshgpu.wire.v1\"P\n\nGpuRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06shared\x18\x03 \x01(\x08\x12\r\n\x05model\x18\x04 \x01(\t\".\n\x08GpuShare\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\"Z\n\tResources\x12)\n\x04gpus\x18\x01 \x01(\x0b\x32\x1b.meshgpu.wire.v1.GpuRequest\x12\x0c\n\x04\x63pus\x18\x02 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmeshgpu/wire/v1/resources.proto\x12\x0fmeshgpu.wire.v1\"P\n\nGpuRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06shared\x18\x03 \x01(\x08\x12\r\n\x05model\x18\x04 \x01(\t\".\n\x08GpuShare\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\"f\n\tResources\x12)\n\x04gpus\x18\x01 \x01(\x0b\x32\x1b.meshgpu.wire.v1.GpuRequest\x12\x0c\n\x04\x63pus\x18\x02 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\n\n\x02on\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,5 +36,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GPUSHARE']._serialized_start=134
   _globals['_GPUSHARE']._serialized_end=180
   _globals['_RESOURCES']._serialized_start=182
-  _globals['_RESOURCES']._serialized_end=272
+  _globals['_RESOURCES']._serialized_end=284
 # @@protoc_insertion_point(module_scope)

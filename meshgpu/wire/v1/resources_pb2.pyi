@@ -85,10 +85,13 @@ class Resources(_message.Message):
     GPUS_FIELD_NUMBER: _builtins.int
     CPUS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    ON_FIELD_NUMBER: _builtins.int
     cpus: _builtins.int
     """Processors; 0 where the job does not say."""
     memory_bytes: _builtins.int
     """Bytes of main memory; 0 where the job does not say."""
+    on: _builtins.str
+    """Which machines and GPUs it accepts, as in model/constraints.py; empty: any."""
     @_builtins.property
     def gpus(self) -> Global___GpuRequest:
         """GPUs; required."""
@@ -99,10 +102,11 @@ class Resources(_message.Message):
         gpus: Global___GpuRequest | None = ...,
         cpus: _builtins.int = ...,
         memory_bytes: _builtins.int = ...,
+        on: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gpus", b"gpus"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "gpus", b"gpus", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "gpus", b"gpus", "memory_bytes", b"memory_bytes", "on", b"on"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

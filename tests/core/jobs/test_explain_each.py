@@ -57,7 +57,7 @@ def test_each_gpu_names_its_own_rule() -> None:
         "taken by train-oth (bob)",
     ]
     assert [gpu.remedy for gpu in verdict.verdicts] == [
-        "ask for less: -g, --cpus, --memory",
+        "ask for less: -g, --cpus, --memory, --on",
         "the fault is mended (there: meshgpu doctor)",
         "end of train-oth (bob)",
     ]
@@ -134,8 +134,8 @@ def test_explanation_never_says_otherwise_than_placement(text: str, held: list[A
     faults = (GpuReading(LARGE.uuid, fault="lost"),) if is_lost else ()
     candidate = machine("rig", SMALL, LARGE, held=tuple(held), faults=faults)
     resources = Resources(parse_gpus(text))
-    assert candidate.record is not None
-    room = find_room(resources, candidate.record.inventory, faults, held)
+    assert candidate.host is not None
+    room = find_room(resources, candidate.host, faults, held)
     (verdict,) = ask(text, candidate)
     assert (verdict.rule, verdict.refusal, verdict.gpus) == (room.rule, room.refusal, room.gpus)
     assert (verdict.rule is None) == (rank(resources, [candidate], random.Random(1)) == [NodeId("rig")])

@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from meshgpu.core.jobs.placement import (
     OFFERS,
     Candidate,
+    Host,
     Rule,
     explain,
     find_room,
-    lacking,
     nearest_name,
+    never_fits,
     rank,
     wanted_cpus,
 )
+from meshgpu.model.constraints import Where
 from meshgpu.model.gossip import Allocation, Capacity, NodeRecord
 from meshgpu.model.ids import GpuId, JobId, NodeId, UserName
 from meshgpu.model.inventory import Gpu, GpuReading, Inventory
@@ -26,16 +28,16 @@ from meshgpu.model.resources import GB, NO_GPU, GpuRequest, GpuShare, Resources,
 SMALL = Gpu(GpuId("GPU-small"), 0, "NVIDIA GeForce RTX 3060", 12 * 2**30)
 LARGE = Gpu(GpuId("GPU-large"), 1, "NVIDIA GeForce RTX 4090", 24 * 2**30)
 HUGE = Gpu(GpuId("GPU-huge"), 2, "NVIDIA A100-SXM4-80GB", 80 * 2**30)
-MIXED = Inventory(8, 64 * GB, (SMALL, LARGE, HUGE))
+MIXED = Host(Inventory(8, 64 * GB, (SMALL, LARGE, HUGE)))
 
 
 def used(*shares: GpuShare, cpus: int = 0, memory_bytes: int = 0) -> Allocation:
     return Allocation(JobId("abcdefgh"), 1, "train", UserName("ada"), shares, cpus, memory_bytes)
 
 
-def room(text: str, *allocations: Allocation, inventory: Inventory = MIXED) -> tuple[GpuId, ...] | str:
+def room(text: str, *allocations: Allocation, host: Host = MIXED) -> tuple[GpuId, ...] | str:
     """What `-g text` gets: ids, or the refusal."""
-    found = find_room(Resources(parse_gpus(text)), inventory, (), allocations)
+    found = find_room(Resources(parse_gpus(text)), host, (), allocations)
     return found.refusal or tuple(share.uuid for share in found.gpus)
 
 
@@ -88,16 +90,29 @@ def test_busy_machine_names_who_holds_it() -> None:
 def test_machine_that_never_fits_says_what_it_has() -> None:
     refusal = room("h100")
     assert refusal == "has RTX 3060 12 GB, RTX 4090 24 GB, A100-SXM4-80GB 80 GB; the job asks for h100:1"
-    assert lacking(GpuRequest(4), MIXED)
-    assert lacking(GpuRequest(1), Inventory(1, 1)) == "has no GPU, the job asks for 1"
-    assert lacking(NO_GPU, Inventory(1, 1)) == ""
+    assert never_fits(Resources(GpuRequest(4)), MIXED)
+    assert never_fits(Resources(GpuRequest(1)), Host(Inventory(1, 1))) == "has no GPU, the job asks for 1"
+    assert never_fits(Resources(NO_GPU), Host(Inventory(1, 1))) == ""
+
+
+def test_constraint_leaves_the_gpus_and_machines_out_for_which_it_does_not_hold() -> None:
+    rig7 = replace(MIXED, name="rig7", owner=UserName("bob"))
+    large = Resources(GpuRequest(1), on=Where("vram>=24GB and not name~a100"))
+    assert find_room(large, rig7, (), ()).gpus == (GpuShare(LARGE.uuid),)
+    assert find_room(replace(large, gpus=GpuRequest(2)), rig7, (), ()).refusal == (
+        "has RTX 3060 12 GB, RTX 4090 24 GB, A100-SXM4-80GB 80 GB; "
+        "the job asks for 2 where vram>=24GB and not name~a100"
+    )
+    assert never_fits(Resources(NO_GPU, on=Where("not (rig7)")), rig7) == "is not where the job may run: not (rig7)"
+    assert never_fits(Resources(NO_GPU, on=Where("owner=bob")), rig7) == ""
+    assert never_fits(Resources(GpuRequest(1), on=Where("rig8")), rig7)
 
 
 def test_faulty_gpu_is_left_out() -> None:
     readings = (GpuReading(SMALL.uuid, fault="lost: reset the machine"),)
     found = find_room(Resources(GpuRequest(1)), MIXED, readings, ())
     assert found.gpus == (GpuShare(LARGE.uuid),)
-    alone = Inventory(1, 1, (SMALL,))
+    alone = Host(Inventory(1, 1, (SMALL,)))
     assert "lost: reset" in find_room(Resources(GpuRequest(1)), alone, readings, ()).refusal
 
 
@@ -131,7 +146,7 @@ def test_grants_never_exceed_a_gpu(texts: list[str]) -> None:
         if not found.refusal:
             assert len(found.gpus) == parse_gpus(text).count
             allocations.append(used(*found.gpus))
-    for gpu in MIXED.gpus:
+    for gpu in MIXED.inventory.gpus:
         shares = [share for allocation in allocations for share in allocation.gpus if share.uuid == gpu.uuid]
         if any(share.is_whole for share in shares):
             assert len(shares) == 1
