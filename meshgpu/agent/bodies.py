@@ -17,7 +17,7 @@ from meshgpu.errors import MeshgpuError
 from meshgpu.model.cloud import BurstSettings, Caps
 from meshgpu.model.constraints import join
 from meshgpu.model.ids import Digest, as_name
-from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest
+from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest, Priority
 from meshgpu.model.resources import Resources, parse_gpus
 from meshgpu.model.sweep import Method, Objective, Space, parse_objective, parse_param
 from meshgpu.model.tree import Manifest
@@ -120,6 +120,8 @@ def draft_of(body: Mapping[str, Any], tree: Digest, manifest: Manifest) -> Draft
         tuple(sorted(secrets_of(body))),
         body.get("shared") is True,
         on,
+        _priority(body),
+        body.get("preemptible") is True,
     )
 
 
@@ -136,6 +138,13 @@ def _cloud(body: Mapping[str, Any]) -> CloudUse | None:
     if text is not None and text not in list(CloudUse):
         raise MeshgpuError("bad-request", f"cannot submit: cloud is {text!r}, expected never, ok or only")
     return None if text is None else CloudUse(text)
+
+
+def _priority(body: Mapping[str, Any]) -> Priority:
+    text = body.get("priority") or Priority.NORMAL.value
+    if text not in list(Priority):
+        raise MeshgpuError("bad-request", f"cannot submit: priority is {text!r}, expected low, normal or high")
+    return Priority(text)
 
 
 def _space(body: Mapping[str, Any]) -> Space | None:

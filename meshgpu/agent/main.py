@@ -449,6 +449,7 @@ _KINDS = {
     "obeyed": "ObeyedRecord",
     "attempt": "AttemptRecord",
     "pause": "PauseRecord",
+    "usage": "UsageRecord",
     "launch": "LaunchRecord",
     "spend": "SpendRecord",
     "burst": "BurstRecord",

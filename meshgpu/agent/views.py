@@ -141,6 +141,8 @@ class JobDocuments:
             "gpus": [self._gpu(share.uuid, share.memory_bytes) for share in register.gpus],
             "gpu_request": str(spec.resources.gpus),
             "on": spec.resources.on,
+            "priority": spec.priority.value,
+            "preemptible": spec.preemptible,
             "out_of_touch_s": self._out_of_touch(register),
             "held_by": [self._name(node) for node in spec.stewards],
             "output_files": result.output_files if result else 0,

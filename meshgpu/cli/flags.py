@@ -28,6 +28,13 @@ On = Annotated[
     typer.Option("--on", metavar="WHERE", help="Only there: 'vram>=24GB and name~4090', or names of machines."),
 ]
 NotOn = Annotated[str, typer.Option("--not-on", metavar="WHERE", help="Not there: rig7,rig8, or as --on.")]
+Priority = Annotated[
+    str,
+    typer.Option("--priority", metavar="low|normal|high", help="Goes first where jobs wait, or lets others go first."),
+]
+Preemptible = Annotated[
+    bool, typer.Option("--preemptible", help="May be stopped and placed again for a job of higher priority.")
+]
 Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="The job's name (the script's).")]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Print the id and return.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Start the agent without asking.")]

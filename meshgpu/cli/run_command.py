@@ -29,6 +29,8 @@ from meshgpu.cli.flags import (
     On,
     Pip,
     PipReq,
+    Preemptible,
+    Priority,
     Retries,
     Secret,
     Share,
@@ -68,6 +70,8 @@ def run(
     not_on: NotOn = "",
     cloud: Cloud = None,
     retries: Retries = 0,
+    priority: Priority = "normal",
+    preemptible: Preemptible = False,
     secret: Secret = None,
     share: Share = False,
     name: Name = None,
@@ -85,6 +89,7 @@ def run(
     request = job_request(command, name, env, pip, pip_req, image)
     place(request, machine, gpus, cpus, memory, on, not_on, cloud, no_env=no_env)
     request["retries"] = retries
+    request["priority"], request["preemptible"] = checked_priority(priority), preemptible
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
     client = agent_for(yes=yes)
     job = ship_and_submit(client, request)
@@ -135,6 +140,8 @@ def job_request(
         metric_pattern="",
         secrets={},
         shared=False,
+        priority="normal",
+        preemptible=False,
     )
 
 
@@ -276,6 +283,15 @@ def checked_cloud(text: str | None) -> str | None:
     """Raises MeshgpuError `bad-request` for what is no such wish."""
     if text is not None and text not in ("never", "ok", "only"):
         raise MeshgpuError("bad-request", f"cannot use --cloud {text}: expected never, ok or only", "--cloud never")
+    return text
+
+
+def checked_priority(text: str) -> str:
+    """Raises MeshgpuError `bad-request` for what is none."""
+    if text not in ("low", "normal", "high"):
+        raise MeshgpuError(
+            "bad-request", f"cannot use --priority {text}: expected low, normal or high", "--priority low"
+        )
     return text
 
 

@@ -28,6 +28,8 @@ from meshgpu.cli.flags import (
     On,
     Pip,
     PipReq,
+    Preemptible,
+    Priority,
     Retries,
     Secret,
     Share,
@@ -36,7 +38,7 @@ from meshgpu.cli.flags import (
 from meshgpu.cli.job_commands import kill as kill_jobs
 from meshgpu.cli.job_commands import stop as stop_jobs
 from meshgpu.cli.render import clock, count, note, plain, print_table
-from meshgpu.cli.run_command import agent_for, job_request, place, read_secrets, ship_and_submit
+from meshgpu.cli.run_command import agent_for, checked_priority, job_request, place, read_secrets, ship_and_submit
 from meshgpu.cli.watch import Json, Watch, repeat
 from meshgpu.cli.words import EXIT_FAILED_CHECK, EXIT_INTERRUPTED, EXIT_MESH_FAILED, is_final, run_time, status, where
 from meshgpu.client.agent import AgentClient
@@ -90,6 +92,8 @@ def grid(
     not_on: NotOn = "",
     cloud: Cloud = None,
     retries: Retries = TRIAL_RETRIES,
+    priority: Priority = "normal",
+    preemptible: Preemptible = False,
     secret: Secret = None,
     share: Share = False,
     name: Name = None,
@@ -104,6 +108,7 @@ def grid(
     """
     request = job_request(command, name, env, pip, pip_req, image)
     place(request, machine, gpus, cpus, memory, on, not_on, cloud, no_env=no_env)
+    request["priority"], request["preemptible"] = checked_priority(priority), preemptible
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
     space = SweepRequest(method="grid", params=params, trials=0, parallel=parallel, seed=0)
     _try_all(request, space, metric, metric_regex, retries)
@@ -132,6 +137,8 @@ def at_random(
     not_on: NotOn = "",
     cloud: Cloud = None,
     retries: Retries = TRIAL_RETRIES,
+    priority: Priority = "normal",
+    preemptible: Preemptible = False,
     secret: Secret = None,
     share: Share = False,
     name: Name = None,
@@ -145,6 +152,7 @@ def at_random(
     """
     request = job_request(command, name, env, pip, pip_req, image)
     place(request, machine, gpus, cpus, memory, on, not_on, cloud, no_env=no_env)
+    request["priority"], request["preemptible"] = checked_priority(priority), preemptible
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
     space = SweepRequest(method="random", params=params, trials=trials, parallel=parallel, seed=seed)
     _try_all(request, space, metric, metric_regex, retries)

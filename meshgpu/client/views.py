@@ -284,6 +284,8 @@ class JobView(TypedDict):
     tree_bytes: int
     requested_machine: str | None
     on: str
+    priority: str
+    preemptible: bool
     cloud: str
     retries: int
     died: int
@@ -386,6 +388,8 @@ class JobRequest(TypedDict):
     metric_pattern: str
     secrets: dict[str, str]
     shared: bool
+    priority: str
+    preemptible: bool
 
 
 class ShippingEvent(TypedDict):

@@ -26,8 +26,10 @@ from meshgpu.core.effects import (
 from meshgpu.core.jobs.asking import Asking, AskTiming
 from meshgpu.core.jobs.attempts import Attempts, AttemptTiming
 from meshgpu.core.jobs.placement import Candidate, Guest, MachineVerdict, Rule, explain_each, out_of_bounds
+from meshgpu.core.jobs.queue import Crowd, loads
 from meshgpu.core.jobs.steward import Stewardship, StewardTiming
 from meshgpu.core.jobs.submission import Submissions, SubmissionTiming
+from meshgpu.core.jobs.usage import Usage
 from meshgpu.core.membership.clones import Clones
 from meshgpu.core.membership.gossip import Gossip, GossipTiming
 from meshgpu.core.membership.knocking import Knocking, KnockTiming
@@ -59,6 +61,7 @@ from meshgpu.model.records import (
     PauseRecord,
     PeerRecord,
     Record,
+    UsageRecord,
 )
 from meshgpu.model.trust import LENDING_ROLES, OFFICE_ROLES, AddNode, Member, Notary, Rekey, RemoveNode, Role, Signed
 
@@ -146,7 +149,7 @@ class Node:
         self.attempts = Attempts(node, self.log, self.rules, notary, rng, self.owner, config.attempts)
         self.attempts.fence = config.fence
         self.stewardship = Stewardship(
-            node, self.log, self.rules, notary, rng, self._candidates, self._is_alive, config.steward
+            node, self.log, self.rules, notary, rng, self._candidates, self._crowd, self._is_alive, config.steward
         )
         self.submissions = Submissions(node, self.log, notary, rng, self._candidates, config.submission, config.seal)
         self.asking = Asking(node, self.log, self.rules, notary, rng, self._askable, config.asking)
@@ -156,6 +159,7 @@ class Node:
             Sight(lambda: self.log.mesh, lambda: self.log.members, self._is_alive, self._gossip.demand, self.heard),
             Scribe(self._write, self.log.all_entries, lambda now, node, address: self._meet(now, node, (address,))),
         )
+        self._usage = Usage()
         self._instance = InstanceLife(config.instance, now) if config.instance else None
         self._is_drained = False
         self.audits = AuditWatch()
@@ -212,6 +216,12 @@ class Node:
         members = self.log.members
         wanted = [self.log.current(machine)] if machine is not None else sorted(members)
         return [self._candidate(guest, members[node]) for node in wanted if node in members]
+
+    def _crowd(self) -> Crowd:
+        capacities = (self._gossip.capacity(node) for node in self.log.members)
+        others = [node for node in self.log.members if node != self.node and self._is_alive(node)]
+        demands = {node: demand for node in others if (demand := self._gossip.demand(node)) is not None}
+        return Crowd(loads(filter(None, capacities)), {node: demand.lines for node, demand in demands.items()})
 
     def _candidate(self, guest: Guest, member: Member) -> Candidate:
         record, capacity = self._gossip.record(member.node), self._gossip.capacity(member.node)
@@ -297,6 +307,8 @@ class Node:
         for record in self._records:
             if isinstance(record, PauseRecord):
                 self.owner.restore(now, record)
+            if isinstance(record, UsageRecord):
+                self._usage.restore(now, record)
         effects += self.attempts.audit.restore(self._records)
         effects += self.attempts.restore(now, (r for r in self._records if isinstance(r, AttemptRecord)))
         effects += self.stewardship.restore(now, (r for r in self._records if isinstance(r, JobRecord)))
@@ -324,6 +336,7 @@ class Node:
         effects += self.burst.step(now)
         effects += self._live_on(now)
         effects = self._loop_back(now, effects)
+        effects += self._usage.step(now, self.attempts.allocations())
         told = self._gossip.record(self.node)
         if told is not None and told.audit != self.attempts.audit.head:
             self._say_record(now)
@@ -750,21 +763,22 @@ class Node:
 
     def _say_capacity(self, now: Now, *, force: bool) -> None:
         """Allocations are told at once, readings alone every few seconds."""
-        allocations = self.attempts.allocations()
+        allocations, kept = self.attempts.allocations(), self.attempts.kept()
         told = self._gossip.capacity(self.node)
         is_due = now.boot_s >= self._told_capacity_at + self._config.capacity_s
-        if force or told is None or told.allocations != allocations or is_due:
+        has_changed = told is None or (told.allocations, told.kept) != (allocations, kept)
+        if force or has_changed or is_due:
             self._told_capacity_at = now.boot_s
             # Which programs the owner runs is nobody else's business.
             readings = tuple(replace(reading, processes=()) for reading in self._readings)
-            capacity = Capacity(readings, allocations, self._load)
+            capacity = Capacity(readings, allocations, self._load, self._usage.told(), kept)
             if capacity != told:
                 self._gossip.say(now, capacity)
                 self.stewardship.room_changed(now)
 
     def _say_demand(self, now: Now) -> None:
-        """What would fit nowhere in the office, where the mesh lets it leave: for whoever rents."""
-        demand = self.stewardship.demand() if self.log.may_leave else Demand(())
+        """What would fit nowhere: for those who have jobs that wait as well, and for whoever rents."""
+        demand = self.stewardship.demand(may_leave=self.log.may_leave)
         if demand != (self._gossip.demand(self.node) or Demand(())):
             self._gossip.say(now, demand)
 

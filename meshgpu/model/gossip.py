@@ -7,6 +7,7 @@ from typing import Final
 from meshgpu.model.audit import AuditHead
 from meshgpu.model.ids import Address, JobId, MeshId, NodeId, UserName
 from meshgpu.model.inventory import GpuReading, Inventory
+from meshgpu.model.job import Priority
 from meshgpu.model.lending import Lending, Pause
 from meshgpu.model.resources import GpuShare, Resources
 
@@ -62,6 +63,20 @@ class Allocation:
     gpus: tuple[GpuShare, ...]
     cpus: int = 0
     memory_bytes: int = 0
+    priority: Priority = Priority.NORMAL
+    preemptible: bool = False
+
+    def gives_way_to(self, priority: Priority) -> bool:
+        """Whether the job agreed to be stopped for one of that priority."""
+        return self.preemptible and self.priority.rank < priority.rank
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What a user has had of a machine lately. gpu_s: seconds of whole GPUs; what was a day ago counts half."""
+
+    user: UserName
+    gpu_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +84,14 @@ class Capacity:
     """What changes often: readings and allocations. Placement reads it as a hint; the node itself decides.
 
     load: processors that were busy or waited for during the last minute, for people; placement counts allocations.
+    used: by whom the machine was used lately. kept: what is kept free for jobs that wait.
     """
 
     readings: tuple[GpuReading, ...]
     allocations: tuple[Allocation, ...]
     load: int = 0
+    used: tuple[Used, ...] = ()
+    kept: tuple[Allocation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +104,28 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """A user's jobs of one priority that wait at one steward: how many, and when the first and the last came.
+
+    Unix times, in seconds.
+    """
+
+    user: UserName
+    priority: Priority
+    jobs: int
+    first_wall_s: float
+    last_wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
-    """What a steward holds for which no machine of the mesh has room: the oldest first, NEEDS_LIMIT at most."""
+    """What a steward holds for which no machine of the mesh has room.
+
+    needs: what may leave the office, the oldest first, NEEDS_LIMIT at most. lines: all that waits.
+    """
 
     needs: tuple[Need, ...]
+    lines: tuple[Line, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

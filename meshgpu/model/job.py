@@ -32,6 +32,19 @@ class CloudUse(StrEnum):
     ONLY = "only"
 
 
+class Priority(StrEnum):
+    """How much a job matters beside others that wait."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+    @property
+    def rank(self) -> int:
+        """The higher goes first."""
+        return list(Priority).index(self)
+
+
 @dataclass(frozen=True, slots=True)
 class SecretWrap:
     """A box's content key for one machine. ephemeral: an X25519 public key, 32 bytes. wrapped: 48 bytes."""
@@ -69,6 +82,7 @@ class JobSpec:
     cloud: whether it may leave the office. retries: how often it is started again after an attempt that died.
     sweep: the space of which each trial is a job; None for a job of its own. objective: what it reports; None: nothing.
     secrets: variables that most who get the spec cannot read; None without any. shared: whether every user may see it.
+    preemptible: whether it may be stopped, to be placed again, for a job of higher priority.
     """
 
     mesh: MeshId
@@ -95,6 +109,8 @@ class JobSpec:
     objective: Objective | None = None
     secrets: SecretBox | None = None
     shared: bool = False
+    priority: Priority = Priority.NORMAL
+    preemptible: bool = False
 
 
 class JobState(StrEnum):
@@ -351,6 +367,8 @@ class Draft:
     secrets: tuple[str, ...] = ()
     shared: bool = False
     on: Where = ANYWHERE
+    priority: Priority = Priority.NORMAL
+    preemptible: bool = False
 
 
 @dataclass(frozen=True, slots=True)

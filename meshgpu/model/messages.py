@@ -165,12 +165,16 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Steward to node: would you run this, as which epoch? trial: which of a sweep, None for a job of its own."""
+    """Steward to node: would you run this, as which epoch? trial: which of a sweep, None for a job of its own.
+
+    claims: where there is no room, what it needs is to be kept free for it, and to be cleared of what gives way.
+    """
 
     job: JobId
     epoch: int
     spec: Signed
     trial: Trial | None = None
+    claims: bool = False
 
 
 @dataclass(frozen=True, slots=True)

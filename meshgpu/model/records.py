@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from meshgpu.model.cloud import BurstSettings, LaunchId, LaunchRequest
+from meshgpu.model.gossip import Used
 from meshgpu.model.ids import Address, HoldId, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.job import NO_BALLOT, AttemptState, Ballot, Register, Result, StopMode
 from meshgpu.model.lending import Pause
@@ -93,6 +94,14 @@ class PauseRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class UsageRecord:
+    """Who used this machine lately, as it was at `wall_s` (Unix time in seconds)."""
+
+    wall_s: float
+    used: tuple[Used, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AuditRecord:
     """Entry `seq` of this node's audit chain, as the node signed it."""
 
@@ -170,6 +179,7 @@ Record = (
     | ObeyedRecord
     | AttemptRecord
     | PauseRecord
+    | UsageRecord
     | AuditRecord
     | AuditStartRecord
     | LaunchRecord

@@ -250,6 +250,8 @@ class Invariants:
             self._fail(f"{spec.job} runs on {setup.name}, but it may not leave the office")
         if spec.machine is not None and self.ledger.ids.get(spec.machine) is not machine:
             self._fail(f"{spec.job} runs on {setup.name}, which its user did not name")
+        if unfit := never_fits(spec.resources, Host(setup.inventory, setup.name, setup.at_home)):
+            self._fail(f"{spec.job} runs on {setup.name}, which {unfit}")
         if spec.job not in self.ledger.submitted:
             self._fail(f"{spec.job} runs, but no user asked for it")
         register = self._register(spec.job)
@@ -274,7 +276,8 @@ class Invariants:
             self._fail(f"{key} goes back on disk: {before.state} → {record.state}")
         if before.result is not None and record.result != before.result:
             self._fail(f"{key} changes its result: {before.result} → {record.result}")
-        if record.preempted and not any(share.uuid in machine.wanted for share in record.gpus):
+        is_wanted = any(share.uuid in machine.wanted for share in record.gpus)
+        if record.preempted and not (is_wanted or self._gives_way(record.job)):
             self._fail(f"{key} must leave {machine.setup.name}, but its owner never wanted the GPU")
         if record.preempted:
             self.ledger.preempted.add(key)
@@ -366,6 +369,11 @@ class Invariants:
         living = self.ledger.living.get(register.job)
         if living is not None:
             self._fail(f"{register.job} is placed again while it lives at {living}")
+
+    def _gives_way(self, job: JobId) -> bool:
+        """Whether it may be stopped for one of the other jobs."""
+        spec = self.ledger.submitted[job]
+        return spec.preemptible and any(s.priority.rank > spec.priority.rank for s in self.ledger.submitted.values())
 
     def _check_final(self, register: Register) -> None:
         if register.job in self.ledger.living:

@@ -5,8 +5,9 @@ from typing import Final
 
 from meshgpu.core.effects import Answered
 from meshgpu.core.events import ActionAsked, JobsAsked, RunAsked, WatchStarted, WatchStopped
+from meshgpu.model.constraints import ANYWHERE, Where
 from meshgpu.model.ids import Digest, KeyId, UserName, digest
-from meshgpu.model.job import Action, CloudUse, Draft, EnvironmentRequest, JobView
+from meshgpu.model.job import Action, CloudUse, Draft, EnvironmentRequest, JobView, Priority
 from meshgpu.model.resources import GB, NO_GPU, GpuRequest, Resources
 from meshgpu.model.sweep import Method, Param, Space
 from meshgpu.sim.invariants import Ledger, trials_of
@@ -26,6 +27,18 @@ REQUESTS: Final = (
     GpuRequest(1, model="a100"),
 )
 """What `-g` may have said; None where it was absent."""
+
+WISHES: Final = (
+    (Priority.NORMAL, False),
+    (Priority.LOW, True),
+    (Priority.NORMAL, False),
+    (Priority.HIGH, False),
+    (Priority.NORMAL, True),
+)
+"""Priority, and whether the job gives way; in turn."""
+
+PLACES: Final = (ANYWHERE, ANYWHERE, Where("cpus>=8"), Where("vram>=20GB or gpus=0"), Where("not rig1"))
+"""What `--on` may have said; in turn."""
 
 
 @dataclass(slots=True)
@@ -48,7 +61,8 @@ class People:
         gpus = rng.choice(REQUESTS)
         cpus = rng.choice((0, 0, 1, 2))
         named = rng.choice(sorted(m.setup.name for m in self.ledger.machines.values())) if rng.random() < 0.4 else ""
-        resources = None if gpus is None else Resources(gpus, cpus)
+        on = PLACES[self.queries % len(PLACES)] if gpus is not None and gpus.count else ANYWHERE
+        resources = None if gpus is None else Resources(gpus, cpus, on=on)
         cloud = self._wish() if self.is_near_a_cloud else None
         self.run(machine, key, named, resources, cloud=cloud, retries=cloud is not CloudUse.NEVER)
 
@@ -83,6 +97,8 @@ class People:
         tree = digest(query.encode())
         machine.trees.add(tree)
         asked = replace(draft(name, named, resources, tree), cloud=cloud, retries=retries)
+        priority, preemptible = WISHES[self.queries % len(WISHES)]
+        asked = replace(asked, priority=priority, preemptible=preemptible)
         if space is not None:
             asked = replace(asked, command=(*asked.command, "{lr}"), sweep=space, retries=2)
         machine.post(RunAsked(query, key, asked))

@@ -219,6 +219,8 @@ def make_job() -> Callable[..., JobView]:
             "tree_bytes": 41_000,
             "requested_machine": None,
             "on": "",
+            "priority": "normal",
+            "preemptible": False,
             "cloud": "never",
             "retries": 0,
             "died": 0,

@@ -76,6 +76,7 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
     (project / "more.txt").write_text("einops\n")
     options = "-m rig-b -g 2X24gb -e SEED=1 --pip torch --pip numpy --pip-req more.txt --no-env"
     options += " --cpus 4 --memory 8GB --cloud never --retries 3 --on vram>=24GB --not-on rig7,rig8"
+    options += " --priority low --preemptible"
     cli("run", *options.split(), "python", "train.py", "-g", "7", "--", "x")
     assert mesh.body("POST /v1/jobs") == {
         "name": "train",
@@ -100,6 +101,8 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
         "metric_pattern": "",
         "secrets": {},
         "shared": False,
+        "priority": "low",
+        "preemptible": True,
     }
 
 

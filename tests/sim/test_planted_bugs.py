@@ -29,7 +29,7 @@ from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.audit import AuditEvent
 from meshgpu.model.clock import Now
-from meshgpu.model.gossip import GossipEntry
+from meshgpu.model.gossip import Allocation, GossipEntry
 from meshgpu.model.ids import JobId, NodeId
 from meshgpu.model.job import NO_STAMP, AttemptState, Ballot, JobRequest, JobState, Register, Result, Stamp, Standing
 from meshgpu.model.messages import Accept, Activate, AttemptReport, CommitAnswer, ReportAck, SubmitAnswer
@@ -525,3 +525,8 @@ def test_steward_that_keeps_any_receipt_is_caught(monkeypatch: pytest.MonkeyPatc
     test_receipt_of_another_attempt_is_not_kept(monkeypatch)
     monkeypatch.setattr(steward, "check_told", lambda *_args: None)
     find("has the receipt of attempt")
+
+
+def test_node_that_stops_jobs_which_did_not_agree_to_give_way_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Allocation, "gives_way_to", lambda self, priority: self.priority.rank < priority.rank)
+    find("must leave .*, but its owner never wanted the GPU|nobody asked for it")

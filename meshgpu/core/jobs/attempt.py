@@ -88,6 +88,8 @@ class Attempt:
             self.gpus,
             wanted_cpus(self.spec.resources),
             self.spec.resources.memory_bytes,
+            self.spec.priority,
+            self.spec.preemptible,
         )
 
     def persist(self) -> Persist:

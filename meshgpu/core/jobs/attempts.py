@@ -12,7 +12,8 @@ from typing import Final
 from meshgpu.core.audit import AuditChain
 from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttempt, Persist, Reject, Send, StartAttempt
 from meshgpu.core.jobs.attempt import Attempt
-from meshgpu.core.jobs.placement import Host, find_room, out_of_bounds
+from meshgpu.core.jobs.placement import Host, clear, find_room, out_of_bounds
+from meshgpu.core.jobs.queue import CLAIM_AFTER_S
 from meshgpu.core.owner import GRACE_S, NEEDS_IMAGE, Owner, Permission, at_home, permission
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import runnable
@@ -23,7 +24,7 @@ from meshgpu.errors import TrustError
 from meshgpu.model.audit import AuditEvent
 from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Allocation
-from meshgpu.model.ids import RANDOM_ID_BYTES, HoldId, JobId, KeyId, NodeId, UserName, random_id
+from meshgpu.model.ids import RANDOM_ID_BYTES, HoldId, JobId, KeyId, NodeId, UserName, display_name, random_id
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import Action, AttemptPlan, AttemptState, JobSpec, Phase, PlacingVote, Result, StopMode, quorum
 from meshgpu.model.messages import (
@@ -57,6 +58,7 @@ class AttemptTiming:
     """hold_s: how long an offer is kept; longer blocks GPUs after a steward's crash.
     report_s: how often a live attempt is reported. ask_s: how often activation or an acknowledgement is asked again.
     give_up_s: when an accepted attempt that nobody activates is given back. sweep_s: how often old records are sought.
+    claim_s: how long room is kept free for a job that does not ask again.
     """
 
     hold_s: float = 3.0
@@ -65,6 +67,15 @@ class AttemptTiming:
     give_up_s: float = 60.0
     sweep_s: float = 3600.0
     retention_s: float = 30 * 86400.0
+    claim_s: float = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Room that is kept free for a job. until: `boot_s`."""
+
+    allocation: Allocation
+    until: float
 
 
 class Attempts:
@@ -94,6 +105,7 @@ class Attempts:
         self._sweep_at: float | None = None
         self._inventory = Inventory(0, 0)
         self._readings: tuple[GpuReading, ...] = ()
+        self._claim: Claim | None = None
         self.fence = ""
         self.closed = ""
         """Why this machine takes no new work at all; empty while it does."""
@@ -144,6 +156,10 @@ class Attempts:
         """What is held or in use, by job."""
         return tuple(attempt.allocation() for _, attempt in sorted(self._live.items()) if attempt.occupies)
 
+    def kept(self) -> tuple[Allocation, ...]:
+        """What is kept free for jobs that wait."""
+        return (self._claim.allocation,) if self._claim is not None else ()
+
     @property
     def is_idle(self) -> bool:
         """Nothing runs or is promised, and how everything ended is known to its steward, where that still is one."""
@@ -167,9 +183,11 @@ class Attempts:
             return [_refuse(steward, offer, refusal)]
         # An offer that is repeated gets a new hold: the one before it must not count as taken.
         self._live.pop((spec.job, offer.epoch), None)
-        room = find_room(spec.resources, self._host(), self._readings, self.allocations())
+        kept = tuple(allocation for allocation in self.kept() if allocation.job != spec.job)
+        room = find_room(spec.resources, self._host(), self._readings, (*self.allocations(), *kept))
         if room.refusal:
-            return [_refuse(steward, offer, room.refusal)]
+            cleared = self._make_room(now, offer, spec, kept) if offer.claims else []
+            return [*cleared, _refuse(steward, offer, room.refusal)]
         hold = HoldId(random_id(self._rng.randbytes(RANDOM_ID_BYTES)))
         ends = now.boot_s + self._timing.hold_s
         self._live[spec.job, offer.epoch] = Attempt(
@@ -199,6 +217,26 @@ class Attempts:
             return NO_WRAP
         return self._permission(spec).refusal or self._owner.refusal()
 
+    def _make_room(self, now: Now, offer: Offer, spec: JobSpec, kept: tuple[Allocation, ...]) -> list[Effect]:
+        """Keep what the job needs free for it, and ask those to leave who give way, once only they are in its way."""
+        if any(allocation.priority.rank >= spec.priority.rank for allocation in kept):
+            return []
+        clearing = clear(spec.resources, self._host(), self._readings, self.allocations(), spec.priority)
+        if clearing is None or not (clearing.gives_way or now.wall_s - spec.issued_wall_s >= CLAIM_AFTER_S):
+            return []
+        claimant = Attempt(
+            spec, offer.spec, offer.epoch, AttemptState.HELD, clearing.gpus, HoldId(""), spec.stewards[0], 0.0
+        )
+        self._claim = Claim(claimant.allocation(), now.boot_s + self._timing.claim_s)
+        if not clearing.gives_way:
+            return []
+        reason = f"gave way to {display_name(spec.name, spec.job)} ({spec.user})"
+        effects: list[Effect] = []
+        for allocation in clearing.blocking:
+            attempt = self._live[allocation.job, allocation.epoch]
+            effects += [] if attempt.preempted else self._send_away(now, attempt, reason)
+        return effects
+
     def _host(self) -> Host:
         me = self._log.members[self._node]
         return Host(self._inventory, me.name, me.owner)
@@ -226,6 +264,8 @@ class Attempts:
         except TrustError as error:
             return [Reject(steward, error.message), _decline(steward, commit, error.message)]
         self._spend(*key)
+        if self._claim is not None and self._claim.allocation.job == commit.job:
+            self._claim = None
         attempt.accepted_at = now.boot_s
         attempt.due = now.boot_s + self._timing.ask_s
         attempt.fenced = self._permission(attempt.spec).needs_fence
@@ -383,6 +423,8 @@ class Attempts:
 
     def step(self, now: Now) -> list[Effect]:
         effects = self._give_back(now)
+        if self._claim is not None and now.boot_s >= self._claim.until:
+            self._claim = None
         for key, attempt in list(self._live.items()):
             if now.boot_s < attempt.due or not self._is_pending(attempt):
                 continue

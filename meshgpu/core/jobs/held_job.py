@@ -209,9 +209,9 @@ class HeldJob:
 
     # -- for nodes ----------------------------------------------------------------------------------------------------
 
-    def offer(self) -> Offer:
+    def offer(self, *, claims: bool = False) -> Offer:
         """For the epoch after the last one that was spent."""
-        return Offer(self.spec.job, self.register.epoch + 1, self.signed, self.trial)
+        return Offer(self.spec.job, self.register.epoch + 1, self.signed, self.trial, claims)
 
     def vote(self, notary: Notary) -> Signed:
         """This steward's vote for the node and hold that the register names."""

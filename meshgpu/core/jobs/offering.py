@@ -1,5 +1,8 @@
 """Finding a machine for jobs that wait: offers to three, a few rounds, then a reason, and again when room appears.
 
+Jobs are offered in the order of `queue`. One that finds no room may claim a machine: what it needs there is kept free
+for it, if it has waited for long at the head of the queue, or cleared of jobs that give way to its priority.
+
 Knows nothing of registers beyond "it waits": what a chosen hold means is the steward's business.
 """
 
@@ -10,8 +13,11 @@ from typing import Final
 
 from meshgpu.core.effects import Effect, Send
 from meshgpu.core.jobs.held_job import HeldJob
-from meshgpu.core.jobs.placement import Candidate, Guest, Rule, explain, rank
+from meshgpu.core.jobs.placement import Candidate, Guest, Rule, clearable, explain, rank
+from meshgpu.core.jobs.queue import CLAIM_AFTER_S, COURTESY_LIMIT, COURTESY_S, Crowd, Order, lines
+from meshgpu.core.statemachine import earliest
 from meshgpu.model.clock import Now
+from meshgpu.model.gossip import Line
 from meshgpu.model.ids import HoldId, NodeId
 from meshgpu.model.job import JobState
 from meshgpu.model.messages import OfferAnswer, Release
@@ -43,19 +49,23 @@ class Chosen:
 
 
 class Offering:
-    """Offers of all waiting jobs of one steward. `candidates(guest, machine)` is the mesh as known here."""
+    """Offers of all waiting jobs of one steward. `candidates(guest, machine)` and `crowd()`: the mesh as known here."""
 
     def __init__(
         self,
         rng: random.Random,
         candidates: Callable[[Guest, NodeId | None], list[Candidate]],
+        crowd: Callable[[], Crowd],
         timing: OfferTiming,
     ) -> None:
         self._rng = rng
         self._candidates = candidates
+        self._crowd = crowd
         self._timing = timing
         self.retry_at: float | None = None
         """`boot_s` at which waiting jobs are looked at again; None while none waits."""
+        self.lines: tuple[Line, ...] = ()
+        """What found no machine when it was last looked at."""
 
     def soon(self, now: Now) -> float:
         """A moment shortly from now, not the same for all: two who collided once shall not collide again."""
@@ -65,47 +75,76 @@ class Offering:
         return now.boot_s + self._timing.retry_s * self._rng.uniform(0.8, 1.2)
 
     def room_changed(self, now: Now, jobs: Iterable[HeldJob]) -> None:
-        """Somebody's capacity changed: jobs that wait may try again at once."""
+        """Somebody's capacity changed: jobs that wait may try again at once, but for those that let others pass."""
         self.retry_at = now.boot_s
+        soon_s = now.boot_s + COURTESY_LIMIT * COURTESY_S
         for job in jobs:
-            if job.state is JobState.QUEUED and not job.offers:
+            if job.state is JobState.QUEUED and not job.offers and job.due is not None and job.due > soon_s:
                 job.due = None
 
     def place_waiting(self, now: Now, jobs: Iterable[HeldJob]) -> list[Effect]:
-        """Offer what waits, oldest first. What finds no room costs one look for all jobs that ask for the same."""
+        """Offer what waits, in turn. What finds no room costs one look for all jobs that ask for the same."""
         effects: list[Effect] = []
         hopeless: dict[tuple[object, ...], str] = {}
-        waiting = [
-            job for job in jobs if job.state is JobState.QUEUED and job.replica.is_settled and job.spec.sweep is None
-        ]
+        waiting = [job for job in jobs if is_waiting(job)]
         offering = sum(bool(job.offers) for job in waiting)
         self.retry_at = None
-        for job in waiting:
-            if job.offers or (job.due is not None and now.boot_s < job.due):
+        self.lines = lines(job for job in waiting if job.waits_since is not None)
+        if not waiting:
+            return effects
+        crowd = self._crowd()
+        order = Order([job for job in waiting if not job.offers], crowd)
+        is_head = not offering
+        while (job := order.next()) is not None:
+            before = crowd.before(job)
+            is_head, may_claim = False, is_head and not before
+            if job.due is None and before:
+                job.due = now.boot_s + min(before, COURTESY_LIMIT) * COURTESY_S
+            if job.due is not None and now.boot_s < job.due:
+                self.retry_at = earliest(self.retry_at, job.due)
                 continue
-            self.retry_at = self._later(now)
-            alike = (job.spec.machine, job.spec.resources, Guest.of(job.spec))
+            job.due = None
+            self.retry_at = earliest(self.retry_at, self._later(now))
+            alike = (job.spec.machine, job.spec.resources, job.spec.priority, Guest.of(job.spec))
             if alike in hopeless:
                 effects.extend(_wait(now, job, hopeless[alike]))
             elif offering < OFFERING_LIMIT:
-                effects.extend(self._offer(now, job))
+                effects.extend(self._offer(now, job, is_head=may_claim))
                 offering += bool(job.offers)
-                if not job.offers:
+                if job.offers:
+                    order.given(job)
+                else:
                     hopeless[alike] = job.register.reason
         return effects
 
-    def _offer(self, now: Now, job: HeldJob) -> list[Effect]:
-        """Ask up to three machines that seem to have room; where none does, say why the job waits."""
+    def _offer(self, now: Now, job: HeldJob, *, is_head: bool) -> list[Effect]:
+        """Ask up to three machines that seem to have room, else the one that is claimed; else say why the job waits."""
         if job.round == 0:
             job.refused.clear()
         candidates = self._candidates(Guest.of(job.spec), job.spec.machine)
-        job.ranked = rank(job.spec.resources, candidates, self._rng)
+        job.ranked = rank(job.spec.resources, candidates, self._rng, job.spec.job)
+        claimed = None if job.ranked else self._claim(now, job, candidates, is_head=is_head)
+        if claimed is not None:
+            job.ranked = [claimed]
         job.offers = dict.fromkeys(job.ranked)
         if not job.ranked:
-            job.round, job.due = 0, None
+            job.round = 0
             return _wait(now, job, _reason(job, candidates))
         job.due = now.boot_s + self._timing.offer_s
-        return [Send(node, job.offer()) for node in job.ranked]
+        return [Send(node, job.offer(claims=claimed is not None)) for node in job.ranked]
+
+    def _claim(self, now: Now, job: HeldJob, candidates: list[Candidate], *, is_head: bool) -> NodeId | None:
+        """The machine that is to make room for the job: the one where the fewest jobs have to end.
+
+        Where some of them do not give way to it, only for the head of the queue, after a long time.
+        """
+        has_waited = is_head and job.waits_since is not None and now.wall_s - job.waits_since >= CLAIM_AFTER_S
+        found: list[tuple[bool, int, NodeId]] = []
+        for candidate in candidates:
+            clearing = clearable(job.spec, candidate)
+            if clearing is not None and (clearing.gives_way or has_waited):
+                found.append((not clearing.gives_way, len(clearing.blocking), candidate.node))
+        return min(found)[-1] if found else None
 
     def answered(self, job: HeldJob, node: NodeId, answer: OfferAnswer) -> bool:
         """Take note; returns whether that was the last answer. The offer must be one that `is_awaited`."""
@@ -141,6 +180,11 @@ class Offering:
         job.round, job.due = 0, self._later(now)
         self.retry_at = now.boot_s
         return _wait(now, job, _reason(job, self._candidates(Guest.of(job.spec), job.spec.machine)))
+
+
+def is_waiting(job: HeldJob) -> bool:
+    """Whether a machine is sought for it."""
+    return job.state is JobState.QUEUED and job.replica.is_settled and job.spec.sweep is None
 
 
 def _reason(job: HeldJob, candidates: list[Candidate]) -> str:

@@ -11,7 +11,7 @@ from meshgpu.model.constraints import Fact, Facts, parse_constraint, version
 from meshgpu.model.gossip import Allocation, Capacity, NodeRecord
 from meshgpu.model.ids import GpuId, JobId, NodeId, UserName, display_name
 from meshgpu.model.inventory import Gpu, GpuReading, Inventory, short_gpu_name, sold_gigabytes
-from meshgpu.model.job import CloudUse, JobSpec, SecretBox
+from meshgpu.model.job import CloudUse, JobSpec, Priority, SecretBox
 from meshgpu.model.lending import Lending
 from meshgpu.model.resources import GB, GpuRequest, GpuShare, Resources
 
@@ -222,15 +222,59 @@ def describe_gpu(gpu: Gpu) -> str:
     return f"{short_gpu_name(gpu.name)} {sold_gigabytes(gpu.memory_total_bytes)} GB"
 
 
-def rank(resources: Resources, candidates: Iterable[Candidate], rng: random.Random) -> list[NodeId]:
+@dataclass(frozen=True, slots=True)
+class Clearing:
+    """What a machine would give once some of its jobs have ended.
+
+    blocking: those, as few as possible. gives_way: whether all of them agreed to be stopped for such a job.
+    """
+
+    gpus: tuple[GpuShare, ...]
+    blocking: tuple[Allocation, ...]
+    gives_way: bool
+
+
+def clear(
+    resources: Resources,
+    host: Host,
+    readings: Sequence[GpuReading],
+    allocations: Iterable[Allocation],
+    priority: Priority,
+) -> Clearing | None:
+    """How a machine could make room; None where that would not help. Jobs that give way are the first to go."""
+    if find_room(resources, host, readings, ()).rule is not None:
+        return None
+    staying: list[Allocation] = []
+    blocking: list[Allocation] = []
+    for allocation in sorted(allocations, key=lambda a: (a.gives_way_to(priority), a.job, a.epoch)):
+        fits = find_room(resources, host, readings, [*staying, allocation]).rule is None
+        (staying if fits else blocking).append(allocation)
+    room = find_room(resources, host, readings, staying)
+    return Clearing(room.gpus, tuple(blocking), all(a.gives_way_to(priority) for a in blocking))
+
+
+def clearable(spec: JobSpec, candidate: Candidate) -> Clearing | None:
+    """The same, of a machine as it is known here; None also where it keeps room for another job already."""
+    host, capacity = candidate.host, candidate.capacity
+    if candidate.rule is not None or host is None or capacity is None:
+        return None
+    if any(kept.job != spec.job and kept.priority.rank >= spec.priority.rank for kept in capacity.kept):
+        return None
+    return clear(spec.resources, host, capacity.readings, capacity.allocations, spec.priority)
+
+
+def rank(
+    resources: Resources, candidates: Iterable[Candidate], rng: random.Random, job: JobId | None = None
+) -> list[NodeId]:
     """Machines that seem to have room, best class first, at random within a class; at most OFFERS of them.
 
     Class: the smallest GPU that fits comes first, so that large ones stay free for those who need them; of equal
-    ones those of machines that nobody sits at. What is rented comes after all that is not.
+    ones those of machines that nobody sits at. What is rented comes after all that is not. What is kept free for `job`
+    is free.
     """
     classes: dict[tuple[bool, int, bool], list[NodeId]] = {}
     for candidate in candidates:
-        room = _room(resources, candidate)
+        room = _room(resources, _without(job, candidate))
         if room.rule is None and candidate.record is not None:
             size = _class(room.gpus, candidate.record.inventory)
             is_lived_in = candidate.record.lending is not Lending.DEDICATED
@@ -277,23 +321,24 @@ def _room(resources: Resources, candidate: Candidate) -> Room:
     host, capacity = candidate.host, candidate.capacity
     if host is None or capacity is None:
         return Room(rule=Rule.UNKNOWN, refusal="has not said yet what it has")
-    return find_room(resources, host, capacity.readings, capacity.allocations)
+    return find_room(resources, host, capacity.readings, (*capacity.allocations, *capacity.kept))
 
 
-def _without(job: JobId, candidate: Candidate) -> Candidate:
+def _without(job: JobId | None, candidate: Candidate) -> Candidate:
     """The machine as it would be without the job."""
     capacity = candidate.capacity
-    if capacity is None:
+    if capacity is None or job is None:
         return candidate
-    others = tuple(allocation for allocation in capacity.allocations if allocation.job != job)
-    return replace(candidate, capacity=replace(capacity, allocations=others))
+    others, kept = (tuple(a for a in every if a.job != job) for every in (capacity.allocations, capacity.kept))
+    return replace(candidate, capacity=replace(capacity, allocations=others, kept=kept))
 
 
 def _machine_verdict(resources: Resources, candidate: Candidate, named: NodeId | None) -> MachineVerdict:
     room = _room(resources, candidate)
     if named not in (None, candidate.node):
         room = Room(rule=Rule.ELSEWHERE, refusal="is not the machine that the job names")
-    allocations = candidate.capacity.allocations if candidate.capacity else ()
+    capacity = candidate.capacity
+    allocations = (*capacity.allocations, *capacity.kept) if capacity else ()
     readings = {reading.uuid: reading for reading in (candidate.capacity.readings if candidate.capacity else ())}
     host = candidate.host
     gpus = host.inventory.gpus if host is not None and resources.gpus.count else ()

@@ -17,6 +17,7 @@ from meshgpu.core.jobs.held_job import HeldJob, replica_of
 from meshgpu.core.jobs.listing import listed
 from meshgpu.core.jobs.offering import Offering, OfferTiming
 from meshgpu.core.jobs.placement import Candidate, Guest
+from meshgpu.core.jobs.queue import Crowd
 from meshgpu.core.jobs.replica import Replica
 from meshgpu.core.jobs.turns import Turns, TurnTiming
 from meshgpu.core.statemachine import earliest
@@ -122,7 +123,7 @@ class StewardTiming:
 
 
 class Stewardship:
-    """All registers of this node. `candidates(guest, machine)` is the mesh as known here.
+    """All registers of this node. `candidates(guest, machine)` and `crowd()`: the mesh as known here.
 
     `is_alive(node)`: whether a machine is there, by the id that it has now.
     """
@@ -135,6 +136,7 @@ class Stewardship:
         notary: Notary,
         rng: random.Random,
         candidates: Callable[[Guest, NodeId | None], list[Candidate]],
+        crowd: Callable[[], Crowd],
         is_alive: Callable[[NodeId], bool],
         timing: StewardTiming,
     ) -> None:
@@ -145,7 +147,7 @@ class Stewardship:
         self._timing = timing
         self._turns = Turns(notary, rng, is_alive, timing.turns)
         self._turn_at: float | None = None
-        self._offering = Offering(rng, candidates, timing.offers)
+        self._offering = Offering(rng, candidates, crowd, timing.offers)
         self._jobs: dict[JobId, HeldJob] = {}
         self._final: dict[JobId, HeldJob] = {}
         self._ending: dict[JobId, HeldJob] = {}
@@ -817,8 +819,12 @@ class Stewardship:
 
     # -- the cloud ----------------------------------------------------------------------------------------------------
 
-    def demand(self) -> Demand:
-        """Jobs that may leave the office and for which no machine had room, the oldest first.
+    def demand(self, *, may_leave: bool) -> Demand:
+        """Jobs for which no machine had room. may_leave: whether the mesh lets jobs leave the office at all."""
+        return Demand(self._needs() if may_leave else (), self._offering.lines)
+
+    def _needs(self) -> tuple[Need, ...]:
+        """Those that may leave it, the oldest first.
 
         None with secrets: an instance that is rented for it could not read them.
         """
@@ -832,7 +838,7 @@ class Stewardship:
             and job.spec.secrets is None
         ]
         waiting.sort(key=lambda need: (need.since_wall_s, need.job))
-        return Demand(tuple(waiting[:NEEDS_LIMIT]))
+        return tuple(waiting[:NEEDS_LIMIT])
 
     def node_gone(self, now: Now, node: NodeId) -> list[Effect]:
         """An instance is gone for good: what it ran has died, whatever it last said."""
@@ -891,7 +897,6 @@ class Stewardship:
                 case JobState.QUEUED if job.offers:
                     effects.extend(self._place(now, job))
                 case JobState.QUEUED:
-                    job.due = None
                     self._offering.retry_at = now.boot_s
                 case JobState.PLACING:
                     effects.extend(self._requeue(now, job, f"{self._name(job.register.node)} did not answer in time"))

@@ -222,6 +222,8 @@ class Submissions:
             draft.objective,
             secrets,
             draft.shared,
+            draft.priority,
+            draft.preemptible,
         )
 
     def _machine(self, name: str) -> Member:

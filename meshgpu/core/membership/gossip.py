@@ -382,8 +382,9 @@ def is_of_a_desktop(value: GossipValue) -> bool:
     if isinstance(value, NodeRecord):
         return max(len(value.addresses), len(value.inventory.gpus), len(value.trusts)) <= ENTRY_PARTS
     if isinstance(value, Demand):
-        return len(value.needs) <= NEEDS_LIMIT
+        return len(value.needs) <= NEEDS_LIMIT and len(value.lines) <= ENTRY_PARTS
     if isinstance(value, Doubts):
         return len(value.doubts) <= ENTRY_PARTS
-    shares = sum(len(allocation.gpus) for allocation in value.allocations)
-    return max(len(value.readings), len(value.allocations), shares) <= ENTRY_PARTS
+    shares = sum(len(allocation.gpus) for allocation in (*value.allocations, *value.kept))
+    parts = (value.readings, value.allocations, value.used, value.kept)
+    return max(shares, *map(len, parts)) <= ENTRY_PARTS

@@ -28,7 +28,7 @@ from meshgpu.wire.v1 import lending_pb2 as meshgpu_dot_wire_dot_v1_dot_lending__
 from meshgpu.wire.v1 import resources_pb2 as meshgpu_dot_wire_dot_v1_dot_resources__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmeshgpu/wire/v1/gossip.proto\x12\x0fmeshgpu.wire.v1\x1a\x1bmeshgpu/wire/v1/audit.proto\x1a\x1fmeshgpu/wire/v1/inventory.proto\x1a\x1dmeshgpu/wire/v1/lending.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\"-\n\x0bIncarnation\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07\x63ounter\x18\x02 \x01(\x04\"\xd3\x02\n\nNodeRecord\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\x12-\n\tinventory\x18\x03 \x01(\x0b\x32\x1a.meshgpu.wire.v1.Inventory\x12\r\n\x05\x66\x65nce\x18\x04 \x01(\t\x12\x13\n\x0bmay_steward\x18\x05 \x01(\x08\x12\r\n\x05lends\x18\x06 \x01(\x08\x12\x0e\n\x06trusts\x18\x07 \x03(\t\x12\x0f\n\x07lending\x18\x08 \x01(\t\x12\x13\n\x0bneeds_image\x18\t \x01(\x08\x12*\n\x05pause\x18\n \x01(\x0b\x32\x16.meshgpu.wire.v1.PauseH\x00\x88\x01\x01\x12\x13\n\x0bsealing_key\x18\x0b \x01(\x0c\x12.\n\x05\x61udit\x18\x0c \x01(\x0b\x32\x1a.meshgpu.wire.v1.AuditHeadH\x01\x88\x01\x01\x42\x08\n\x06_pauseB\x08\n\x06_audit\"\x91\x01\n\nAllocation\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\'\n\x04gpus\x18\x05 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x0c\n\x04\x63pus\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\"y\n\x08\x43\x61pacity\x12-\n\x08readings\x18\x01 \x03(\x0b\x32\x1b.meshgpu.wire.v1.GpuReading\x12\x30\n\x0b\x61llocations\x18\x02 \x03(\x0b\x32\x1b.meshgpu.wire.v1.Allocation\x12\x0c\n\x04load\x18\x03 \x01(\r\"X\n\x04Need\x12\x0b\n\x03job\x18\x01 \x01(\t\x12-\n\tresources\x18\x02 \x01(\x0b\x32\x1a.meshgpu.wire.v1.Resources\x12\x14\n\x0csince_wall_s\x18\x03 \x01(\x01\".\n\x06\x44\x65mand\x12$\n\x05needs\x18\x01 \x03(\x0b\x32\x15.meshgpu.wire.v1.Need\"Y\n\x05\x44oubt\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x31\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x1c.meshgpu.wire.v1.Incarnation\x12\x0f\n\x07is_gone\x18\x03 \x01(\x08\"0\n\x06\x44oubts\x12&\n\x06\x64oubts\x18\x01 \x03(\x0b\x32\x16.meshgpu.wire.v1.Doubt\"\xb0\x02\n\x0bGossipEntry\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x31\n\x0bincarnation\x18\x03 \x01(\x0b\x32\x1c.meshgpu.wire.v1.Incarnation\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x32\n\x0bnode_record\x18\x05 \x01(\x0b\x32\x1b.meshgpu.wire.v1.NodeRecordH\x00\x12-\n\x08\x63\x61pacity\x18\x06 \x01(\x0b\x32\x19.meshgpu.wire.v1.CapacityH\x00\x12)\n\x06\x64\x65mand\x18\x07 \x01(\x0b\x32\x17.meshgpu.wire.v1.DemandH\x00\x12)\n\x06\x64oubts\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.DoubtsH\x00\x42\x07\n\x05valueb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmeshgpu/wire/v1/gossip.proto\x12\x0fmeshgpu.wire.v1\x1a\x1bmeshgpu/wire/v1/audit.proto\x1a\x1fmeshgpu/wire/v1/inventory.proto\x1a\x1dmeshgpu/wire/v1/lending.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\"-\n\x0bIncarnation\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07\x63ounter\x18\x02 \x01(\x04\"\xd3\x02\n\nNodeRecord\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\x12-\n\tinventory\x18\x03 \x01(\x0b\x32\x1a.meshgpu.wire.v1.Inventory\x12\r\n\x05\x66\x65nce\x18\x04 \x01(\t\x12\x13\n\x0bmay_steward\x18\x05 \x01(\x08\x12\r\n\x05lends\x18\x06 \x01(\x08\x12\x0e\n\x06trusts\x18\x07 \x03(\t\x12\x0f\n\x07lending\x18\x08 \x01(\t\x12\x13\n\x0bneeds_image\x18\t \x01(\x08\x12*\n\x05pause\x18\n \x01(\x0b\x32\x16.meshgpu.wire.v1.PauseH\x00\x88\x01\x01\x12\x13\n\x0bsealing_key\x18\x0b \x01(\x0c\x12.\n\x05\x61udit\x18\x0c \x01(\x0b\x32\x1a.meshgpu.wire.v1.AuditHeadH\x01\x88\x01\x01\x42\x08\n\x06_pauseB\x08\n\x06_audit\"\xb8\x01\n\nAllocation\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\'\n\x04gpus\x18\x05 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x0c\n\x04\x63pus\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\x10\n\x08priority\x18\x08 \x01(\t\x12\x13\n\x0bpreemptible\x18\t \x01(\x08\"#\n\x04Used\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\r\n\x05gpu_s\x18\x02 \x01(\x01\"\xc9\x01\n\x08\x43\x61pacity\x12-\n\x08readings\x18\x01 \x03(\x0b\x32\x1b.meshgpu.wire.v1.GpuReading\x12\x30\n\x0b\x61llocations\x18\x02 \x03(\x0b\x32\x1b.meshgpu.wire.v1.Allocation\x12\x0c\n\x04load\x18\x03 \x01(\r\x12#\n\x04used\x18\x04 \x03(\x0b\x32\x15.meshgpu.wire.v1.Used\x12)\n\x04kept\x18\x05 \x03(\x0b\x32\x1b.meshgpu.wire.v1.Allocation\"X\n\x04Need\x12\x0b\n\x03job\x18\x01 \x01(\t\x12-\n\tresources\x18\x02 \x01(\x0b\x32\x1a.meshgpu.wire.v1.Resources\x12\x14\n\x0csince_wall_s\x18\x03 \x01(\x01\"_\n\x04Line\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\t\x12\x0c\n\x04jobs\x18\x03 \x01(\r\x12\x14\n\x0c\x66irst_wall_s\x18\x04 \x01(\x01\x12\x13\n\x0blast_wall_s\x18\x05 \x01(\x01\"T\n\x06\x44\x65mand\x12$\n\x05needs\x18\x01 \x03(\x0b\x32\x15.meshgpu.wire.v1.Need\x12$\n\x05lines\x18\x02 \x03(\x0b\x32\x15.meshgpu.wire.v1.Line\"Y\n\x05\x44oubt\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x31\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x1c.meshgpu.wire.v1.Incarnation\x12\x0f\n\x07is_gone\x18\x03 \x01(\x08\"0\n\x06\x44oubts\x12&\n\x06\x64oubts\x18\x01 \x03(\x0b\x32\x16.meshgpu.wire.v1.Doubt\"\xb0\x02\n\x0bGossipEntry\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x31\n\x0bincarnation\x18\x03 \x01(\x0b\x32\x1c.meshgpu.wire.v1.Incarnation\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x32\n\x0bnode_record\x18\x05 \x01(\x0b\x32\x1b.meshgpu.wire.v1.NodeRecordH\x00\x12-\n\x08\x63\x61pacity\x18\x06 \x01(\x0b\x32\x19.meshgpu.wire.v1.CapacityH\x00\x12)\n\x06\x64\x65mand\x18\x07 \x01(\x0b\x32\x17.meshgpu.wire.v1.DemandH\x00\x12)\n\x06\x64oubts\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.DoubtsH\x00\x42\x07\n\x05valueb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,17 +40,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODERECORD']._serialized_start=223
   _globals['_NODERECORD']._serialized_end=562
   _globals['_ALLOCATION']._serialized_start=565
-  _globals['_ALLOCATION']._serialized_end=710
-  _globals['_CAPACITY']._serialized_start=712
-  _globals['_CAPACITY']._serialized_end=833
-  _globals['_NEED']._serialized_start=835
-  _globals['_NEED']._serialized_end=923
-  _globals['_DEMAND']._serialized_start=925
-  _globals['_DEMAND']._serialized_end=971
-  _globals['_DOUBT']._serialized_start=973
-  _globals['_DOUBT']._serialized_end=1062
-  _globals['_DOUBTS']._serialized_start=1064
-  _globals['_DOUBTS']._serialized_end=1112
-  _globals['_GOSSIPENTRY']._serialized_start=1115
-  _globals['_GOSSIPENTRY']._serialized_end=1419
+  _globals['_ALLOCATION']._serialized_end=749
+  _globals['_USED']._serialized_start=751
+  _globals['_USED']._serialized_end=786
+  _globals['_CAPACITY']._serialized_start=789
+  _globals['_CAPACITY']._serialized_end=990
+  _globals['_NEED']._serialized_start=992
+  _globals['_NEED']._serialized_end=1080
+  _globals['_LINE']._serialized_start=1082
+  _globals['_LINE']._serialized_end=1177
+  _globals['_DEMAND']._serialized_start=1179
+  _globals['_DEMAND']._serialized_end=1263
+  _globals['_DOUBT']._serialized_start=1265
+  _globals['_DOUBT']._serialized_end=1354
+  _globals['_DOUBTS']._serialized_start=1356
+  _globals['_DOUBTS']._serialized_end=1404
+  _globals['_GOSSIPENTRY']._serialized_start=1407
+  _globals['_GOSSIPENTRY']._serialized_end=1711
 # @@protoc_insertion_point(module_scope)

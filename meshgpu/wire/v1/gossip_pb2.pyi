@@ -144,6 +144,8 @@ class Allocation(_message.Message):
     GPUS_FIELD_NUMBER: _builtins.int
     CPUS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    PREEMPTIBLE_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     epoch: _builtins.int
@@ -156,6 +158,10 @@ class Allocation(_message.Message):
     """Processors; 0 if not counted."""
     memory_bytes: _builtins.int
     """Bytes of main memory; 0 if not counted."""
+    priority: _builtins.str
+    """The job's: low, normal, high."""
+    preemptible: _builtins.bool
+    """Whether the job may be stopped for one of higher priority."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.GpuShare]:
         """What of which GPUs."""
@@ -170,14 +176,42 @@ class Allocation(_message.Message):
         gpus: _abc.Iterable[_resources_pb2.GpuShare] | None = ...,
         cpus: _builtins.int = ...,
         memory_bytes: _builtins.int = ...,
+        priority: _builtins.str = ...,
+        preemptible: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "epoch", b"epoch", "gpus", b"gpus", "job", b"job", "memory_bytes", b"memory_bytes", "name", b"name", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "epoch", b"epoch", "gpus", b"gpus", "job", b"job", "memory_bytes", b"memory_bytes", "name", b"name", "preemptible", b"preemptible", "priority", b"priority", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Allocation: _TypeAlias = Allocation  # noqa: Y015
+
+@_typing.final
+class Used(_message.Message):
+    """What a user has had of a machine lately."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_FIELD_NUMBER: _builtins.int
+    GPU_S_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    """The user."""
+    gpu_s: _builtins.float
+    """Seconds of whole GPUs; what was a day ago counts half."""
+    def __init__(
+        self,
+        *,
+        user: _builtins.str = ...,
+        gpu_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_s", b"gpu_s", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Used: _TypeAlias = Used  # noqa: Y015
 
 @_typing.final
 class Capacity(_message.Message):
@@ -188,6 +222,8 @@ class Capacity(_message.Message):
     READINGS_FIELD_NUMBER: _builtins.int
     ALLOCATIONS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     load: _builtins.int
     """Processors that were busy or waited for during the last minute."""
     @_builtins.property
@@ -198,16 +234,26 @@ class Capacity(_message.Message):
     def allocations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Allocation]:
         """One for each job here."""
 
+    @_builtins.property
+    def used(self) -> _containers.RepeatedCompositeFieldContainer[Global___Used]:
+        """Who used it lately."""
+
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedCompositeFieldContainer[Global___Allocation]:
+        """What is kept free for jobs that wait."""
+
     def __init__(
         self,
         *,
         readings: _abc.Iterable[_inventory_pb2.GpuReading] | None = ...,
         allocations: _abc.Iterable[Global___Allocation] | None = ...,
         load: _builtins.int = ...,
+        used: _abc.Iterable[Global___Used] | None = ...,
+        kept: _abc.Iterable[Global___Allocation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocations", b"allocations", "load", b"load", "readings", b"readings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocations", b"allocations", "kept", b"kept", "load", b"load", "readings", b"readings", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -246,24 +292,68 @@ class Need(_message.Message):
 Global___Need: _TypeAlias = Need  # noqa: Y015
 
 @_typing.final
+class Line(_message.Message):
+    """A user's jobs of one priority that wait at one steward."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    FIRST_WALL_S_FIELD_NUMBER: _builtins.int
+    LAST_WALL_S_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    """The user."""
+    priority: _builtins.str
+    """low, normal, high."""
+    jobs: _builtins.int
+    """How many."""
+    first_wall_s: _builtins.float
+    """Unix time in seconds at which the first came."""
+    last_wall_s: _builtins.float
+    """The same of the last."""
+    def __init__(
+        self,
+        *,
+        user: _builtins.str = ...,
+        priority: _builtins.str = ...,
+        jobs: _builtins.int = ...,
+        first_wall_s: _builtins.float = ...,
+        last_wall_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_wall_s", b"first_wall_s", "jobs", b"jobs", "last_wall_s", b"last_wall_s", "priority", b"priority", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Line: _TypeAlias = Line  # noqa: Y015
+
+@_typing.final
 class Demand(_message.Message):
     """What a steward holds for which no machine has room."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NEEDS_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def needs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Need]:
-        """Oldest first, 64 at most."""
+        """What may leave the office, oldest first, 64 at most."""
+
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___Line]:
+        """All that waits."""
 
     def __init__(
         self,
         *,
         needs: _abc.Iterable[Global___Need] | None = ...,
+        lines: _abc.Iterable[Global___Line] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["needs", b"needs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines", "needs", b"needs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -173,6 +173,8 @@ class JobSpec(_message.Message):
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    PREEMPTIBLE_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id."""
     job: _builtins.str
@@ -205,6 +207,10 @@ class JobSpec(_message.Message):
     """How often it is started again after an attempt that died."""
     shared: _builtins.bool
     """Whether every user of the mesh may see it, its log and its files."""
+    priority: _builtins.str
+    """low, normal, high."""
+    preemptible: _builtins.bool
+    """Whether it may be stopped, to be placed again, for a job of higher priority."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """argv; with `shell`, one string."""
@@ -264,10 +270,12 @@ class JobSpec(_message.Message):
         objective: _sweep_pb2.Objective | None = ...,
         secrets: Global___SecretBox | None = ...,
         shared: _builtins.bool = ...,
+        priority: _builtins.str = ...,
+        preemptible: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_sweep", b"_sweep", "environment", b"environment", "machine", b"machine", "objective", b"objective", "resources", b"resources", "secrets", b"secrets", "sweep", b"sweep"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_sweep", b"_sweep", "cloud", b"cloud", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "objective", b"objective", "resources", b"resources", "retries", b"retries", "secrets", b"secrets", "shared", b"shared", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "sweep", b"sweep", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_sweep", b"_sweep", "cloud", b"cloud", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "objective", b"objective", "preemptible", b"preemptible", "priority", b"priority", "resources", b"resources", "retries", b"retries", "secrets", b"secrets", "shared", b"shared", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "sweep", b"sweep", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__machine: _TypeAlias = _typing.Literal["machine"]  # noqa: Y015
     _WhichOneofArgType__machine: _TypeAlias = _typing.Literal["_machine", b"_machine"]  # noqa: Y015

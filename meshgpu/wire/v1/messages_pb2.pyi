@@ -504,10 +504,13 @@ class Offer(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     TRIAL_FIELD_NUMBER: _builtins.int
+    CLAIMS_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     epoch: _builtins.int
     """Attempt, from 1."""
+    claims: _builtins.bool
+    """Whether room is to be made and kept free for it where there is none."""
     @_builtins.property
     def spec(self) -> _trust_pb2.Signed:
         """JobSpec, signed by its user; required."""
@@ -523,10 +526,11 @@ class Offer(_message.Message):
         epoch: _builtins.int = ...,
         spec: _trust_pb2.Signed | None = ...,
         trial: _sweep_pb2.Trial | None = ...,
+        claims: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "epoch", b"epoch", "job", b"job", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_trial", b"_trial", "claims", b"claims", "epoch", b"epoch", "job", b"job", "spec", b"spec", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__trial: _TypeAlias = _typing.Literal["trial"]  # noqa: Y015
     _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015

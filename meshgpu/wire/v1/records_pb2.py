@@ -23,6 +23,7 @@ _sym_db = _symbol_database.Default()
 
 
 from meshgpu.wire.v1 import cloud_pb2 as meshgpu_dot_wire_dot_v1_dot_cloud__pb2
+from meshgpu.wire.v1 import gossip_pb2 as meshgpu_dot_wire_dot_v1_dot_gossip__pb2
 from meshgpu.wire.v1 import job_pb2 as meshgpu_dot_wire_dot_v1_dot_job__pb2
 from meshgpu.wire.v1 import lending_pb2 as meshgpu_dot_wire_dot_v1_dot_lending__pb2
 from meshgpu.wire.v1 import resources_pb2 as meshgpu_dot_wire_dot_v1_dot_resources__pb2
@@ -30,35 +31,37 @@ from meshgpu.wire.v1 import sweep_pb2 as meshgpu_dot_wire_dot_v1_dot_sweep__pb2
 from meshgpu.wire.v1 import trust_pb2 as meshgpu_dot_wire_dot_v1_dot_trust__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshgpu/wire/v1/records.proto\x12\x0fmeshgpu.wire.v1\x1a\x1bmeshgpu/wire/v1/cloud.proto\x1a\x19meshgpu/wire/v1/job.proto\x1a\x1dmeshgpu/wire/v1/lending.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\x1a\x1bmeshgpu/wire/v1/sweep.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\")\n\nMeshRecord\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"E\n\rMeshLogRecord\x12\x0c\n\x04rank\x18\x01 \x01(\x04\x12&\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"-\n\nPeerRecord\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"\xb4\x02\n\tJobRecord\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x12*\n\x05trial\x18\x04 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x01\x88\x01\x01\x12-\n\x07receipt\x18\x05 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x02\x88\x01\x01\x12)\n\x08promised\x18\x06 \x01(\x0b\x32\x17.meshgpu.wire.v1.BallotB\t\n\x07_cancelB\x08\n\x06_trialB\n\n\x08_receipt\"@\n\x0cObeyedRecord\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\t\x12\x14\n\x0cuntil_wall_s\x18\x03 \x01(\x01\"\xdd\x03\n\rAttemptRecord\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12%\n\x04spec\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04hold\x18\x05 \x01(\t\x12\'\n\x04gpus\x18\x06 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x11\n\x04stop\x18\x07 \x01(\tH\x00\x88\x01\x01\x12,\n\x06result\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.ResultH\x01\x88\x01\x01\x12\x1b\n\x0estarted_wall_s\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0c\x65nded_wall_s\x18\n \x01(\x01H\x03\x88\x01\x01\x12\x11\n\tpreempted\x18\x0b \x01(\t\x12*\n\x05trial\x18\x0c \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x04\x88\x01\x01\x12\x0e\n\x06\x66\x65nced\x18\r \x01(\x08\x12-\n\x07receipt\x18\x0e \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x05\x88\x01\x01\x42\x07\n\x05_stopB\t\n\x07_resultB\x11\n\x0f_started_wall_sB\x0f\n\r_ended_wall_sB\x08\n\x06_trialB\n\n\x08_receipt\"4\n\x0bPauseRecord\x12%\n\x05pause\x18\x01 \x01(\x0b\x32\x16.meshgpu.wire.v1.Pause\"B\n\x0b\x41uditRecord\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12&\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\":\n\x10\x41uditStartRecord\x12&\n\x05start\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"\xb5\x01\n\x0cLaunchRecord\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.meshgpu.wire.v1.LaunchRequest\x12\r\n\x05state\x18\x02 \x01(\t\x12\x11\n\tbootstrap\x18\x03 \x01(\x0c\x12\x14\n\x0c\x61sked_wall_s\x18\x04 \x01(\x01\x12\x10\n\x08instance\x18\x05 \x01(\t\x12\x11\n\x04node\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x07 \x01(\tB\x07\n\x05_node\"\x9c\x01\n\x0bSpendRecord\x12\x0e\n\x06launch\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0c\n\x04need\x18\x03 \x01(\t\x12\x0e\n\x06number\x18\x04 \x01(\r\x12\x14\n\x0cusd_per_hour\x18\x05 \x01(\x01\x12\x13\n\x0b\x66rom_wall_s\x18\x06 \x01(\x01\x12\x14\n\x0cuntil_wall_s\x18\x07 \x01(\x01\x12\x0f\n\x07is_over\x18\x08 \x01(\x08\"N\n\x0b\x42urstRecord\x12\x30\n\x08settings\x18\x01 \x01(\x0b\x32\x1e.meshgpu.wire.v1.BurstSettings\x12\r\n\x05rents\x18\x02 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshgpu/wire/v1/records.proto\x12\x0fmeshgpu.wire.v1\x1a\x1bmeshgpu/wire/v1/cloud.proto\x1a\x1cmeshgpu/wire/v1/gossip.proto\x1a\x19meshgpu/wire/v1/job.proto\x1a\x1dmeshgpu/wire/v1/lending.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\x1a\x1bmeshgpu/wire/v1/sweep.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\")\n\nMeshRecord\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"E\n\rMeshLogRecord\x12\x0c\n\x04rank\x18\x01 \x01(\x04\x12&\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"-\n\nPeerRecord\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"\xb4\x02\n\tJobRecord\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x12*\n\x05trial\x18\x04 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x01\x88\x01\x01\x12-\n\x07receipt\x18\x05 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x02\x88\x01\x01\x12)\n\x08promised\x18\x06 \x01(\x0b\x32\x17.meshgpu.wire.v1.BallotB\t\n\x07_cancelB\x08\n\x06_trialB\n\n\x08_receipt\"@\n\x0cObeyedRecord\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\t\x12\x14\n\x0cuntil_wall_s\x18\x03 \x01(\x01\"\xdd\x03\n\rAttemptRecord\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12%\n\x04spec\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04hold\x18\x05 \x01(\t\x12\'\n\x04gpus\x18\x06 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x11\n\x04stop\x18\x07 \x01(\tH\x00\x88\x01\x01\x12,\n\x06result\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.ResultH\x01\x88\x01\x01\x12\x1b\n\x0estarted_wall_s\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0c\x65nded_wall_s\x18\n \x01(\x01H\x03\x88\x01\x01\x12\x11\n\tpreempted\x18\x0b \x01(\t\x12*\n\x05trial\x18\x0c \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x04\x88\x01\x01\x12\x0e\n\x06\x66\x65nced\x18\r \x01(\x08\x12-\n\x07receipt\x18\x0e \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x05\x88\x01\x01\x42\x07\n\x05_stopB\t\n\x07_resultB\x11\n\x0f_started_wall_sB\x0f\n\r_ended_wall_sB\x08\n\x06_trialB\n\n\x08_receipt\"4\n\x0bPauseRecord\x12%\n\x05pause\x18\x01 \x01(\x0b\x32\x16.meshgpu.wire.v1.Pause\"B\n\x0bUsageRecord\x12\x0e\n\x06wall_s\x18\x01 \x01(\x01\x12#\n\x04used\x18\x02 \x03(\x0b\x32\x15.meshgpu.wire.v1.Used\"B\n\x0b\x41uditRecord\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12&\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\":\n\x10\x41uditStartRecord\x12&\n\x05start\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"\xb5\x01\n\x0cLaunchRecord\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.meshgpu.wire.v1.LaunchRequest\x12\r\n\x05state\x18\x02 \x01(\t\x12\x11\n\tbootstrap\x18\x03 \x01(\x0c\x12\x14\n\x0c\x61sked_wall_s\x18\x04 \x01(\x01\x12\x10\n\x08instance\x18\x05 \x01(\t\x12\x11\n\x04node\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x07 \x01(\tB\x07\n\x05_node\"\x9c\x01\n\x0bSpendRecord\x12\x0e\n\x06launch\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0c\n\x04need\x18\x03 \x01(\t\x12\x0e\n\x06number\x18\x04 \x01(\r\x12\x14\n\x0cusd_per_hour\x18\x05 \x01(\x01\x12\x13\n\x0b\x66rom_wall_s\x18\x06 \x01(\x01\x12\x14\n\x0cuntil_wall_s\x18\x07 \x01(\x01\x12\x0f\n\x07is_over\x18\x08 \x01(\x08\"N\n\x0b\x42urstRecord\x12\x30\n\x08settings\x18\x01 \x01(\x0b\x32\x1e.meshgpu.wire.v1.BurstSettings\x12\r\n\x05rents\x18\x02 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshgpu.wire.v1.records_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MESHRECORD']._serialized_start=228
-  _globals['_MESHRECORD']._serialized_end=269
-  _globals['_MESHLOGRECORD']._serialized_start=271
-  _globals['_MESHLOGRECORD']._serialized_end=340
-  _globals['_PEERRECORD']._serialized_start=342
-  _globals['_PEERRECORD']._serialized_end=387
-  _globals['_JOBRECORD']._serialized_start=390
-  _globals['_JOBRECORD']._serialized_end=698
-  _globals['_OBEYEDRECORD']._serialized_start=700
-  _globals['_OBEYEDRECORD']._serialized_end=764
-  _globals['_ATTEMPTRECORD']._serialized_start=767
-  _globals['_ATTEMPTRECORD']._serialized_end=1244
-  _globals['_PAUSERECORD']._serialized_start=1246
-  _globals['_PAUSERECORD']._serialized_end=1298
-  _globals['_AUDITRECORD']._serialized_start=1300
-  _globals['_AUDITRECORD']._serialized_end=1366
-  _globals['_AUDITSTARTRECORD']._serialized_start=1368
-  _globals['_AUDITSTARTRECORD']._serialized_end=1426
-  _globals['_LAUNCHRECORD']._serialized_start=1429
-  _globals['_LAUNCHRECORD']._serialized_end=1610
-  _globals['_SPENDRECORD']._serialized_start=1613
-  _globals['_SPENDRECORD']._serialized_end=1769
-  _globals['_BURSTRECORD']._serialized_start=1771
-  _globals['_BURSTRECORD']._serialized_end=1849
+  _globals['_MESHRECORD']._serialized_start=258
+  _globals['_MESHRECORD']._serialized_end=299
+  _globals['_MESHLOGRECORD']._serialized_start=301
+  _globals['_MESHLOGRECORD']._serialized_end=370
+  _globals['_PEERRECORD']._serialized_start=372
+  _globals['_PEERRECORD']._serialized_end=417
+  _globals['_JOBRECORD']._serialized_start=420
+  _globals['_JOBRECORD']._serialized_end=728
+  _globals['_OBEYEDRECORD']._serialized_start=730
+  _globals['_OBEYEDRECORD']._serialized_end=794
+  _globals['_ATTEMPTRECORD']._serialized_start=797
+  _globals['_ATTEMPTRECORD']._serialized_end=1274
+  _globals['_PAUSERECORD']._serialized_start=1276
+  _globals['_PAUSERECORD']._serialized_end=1328
+  _globals['_USAGERECORD']._serialized_start=1330
+  _globals['_USAGERECORD']._serialized_end=1396
+  _globals['_AUDITRECORD']._serialized_start=1398
+  _globals['_AUDITRECORD']._serialized_end=1464
+  _globals['_AUDITSTARTRECORD']._serialized_start=1466
+  _globals['_AUDITSTARTRECORD']._serialized_end=1524
+  _globals['_LAUNCHRECORD']._serialized_start=1527
+  _globals['_LAUNCHRECORD']._serialized_end=1708
+  _globals['_SPENDRECORD']._serialized_start=1711
+  _globals['_SPENDRECORD']._serialized_end=1867
+  _globals['_BURSTRECORD']._serialized_start=1869
+  _globals['_BURSTRECORD']._serialized_end=1947
 # @@protoc_insertion_point(module_scope)

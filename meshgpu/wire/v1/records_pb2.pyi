@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from meshgpu.wire.v1 import cloud_pb2 as _cloud_pb2
+from meshgpu.wire.v1 import gossip_pb2 as _gossip_pb2
 from meshgpu.wire.v1 import job_pb2 as _job_pb2
 from meshgpu.wire.v1 import lending_pb2 as _lending_pb2
 from meshgpu.wire.v1 import resources_pb2 as _resources_pb2
@@ -333,6 +334,34 @@ class PauseRecord(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PauseRecord: _TypeAlias = PauseRecord  # noqa: Y015
+
+@_typing.final
+class UsageRecord(_message.Message):
+    """Who used this machine lately."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WALL_S_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    wall_s: _builtins.float
+    """Unix time in seconds at which it was so."""
+    @_builtins.property
+    def used(self) -> _containers.RepeatedCompositeFieldContainer[_gossip_pb2.Used]:
+        """By user."""
+
+    def __init__(
+        self,
+        *,
+        wall_s: _builtins.float = ...,
+        used: _abc.Iterable[_gossip_pb2.Used] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["used", b"used", "wall_s", b"wall_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageRecord: _TypeAlias = UsageRecord  # noqa: Y015
 
 @_typing.final
 class AuditRecord(_message.Message):

@@ -9,11 +9,12 @@ import pytest
 
 from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttempt, Persist, Reject, Send, StartAttempt
 from meshgpu.core.jobs.attempts import HOLDS_LIMIT, Attempts, AttemptTiming
+from meshgpu.core.jobs.queue import CLAIM_AFTER_S
 from meshgpu.core.owner import GRACE_S, Owner, OwnerPolicy
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.model.clock import Now
-from meshgpu.model.ids import GpuId, HoldId, JobId, KeyId, NodeId, UserName, digest
+from meshgpu.model.ids import GpuId, HoldId, JobId, KeyId, NodeId, UserName, digest, display_name
 from meshgpu.model.inventory import GpuProcess, GpuReading, ProcessKind
 from meshgpu.model.job import (
     Action,
@@ -22,6 +23,7 @@ from meshgpu.model.job import (
     JobSpec,
     Phase,
     PlacingVote,
+    Priority,
     Result,
     SecretBox,
     SecretWrap,
@@ -225,6 +227,101 @@ def test_open_offers_are_limited(bench: Bench, signed: Sign) -> None:
     spec, envelope = signed(HOLDS_LIMIT, resources=resources)
     effects = bench.attempts.offered(bench.at(0), bench.steward, Offer(spec.job, 1, envelope))
     assert only(effects, OfferAnswer).refusal == "has too many open offers"
+
+
+# -- claims ------------------------------------------------------------------------------------------------------------
+
+
+OLD_S = CLAIM_AFTER_S + 1.0
+
+
+def claim(bench: Bench, spec: JobSpec, envelope: Signed, now_s: float = OLD_S, epoch: int = 1) -> list[Effect]:
+    return bench.attempts.offered(bench.at(now_s), bench.steward, Offer(spec.job, epoch, envelope, claims=True))
+
+
+def test_room_is_kept_free_for_a_job_that_waited_for_long(bench: Bench, signed: Sign) -> None:
+    bench.run()
+    waiting = signed(number=2)
+    effects = claim(bench, *waiting)
+    assert only(effects, OfferAnswer).hold is None
+    assert all_of(effects, EndAttempt) == []
+    (kept,) = bench.attempts.kept()
+    assert (kept.job, [share.uuid for share in kept.gpus]) == (waiting[0].job, ["GPU-rig3-0"])
+    bench.attempts.finished(bench.at(OLD_S + 1), bench.spec.job, 1, 2.0, DONE)
+    other = signed(number=3)
+    refused = bench.attempts.offered(bench.at(OLD_S + 2), bench.steward, Offer(other[0].job, 1, other[1]))
+    assert only(refused, OfferAnswer).refusal.endswith(f"taken by {display_name('train', waiting[0].job)} (ada)")
+    hold = only(claim(bench, *waiting, now_s=OLD_S + 3), OfferAnswer).hold
+    assert hold is not None
+    bench.spec, bench.signed = waiting
+    bench.attempts.committed(bench.at(OLD_S + 3.1), bench.steward, bench.commit(hold))
+    assert bench.attempts.kept() == ()
+
+
+def test_room_is_kept_no_longer_than_the_job_asks(bench: Bench, signed: Sign) -> None:
+    bench.run()
+    claim(bench, *signed(number=2))
+    claim(bench, *signed(number=2), now_s=OLD_S + 10)
+    bench.attempts.step(bench.at(OLD_S + TIMING.claim_s))
+    assert bench.attempts.kept() != ()
+    bench.attempts.step(bench.at(OLD_S + 10 + TIMING.claim_s))
+    assert bench.attempts.kept() == ()
+
+
+def test_young_job_claims_nothing_from_those_who_do_not_give_way(bench: Bench, signed: Sign) -> None:
+    bench.run()
+    effects = claim(bench, *signed(number=2, priority=Priority.HIGH), now_s=CLAIM_AFTER_S - 1)
+    assert all_of(effects, EndAttempt) == []
+    assert bench.attempts.kept() == ()
+
+
+def test_job_that_gives_way_is_stopped_for_one_of_higher_priority(bench: Bench, signed: Sign) -> None:
+    bench.spec, bench.signed = signed(preemptible=True)
+    bench.run()
+    important = signed(number=2, priority=Priority.HIGH)
+    effects = claim(bench, *important, now_s=1.0)
+    assert only(effects, EndAttempt).mode is StopMode.STOP
+    assert record_of(effects).preempted == f"gave way to {display_name('train', important[0].job)} (ada)"
+    assert all_of(claim(bench, *important, now_s=2.0), EndAttempt) == []
+    ended = bench.attempts.finished(bench.at(3), bench.spec.job, 1, 2.0, Result(AttemptState.EXITED, 143))
+    report = only(ended, AttemptReport)
+    assert report.result is not None
+    assert report.result.outcome is AttemptState.PREEMPTED
+    again = bench.attempts.offered(bench.at(4), bench.steward, Offer(bench.spec.job, 2, bench.signed))
+    assert only(again, OfferAnswer).hold is None, "it must not take back what it gave"
+
+
+@pytest.mark.parametrize("priority", [Priority.LOW, Priority.NORMAL])
+def test_nobody_gives_way_to_his_equal(bench: Bench, signed: Sign, priority: Priority) -> None:
+    bench.spec, bench.signed = signed(preemptible=True)
+    bench.run()
+    effects = claim(bench, *signed(number=2, priority=priority))
+    assert all_of(effects, EndAttempt) == []
+
+
+def test_job_that_did_not_agree_is_never_stopped_for_another(bench: Bench, signed: Sign) -> None:
+    bench.spec, bench.signed = signed(priority=Priority.LOW)
+    bench.run()
+    assert all_of(claim(bench, *signed(number=2, priority=Priority.HIGH)), EndAttempt) == []
+
+
+def test_claim_yields_to_a_higher_priority_only(bench: Bench, signed: Sign) -> None:
+    bench.run()
+    claim(bench, *signed(number=2))
+    claim(bench, *signed(number=3))
+    assert [kept.job for kept in bench.attempts.kept()] == [signed(number=2)[0].job]
+    high = signed(number=4, priority=Priority.HIGH)
+    claim(bench, *high)
+    assert [kept.job for kept in bench.attempts.kept()] == [high[0].job]
+
+
+def test_nobody_is_stopped_where_that_would_not_help(bench: Bench, signed: Sign) -> None:
+    bench.spec, bench.signed = signed(preemptible=True)
+    bench.run()
+    large = replace(bench.spec.resources, gpus=replace(bench.spec.resources.gpus, count=9))
+    effects = claim(bench, *signed(number=2, priority=Priority.HIGH, resources=large))
+    assert all_of(effects, EndAttempt) == []
+    assert bench.attempts.kept() == ()
 
 
 # -- accepting ---------------------------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
 from meshgpu.core.jobs import listing
 from meshgpu.core.jobs import steward as steward_module
 from meshgpu.core.jobs.placement import Candidate, Rule
+from meshgpu.core.jobs.queue import CLAIM_AFTER_S, COURTESY_S, Crowd
 from meshgpu.core.jobs.steward import UNSTARTED_TRIES, Stewardship, StewardTiming
 from meshgpu.core.trust import freshness
 from meshgpu.core.trust.freshness import Challenges
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.clock import WALL_CLOCK_SLACK_S, Now
-from meshgpu.model.gossip import Capacity, NodeRecord
+from meshgpu.model.gossip import Allocation, Capacity, Line, NodeRecord
 from meshgpu.model.ids import Digest, HoldId, JobId, KeyId, NodeId, UserName, key_id
 from meshgpu.model.job import (
     Action,
@@ -26,6 +27,7 @@ from meshgpu.model.job import (
     JobSpec,
     JobState,
     Phase,
+    Priority,
     Register,
     Result,
     SecretBox,
@@ -52,6 +54,7 @@ from meshgpu.model.messages import (
 )
 from meshgpu.model.receipt import Receipt
 from meshgpu.model.records import JobRecord, ObeyedRecord
+from meshgpu.model.resources import GpuShare
 from meshgpu.model.trust import LinkUser, Signed
 from meshgpu.sim.office import Office
 
@@ -72,6 +75,7 @@ class Bench:
     at: Clock
     stewardship: Stewardship = field(init=False)
     candidates: list[Candidate] = field(default_factory=list)
+    crowd: Crowd = field(default_factory=lambda: Crowd({}, {}))
 
     def __post_init__(self) -> None:
         self.candidates = [self.candidate(2), self.candidate(3)]
@@ -89,6 +93,7 @@ class Bench:
             self.office.notaries[0],
             random.Random(1),
             lambda _user, _machine: self.candidates,
+            lambda: self.crowd,
             lambda _node: True,
             TIMING,
         )
@@ -651,19 +656,19 @@ def test_job_that_may_leave_is_told_as_a_need_once_no_machine_has_room(bench: Be
     rent(bench, signed, cloud=CloudUse.OK)
     bench.candidates = [replace(bench.candidate(2), refusal="does not answer", rule=Rule.DOWN)]
     bench.queue()
-    (need,) = bench.stewardship.demand().needs
+    (need,) = bench.stewardship.demand(may_leave=True).needs
     assert (need.job, need.resources) == (bench.spec.job, bench.spec.resources)
     bench.stewardship.room_changed(bench.at(50))
     bench.stewardship.step(bench.at(50))
-    assert bench.stewardship.demand().needs == (need,)  # it has waited since the first time
+    assert bench.stewardship.demand(may_leave=True).needs == (need,)  # it has waited since the first time
     bench.ask(Action.STOP)
-    assert bench.stewardship.demand().needs == ()
+    assert bench.stewardship.demand(may_leave=True).needs == ()
 
 
 def test_job_that_must_stay_is_no_need(bench: Bench) -> None:
     bench.candidates = [replace(bench.candidate(2), refusal="does not answer", rule=Rule.DOWN)]
     bench.queue()
-    assert bench.stewardship.demand().needs == ()
+    assert bench.stewardship.demand(may_leave=True).needs == ()
 
 
 def test_job_on_an_instance_that_is_gone_is_placed_again_as_often_as_its_user_allows(
@@ -725,7 +730,7 @@ def test_job_with_secrets_is_no_need_because_a_new_instance_could_not_read_them(
     rent(bench, signed, cloud=CloudUse.OK, secrets=box)
     bench.candidates = [replace(bench.candidate(2), refusal="does not answer", rule=Rule.DOWN)]
     bench.queue()
-    assert bench.stewardship.demand().needs == ()
+    assert bench.stewardship.demand(may_leave=True).needs == ()
 
 
 # -- what others may see -----------------------------------------------------------------------------------------------
@@ -1027,3 +1032,99 @@ def test_receipt_of_a_newer_attempt_takes_the_place_of_an_older_one(bench: Bench
     done = Result(AttemptState.EXITED, 0)
     second = signed_receipt(bench, done)
     assert record_of(end(bench, done, second)).receipt == second
+
+
+# -- the queue --------------------------------------------------------------------------------------------------------
+
+
+def offers(effects: list[Effect]) -> list[tuple[NodeId, Offer]]:
+    return [(node, message) for node, message in sent(effects, Offer) if isinstance(message, Offer)]
+
+
+def fill(bench: Bench, number: int, **how: bool) -> None:
+    """The `number`-th candidate is taken by a job of bob's."""
+    candidate = bench.candidates[number]
+    assert candidate.record is not None
+    gpus = tuple(GpuShare(gpu.uuid) for gpu in candidate.record.inventory.gpus)
+    low = Allocation(JobId("o" * 26), 1, "other", UserName("bob"), gpus, priority=Priority.LOW, **how)
+    bench.candidates[number] = replace(candidate, capacity=Capacity((), (low,)))
+
+
+def tick(bench: Bench, now_s: float) -> list[Effect]:
+    bench.stewardship.room_changed(bench.at(now_s))
+    return bench.stewardship.step(bench.at(now_s))
+
+
+def test_job_behind_those_of_other_stewards_lets_them_pass(bench: Bench) -> None:
+    line = Line(UserName("ada"), Priority.NORMAL, 1, bench.at(-10).wall_s, bench.at(-10).wall_s)
+    bench.crowd = Crowd({}, {NodeId("other"): (line,), NodeId("another"): (line,)})
+    assert offers(bench.queue()) == []
+    pause_s = 2 * COURTESY_S
+    assert bench.stewardship.deadline() == pytest.approx(pause_s)
+    assert offers(tick(bench, pause_s - 0.01)) == []
+    assert offers(tick(bench, pause_s)), "news of room must not make it wait anew"
+
+
+def test_what_waits_is_told(bench: Bench) -> None:
+    fill(bench, 0)
+    fill(bench, 1)
+    bench.queue()
+    bench.stewardship.step(bench.at(0))
+    tick(bench, 1.0)
+    told = bench.stewardship.demand(may_leave=False)
+    wall_s = bench.at(0).wall_s
+    assert (told.needs, told.lines) == ((), (Line(UserName("ada"), Priority.NORMAL, 1, wall_s, wall_s),))
+    bench.ask(Action.STOP, now_s=2.0)
+    tick(bench, 10.0)
+    assert bench.stewardship.demand(may_leave=False).lines == ()
+
+
+def test_job_claims_at_once_where_all_that_is_in_its_way_gives_way(bench: Bench) -> None:
+    fill(bench, 0)
+    fill(bench, 1, preemptible=True)
+    ((node, offer),) = offers(bench.queue())
+    assert (node, offer.claims) == (bench.candidates[1].node, True)
+
+
+def test_job_claims_a_machine_once_it_has_waited_for_long_at_the_head(bench: Bench) -> None:
+    fill(bench, 0)
+    fill(bench, 1)
+    assert offers(bench.queue()) == []
+    assert offers(tick(bench, CLAIM_AFTER_S - 1)) == []
+    ((node, offer),) = offers(tick(bench, CLAIM_AFTER_S))
+    assert node in [candidate.node for candidate in bench.candidates]
+    assert offer.claims
+
+
+def test_job_claims_nothing_behind_another_stewards_job(bench: Bench) -> None:
+    fill(bench, 0)
+    fill(bench, 1)
+    bench.queue()
+    line = Line(UserName("ada"), Priority.NORMAL, 1, bench.at(-10).wall_s, bench.at(-10).wall_s)
+    bench.crowd = Crowd({}, {NodeId("other"): (line,)})
+    tick(bench, CLAIM_AFTER_S)
+    assert offers(tick(bench, CLAIM_AFTER_S + 1)) == []
+
+
+def test_nothing_is_claimed_that_is_kept_for_another(bench: Bench) -> None:
+    fill(bench, 0)
+    fill(bench, 1)
+    kept = Allocation(JobId("o" * 26), 1, "other", UserName("bob"), ())
+    for number, candidate in enumerate(bench.candidates):
+        assert candidate.capacity is not None
+        bench.candidates[number] = replace(candidate, capacity=replace(candidate.capacity, kept=(kept,)))
+    bench.queue()
+    assert offers(tick(bench, CLAIM_AFTER_S)) == []
+
+
+def test_what_is_kept_for_a_job_is_free_for_it(bench: Bench) -> None:
+    candidate = bench.candidates[0]
+    assert candidate.record is not None
+    gpus = tuple(GpuShare(gpu.uuid) for gpu in candidate.record.inventory.gpus)
+    kept = Allocation(bench.spec.job, 1, "train", UserName("ada"), gpus)
+    bench.candidates = [replace(candidate, capacity=Capacity((), (), kept=(kept,)))]
+    assert [offer.claims for _, offer in offers(bench.queue())] == [False]
+    other = replace(kept, job=JobId("o" * 26))
+    bench.candidates = [replace(candidate, capacity=Capacity((), (), kept=(other,)))]
+    bench.restart()
+    assert offers(bench.queue()) == []

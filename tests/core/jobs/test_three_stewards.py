@@ -8,6 +8,7 @@ import pytest
 
 from meshgpu.core.effects import Effect, FetchTree, Persist, Send
 from meshgpu.core.jobs.placement import Candidate
+from meshgpu.core.jobs.queue import Crowd
 from meshgpu.core.jobs.steward import Stewardship, StewardTiming
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
@@ -87,6 +88,7 @@ class Table:
             notary,
             random.Random(number),
             lambda _guest, _machine: [machine],
+            lambda: Crowd({}, {}),
             lambda node: node not in self.away,
             TIMING,
         )
