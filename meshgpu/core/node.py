@@ -317,7 +317,7 @@ class Node:
         self._records = ()
         self._say_record(now)
         self._say_capacity(now, force=True)
-        return self._loop_back(now, effects)
+        return _persists_first(self._loop_back(now, effects))
 
     def step(self, now: Now, event: ev.Event) -> list[Effect]:
         self._liveness.woke(now)
@@ -342,9 +342,7 @@ class Node:
             self._say_record(now)
         self._say_capacity(now, force=False)
         self._say_demand(now)
-        return [effect for effect in effects if isinstance(effect, Persist)] + [
-            effect for effect in effects if not isinstance(effect, Persist)
-        ]
+        return _persists_first(effects)
 
     def examine(self, proof: Proof) -> Examined:
         """What a receipt is worth, by the mesh log that this node holds."""
@@ -795,6 +793,11 @@ class Node:
 
     def _trust_effects(self) -> list[Effect]:
         return [TrustMembers(tuple(self.log.members.values())), Announce()]
+
+
+def _persists_first(effects: list[Effect]) -> list[Effect]:
+    """Nobody is told what a power cut could still undo."""
+    return sorted(effects, key=lambda effect: not isinstance(effect, Persist))
 
 
 def take_up(log: MeshLog, records: Iterable[Record]) -> int:
