@@ -386,7 +386,8 @@ class Control:
     async def _why(self, request: web.Request) -> web.Response:
         found = await self.jobs.find(self._key(request), request.match_info["job"])
         verdicts = [verdict_document(verdict) for verdict in self.status.node.why(found.view.spec)]
-        return web.json_response({"job": self._document(found), "machines": verdicts})
+        before = self.status.node.ahead_of(found.view)
+        return web.json_response({"job": self._document(found), "machines": verdicts, "before": before})
 
     async def _sweep(self, request: web.Request) -> web.Response:
         """A sweep with its trials, by number."""

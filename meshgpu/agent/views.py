@@ -45,7 +45,7 @@ def machine_document(view: MachineView) -> Document:
         "down_s": view.down_s,
         "heard_s": view.heard_s,
         "capacity_s": view.capacity_s,
-        "jobs": len(allocations),
+        "jobs": sum(not allocation.is_kept for allocation in allocations),
         "doubted_by": list(view.doubted_by),
         "cloned": view.is_cloned,
         "version": record.agent_version if record else "",
@@ -59,7 +59,7 @@ def machine_document(view: MachineView) -> Document:
 
 def _gpu_document(gpu: Gpu, reading: GpuReading | None, allocations: tuple[Allocation, ...]) -> Document:
     jobs = [
-        {"id": a.job, "display": display_name(a.name, a.job), "user": a.user}
+        {"id": a.job, "display": display_name(a.name, a.job), "user": a.user, "waits": a.is_kept}
         for a in allocations
         if any(share.uuid == gpu.uuid for share in a.gpus)
     ]

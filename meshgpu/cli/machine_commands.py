@@ -14,7 +14,7 @@ from meshgpu.cli.watch import Json, Watch, repeat
 from meshgpu.cli.words import short_gpu, sold_gigabytes
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.home import find_home
-from meshgpu.client.views import AgentView, GpuView, MachineView, SightingView
+from meshgpu.client.views import AgentView, GpuJobView, GpuView, MachineView, SightingView
 
 COLUMNS: Final = ("MACHINE", "GPU", "TEMP", "UTIL", "MEMORY", "STATE")
 NUMBERS: Final = frozenset({"TEMP", "UTIL", "MEMORY"})
@@ -186,10 +186,15 @@ def _gpu_state(machine: MachineView, gpu: GpuView) -> str:
     if gpu["withheld"] and not gpu["jobs"]:
         return "in use by its owner"
     if gpu["jobs"]:
-        return ", ".join(f"{job['display']} ({job['user']})" for job in gpu["jobs"])
+        return ", ".join(_holder(job) for job in sorted(gpu["jobs"], key=lambda job: job["waits"]))
     if not machine["fence"]:
         return f"free for {machine['owner'] or 'its owner'} only"
     return "free"
+
+
+def _holder(job: GpuJobView) -> str:
+    name = f"{job['display']} ({job['user']})"
+    return f"kept free for {name}" if job["waits"] else name
 
 
 def _measure(value: int | None, unit: str) -> str:

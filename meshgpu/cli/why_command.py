@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from meshgpu.cli.job_commands import JobId
@@ -22,13 +22,13 @@ def why(job: JobId, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(view))
         return
-    for line in story(view["job"], time.time()):
+    for line in story(view["job"], view["before"], time.time()):
         print(plain(line))
     if view["job"]["state"] in WAITING:
         print("\n".join(["", *table(COLUMNS, [row for machine in view["machines"] for row in rows(machine)])]))
 
 
-def story(job: JobView, now: float) -> Iterator[str]:
+def story(job: JobView, before: Mapping[str, int], now: float) -> Iterator[str]:
     """How the job stands, who holds it, since when; then why it is where it is."""
     waits = job["state"] in WAITING
     since = job["submitted_at"] if waits else job["ended_at"] or job["started_at"] or job["submitted_at"]
@@ -38,16 +38,30 @@ def story(job: JobView, now: float) -> Iterator[str]:
     held = ", ".join(job["held_by"])
     yield f"{job['display']} is {status(job)} · {word} {ago(now - since)} ago · held by {held}"
     wanted = job["requested_machine"] or "any machine"
-    yield f"asked for: {wanted} · -g {job['gpu_request']}" + (f" · --on '{job['on']}'" if job["on"] else "")
+    asked = [wanted, f"-g {job['gpu_request']}"]
+    if job["on"]:
+        asked.append(f"--on '{job['on']}'")
+    if job["priority"] != "normal":
+        asked.append(f"--priority {job['priority']}")
+    yield f"asked for: {' · '.join(asked)}"
     if waits:
         if job["epoch"]:
             yield f"was placed {count(job['epoch'], 'time')} before, and waits again"
         if job["reason"]:
             yield f"{', '.join(job['held_by'])} says: {job['reason']}"
+        yield queue(job, before)
         return
     if is_final(job) and (end := ending(job)):
         yield end
     yield place(job)
+
+
+def queue(job: JobView, before: Mapping[str, int]) -> str:
+    """Who goes first where room appears for both."""
+    if not before:
+        return "queue: no other job goes first"
+    whose = ", ".join(f"{'yours' if user == job['user'] else user} {jobs}" for user, jobs in before.items())
+    return f"queue: at most {count(sum(before.values()), 'job')} first ({whose})"
 
 
 def place(job: JobView) -> str:

@@ -150,9 +150,12 @@ class SightingView(TypedDict):
 
 
 class GpuJobView(TypedDict):
+    """A job that has a GPU or a part of it. waits: it is only kept free for the job."""
+
     id: str
     display: str
     user: str
+    waits: bool
 
 
 class GpuView(TypedDict):
@@ -342,10 +345,14 @@ class MachineVerdictView(TypedDict):
 
 
 class WhyView(TypedDict):
-    """machines: of the whole mesh, by name, as the asked agent knows them."""
+    """machines: of the whole mesh, by name. before: {user: how many of his jobs go first, at most} while the job waits.
+
+    Both as the asked agent knows them.
+    """
 
     job: JobView
     machines: list[MachineVerdictView]
+    before: dict[str, int]
 
 
 class SweepRequest(TypedDict):

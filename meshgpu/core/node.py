@@ -48,9 +48,9 @@ from meshgpu.model import messages as msg
 from meshgpu.model.clock import Now
 from meshgpu.model.enrolment import InstanceTerms
 from meshgpu.model.gossip import Capacity, Demand, Doubt, MemberState, NodeRecord
-from meshgpu.model.ids import Address, Digest, JobId, KeyId, MeshId, NodeId
+from meshgpu.model.ids import Address, Digest, JobId, KeyId, MeshId, NodeId, UserName
 from meshgpu.model.inventory import GpuReading, Inventory
-from meshgpu.model.job import JobSpec
+from meshgpu.model.job import JobSpec, JobState, JobView
 from meshgpu.model.receipt import Proof
 from meshgpu.model.records import (
     AttemptRecord,
@@ -200,6 +200,13 @@ class Node:
         machine = self.log.current(spec.machine) if spec.machine is not None else None
         return explain_each(spec.resources, self._candidates(Guest.of(spec), None), machine, spec.job)
 
+    def ahead_of(self, view: JobView) -> dict[UserName, int]:
+        """{user: how many of his jobs go before this one, at most}; empty unless it waits."""
+        spec, register = view.spec, view.register
+        if register.state is not JobState.QUEUED:
+            return {}
+        return self._everybody().ahead(spec.user, spec.priority, register.submitted_wall_s)
+
     def heard(self, owner: NodeId) -> tuple[NodeRecord | None, Capacity | None]:
         """What a member last said of itself."""
         return self._gossip.record(owner), self._gossip.capacity(owner)
@@ -218,9 +225,13 @@ class Node:
         return [self._candidate(guest, members[node]) for node in wanted if node in members]
 
     def _crowd(self) -> Crowd:
+        crowd = self._everybody()
+        return Crowd(crowd.loads, {node: lines for node, lines in crowd.lines.items() if node != self.node})
+
+    def _everybody(self) -> Crowd:
         capacities = (self._gossip.capacity(node) for node in self.log.members)
-        others = [node for node in self.log.members if node != self.node and self._is_alive(node)]
-        demands = {node: demand for node in others if (demand := self._gossip.demand(node)) is not None}
+        there = [node for node in self.log.members if self._is_alive(node)]
+        demands = {node: demand for node in there if (demand := self._gossip.demand(node)) is not None}
         return Crowd(loads(filter(None, capacities)), {node: demand.lines for node, demand in demands.items()})
 
     def _candidate(self, guest: Guest, member: Member) -> Candidate:
@@ -761,15 +772,14 @@ class Node:
 
     def _say_capacity(self, now: Now, *, force: bool) -> None:
         """Allocations are told at once, readings alone every few seconds."""
-        allocations, kept = self.attempts.allocations(), self.attempts.kept()
+        allocations = (*self.attempts.allocations(), *self.attempts.kept())
         told = self._gossip.capacity(self.node)
         is_due = now.boot_s >= self._told_capacity_at + self._config.capacity_s
-        has_changed = told is None or (told.allocations, told.kept) != (allocations, kept)
-        if force or has_changed or is_due:
+        if force or told is None or told.allocations != allocations or is_due:
             self._told_capacity_at = now.boot_s
             # Which programs the owner runs is nobody else's business.
             readings = tuple(replace(reading, processes=()) for reading in self._readings)
-            capacity = Capacity(readings, allocations, self._load, self._usage.told(), kept)
+            capacity = Capacity(readings, allocations, self._load, self._usage.told())
             if capacity != told:
                 self._gossip.say(now, capacity)
                 self.stewardship.room_changed(now)

@@ -54,7 +54,10 @@ class NodeRecord:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """A job's hold on this machine: whole GPUs or parts of them, processors (0: not counted) and memory."""
+    """A job's hold on this machine: whole GPUs or parts of them, processors (0: not counted) and memory.
+
+    is_kept: it is only kept free for the job, which waits.
+    """
 
     job: JobId
     epoch: int
@@ -65,6 +68,7 @@ class Allocation:
     memory_bytes: int = 0
     priority: Priority = Priority.NORMAL
     preemptible: bool = False
+    is_kept: bool = False
 
     def gives_way_to(self, priority: Priority) -> bool:
         """Whether the job agreed to be stopped for one of that priority."""
@@ -84,14 +88,13 @@ class Capacity:
     """What changes often: readings and allocations. Placement reads it as a hint; the node itself decides.
 
     load: processors that were busy or waited for during the last minute, for people; placement counts allocations.
-    used: by whom the machine was used lately. kept: what is kept free for jobs that wait.
+    used: by whom the machine was used lately.
     """
 
     readings: tuple[GpuReading, ...]
     allocations: tuple[Allocation, ...]
     load: int = 0
     used: tuple[Used, ...] = ()
-    kept: tuple[Allocation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def sighting(node: str, **changes: Any) -> dict[str, Any]:
 
 def test_machines_show_one_line_per_gpu(cli: Cli, stub: "StubAgent") -> None:
     busy = gpu(0, utilization_percent=97, temperature_c=64, memory_free_bytes=13 * 2**30)
-    busy["jobs"] = [{"id": "k", "display": "train-k7q", "user": "alice"}]
+    busy["jobs"] = [{"id": "k", "display": "train-k7q", "user": "alice", "waits": False}]
     small = gpu(1, name="NVIDIA GeForce RTX 3060", memory_total_bytes=12 * 2**30, memory_free_bytes=None)
     small |= {"utilization_percent": None, "temperature_c": None, "fault": "lost: reset the machine"}
     stub.on(

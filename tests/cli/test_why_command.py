@@ -65,13 +65,21 @@ def test_waiting_job_shows_every_machine_and_gpu_with_rule_and_remedy(
         machine("rig-c", gpu(1), gpu(0, "lost", "faulty", "the fault is mended"), gpu(2), gives=["GPU-1"]),
         machine("rig-d", refusal="has not said yet what it has", rule="unknown", remedy="within seconds"),
     ]
-    stub.on(CALL, {"job": queued(make_job, held_by=["rig-b"]), "machines": machines})
+    stub.on(
+        CALL,
+        {
+            "job": queued(make_job, held_by=["rig-b"], on="cpus>=8", priority="low"),
+            "machines": machines,
+            "before": {"bob": 2, "ada": 1},
+        },
+    )
     done = cli("why", "train")
     assert done.exit_code == 0
     assert done.stdout.splitlines() == [
         "train-k7q is queued · waits, submitted 3 m ago · held by rig-b",
-        "asked for: any machine · -g 1",
+        "asked for: any machine · -g 1 · --on 'cpus>=8' · --priority low",
         "rig-b says: rig-b is busy",
+        "queue: at most 3 jobs first (bob 2, yours 1)",
         "",
         "MACHINE  GPU             NOW                           WHAT WOULD CHANGE IT",
         "rig-a    RTX 4090 24 GB  lends nothing at the moment   its owner lets you in",
@@ -85,10 +93,11 @@ def test_waiting_job_shows_every_machine_and_gpu_with_rule_and_remedy(
 
 
 def test_job_that_was_placed_before_says_so(cli: Cli, stub: "StubAgent", make_job: MakeJob) -> None:
-    stub.on(CALL, {"job": queued(make_job, epoch=2, requested_machine="rig-b"), "machines": []})
+    stub.on(CALL, {"job": queued(make_job, epoch=2, requested_machine="rig-b"), "machines": [], "before": {}})
     shown = cli("why", "train").stdout
     assert "was placed 2 times before" in shown
     assert "asked for: rig-b · -g 1" in shown
+    assert "queue: no other job goes first" in shown
 
 
 @pytest.mark.parametrize(
@@ -102,7 +111,7 @@ def test_job_that_was_placed_before_says_so(cli: Cli, stub: "StubAgent", make_jo
 def test_running_job_says_where_and_why_there(
     cli: Cli, stub: "StubAgent", make_job: MakeJob, changes: dict[str, Any], expected: str
 ) -> None:
-    stub.on(CALL, {"job": make_job(**changes), "machines": [machine("rig-a", gpu(0))]})
+    stub.on(CALL, {"job": make_job(**changes), "machines": [machine("rig-a", gpu(0))], "before": {}})
     shown = cli("why", "train").stdout
     assert "train-k7q is running · runs, started" in shown
     assert "where: rig-b" in shown
@@ -113,7 +122,7 @@ def test_running_job_says_where_and_why_there(
 def test_ended_job_says_how_it_ended_and_where(
     cli: Cli, stub: "StubAgent", ended: Callable[..., JobView], make_job: MakeJob
 ) -> None:
-    stub.on(CALL, {"job": ended(3, reason="out of memory"), "machines": []})
+    stub.on(CALL, {"job": ended(3, reason="out of memory"), "machines": [], "before": {}})
     shown = cli("why", "train").stdout
     assert "train-k7q is failed (3) · ended" in shown
     assert "failed with exit code 3: out of memory" in shown
@@ -122,19 +131,19 @@ def test_ended_job_says_how_it_ended_and_where(
 
 def test_job_that_was_stopped_while_waiting_ran_nowhere(cli: Cli, stub: "StubAgent", make_job: MakeJob) -> None:
     stopped = queued(make_job, state="cancelled", ended_at=1_700_000_009.0, reason="stopped before it started")
-    stub.on(CALL, {"job": stopped, "machines": []})
+    stub.on(CALL, {"job": stopped, "machines": [], "before": {}})
     assert "where: nowhere, it never began" in cli("why", "train").stdout
 
 
 def test_json_is_the_agents_whole_answer(cli: Cli, stub: "StubAgent", make_job: MakeJob) -> None:
-    answer = {"job": make_job(), "machines": [machine("rig-a", gpu(0))]}
+    answer = {"job": make_job(), "machines": [machine("rig-a", gpu(0))], "before": {}}
     stub.on(CALL, answer)
     assert json.loads(cli("why", "train", "--json").stdout) == answer
 
 
 def test_what_others_typed_does_not_drive_the_terminal(cli: Cli, stub: "StubAgent", make_job: MakeJob) -> None:
     job = queued(make_job, reason="\x1b[2Jgone", display="a\x07")
-    stub.on(CALL, {"job": job, "machines": [machine("rig\x1b[1m", refusal="x\ny", rule="busy")]})
+    stub.on(CALL, {"job": job, "machines": [machine("rig\x1b[1m", refusal="x\ny", rule="busy")], "before": {}})
     shown = cli("why", "train").stdout
     assert "\x1b" not in shown
     assert "\x07" not in shown

@@ -227,7 +227,7 @@ class Attempts:
         claimant = Attempt(
             spec, offer.spec, offer.epoch, AttemptState.HELD, clearing.gpus, HoldId(""), spec.stewards[0], 0.0
         )
-        self._claim = Claim(claimant.allocation(), now.boot_s + self._timing.claim_s)
+        self._claim = Claim(replace(claimant.allocation(), is_kept=True), now.boot_s + self._timing.claim_s)
         if not clearing.gives_way:
             return []
         reason = f"gave way to {display_name(spec.name, spec.job)} ({spec.user})"

@@ -258,9 +258,10 @@ def clearable(spec: JobSpec, candidate: Candidate) -> Clearing | None:
     host, capacity = candidate.host, candidate.capacity
     if candidate.rule is not None or host is None or capacity is None:
         return None
-    if any(kept.job != spec.job and kept.priority.rank >= spec.priority.rank for kept in capacity.kept):
+    others = [allocation for allocation in capacity.allocations if allocation.job != spec.job]
+    if any(allocation.is_kept and allocation.priority.rank >= spec.priority.rank for allocation in others):
         return None
-    return clear(spec.resources, host, capacity.readings, capacity.allocations, spec.priority)
+    return clear(spec.resources, host, capacity.readings, [a for a in others if not a.is_kept], spec.priority)
 
 
 def rank(
@@ -321,7 +322,7 @@ def _room(resources: Resources, candidate: Candidate) -> Room:
     host, capacity = candidate.host, candidate.capacity
     if host is None or capacity is None:
         return Room(rule=Rule.UNKNOWN, refusal="has not said yet what it has")
-    return find_room(resources, host, capacity.readings, (*capacity.allocations, *capacity.kept))
+    return find_room(resources, host, capacity.readings, capacity.allocations)
 
 
 def _without(job: JobId | None, candidate: Candidate) -> Candidate:
@@ -329,16 +330,15 @@ def _without(job: JobId | None, candidate: Candidate) -> Candidate:
     capacity = candidate.capacity
     if capacity is None or job is None:
         return candidate
-    others, kept = (tuple(a for a in every if a.job != job) for every in (capacity.allocations, capacity.kept))
-    return replace(candidate, capacity=replace(capacity, allocations=others, kept=kept))
+    others = tuple(allocation for allocation in capacity.allocations if allocation.job != job)
+    return replace(candidate, capacity=replace(capacity, allocations=others))
 
 
 def _machine_verdict(resources: Resources, candidate: Candidate, named: NodeId | None) -> MachineVerdict:
     room = _room(resources, candidate)
     if named not in (None, candidate.node):
         room = Room(rule=Rule.ELSEWHERE, refusal="is not the machine that the job names")
-    capacity = candidate.capacity
-    allocations = (*capacity.allocations, *capacity.kept) if capacity else ()
+    allocations = candidate.capacity.allocations if candidate.capacity else ()
     readings = {reading.uuid: reading for reading in (candidate.capacity.readings if candidate.capacity else ())}
     host = candidate.host
     gpus = host.inventory.gpus if host is not None and resources.gpus.count else ()
@@ -367,7 +367,7 @@ def _gpu_verdict(
         shares = _shares(gpu.uuid, allocations)
         is_shared = request.shared and not any(share.is_whole for share in shares)
         left = f"{(gpu.memory_total_bytes - _reserved(shares)) / GB:.1f} GB free, " if is_shared else ""
-        refusal = f"{left}taken by {_names(holding)}"
+        refusal = left + _holders(holding)
     return GpuVerdict(gpu, rule, refusal, _remedy(rule, holding))
 
 
@@ -461,10 +461,16 @@ def _class(gpus: tuple[GpuShare, ...], inventory: Inventory) -> int:
 
 
 def _busy(fitting: int, free: int, allocations: Iterable[Allocation], readings: Iterable[GpuReading]) -> str:
-    holders = _names(a for a in allocations if a.gpus)
+    holders = _holders([a for a in allocations if a.gpus])
     reasons = {reading.fault or reading.withheld for reading in readings} - {""}
-    why = "; ".join([f"taken by {holders}"] * bool(holders) + sorted(reasons))
+    why = "; ".join([holders] * bool(holders) + sorted(reasons))
     return f"is busy: {free} of {fitting} GPUs free" + (f", {why}" if why else "")
+
+
+def _holders(allocations: Collection[Allocation]) -> str:
+    """`taken by train-k7q (ada), kept free for sweep-b26 (bob)`; empty where there are none."""
+    taken, kept = (_names(a for a in allocations if a.is_kept is is_kept) for is_kept in (False, True))
+    return ", ".join([f"taken by {taken}"] * bool(taken) + [f"kept free for {kept}"] * bool(kept))
 
 
 def _names(allocations: Iterable[Allocation]) -> str:

@@ -40,8 +40,8 @@ Key = tuple[int, float, float]
 class Crowd:
     """What of the mesh decides whose turn it is.
 
-    loads: {user: seconds of whole GPUs that he had lately}, with what he has now. lines: of the other stewards that
-    are there.
+    loads: {user: seconds of whole GPUs that he had lately}, with what he has now. lines: of the stewards that are
+    there; for one of them, of the others.
     """
 
     loads: Mapping[UserName, float]
@@ -58,6 +58,15 @@ class Crowd:
         own = self.key_of(job)
         return sum(any(self._first(line) < own for line in lines) for lines in self.lines.values())
 
+    def ahead(self, user: UserName, priority: Priority, since_wall_s: float) -> dict[UserName, int]:
+        """{user: how many of his jobs in `lines` go before such a job, at most}; it is not counted itself."""
+        own = self.key(user, priority, since_wall_s)
+        found: dict[UserName, int] = {}
+        for line in (line for lines in self.lines.values() for line in lines if self._first(line) < own):
+            may_be_in_it = (line.user, line.priority) == (user, priority) and line.last_wall_s >= since_wall_s
+            found[line.user] = found.get(line.user, 0) + line.jobs - may_be_in_it
+        return {user: jobs for user, jobs in sorted(found.items()) if jobs}
+
     def _first(self, line: Line) -> Key:
         return self.key(line.user, line.priority, line.first_wall_s)
 
@@ -69,7 +78,8 @@ def loads(capacities: Iterable[Capacity]) -> dict[UserName, float]:
         for used in capacity.used:
             found[used.user] = found.get(used.user, 0.0) + used.gpu_s
         for allocation in capacity.allocations:
-            found[allocation.user] = found.get(allocation.user, 0.0) + had(allocation) * ADVANCE_S
+            if not allocation.is_kept:
+                found[allocation.user] = found.get(allocation.user, 0.0) + had(allocation) * ADVANCE_S
     return found
 
 

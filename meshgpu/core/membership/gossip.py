@@ -385,6 +385,5 @@ def is_of_a_desktop(value: GossipValue) -> bool:
         return len(value.needs) <= NEEDS_LIMIT and len(value.lines) <= ENTRY_PARTS
     if isinstance(value, Doubts):
         return len(value.doubts) <= ENTRY_PARTS
-    shares = sum(len(allocation.gpus) for allocation in (*value.allocations, *value.kept))
-    parts = (value.readings, value.allocations, value.used, value.kept)
-    return max(shares, *map(len, parts)) <= ENTRY_PARTS
+    shares = sum(len(allocation.gpus) for allocation in value.allocations)
+    return max(shares, len(value.readings), len(value.allocations), len(value.used)) <= ENTRY_PARTS

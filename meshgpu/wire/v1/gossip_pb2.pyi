@@ -146,6 +146,7 @@ class Allocation(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     PREEMPTIBLE_FIELD_NUMBER: _builtins.int
+    IS_KEPT_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     epoch: _builtins.int
@@ -162,6 +163,8 @@ class Allocation(_message.Message):
     """The job's: low, normal, high."""
     preemptible: _builtins.bool
     """Whether the job may be stopped for one of higher priority."""
+    is_kept: _builtins.bool
+    """Whether it is only kept free for the job, which waits."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.GpuShare]:
         """What of which GPUs."""
@@ -178,10 +181,11 @@ class Allocation(_message.Message):
         memory_bytes: _builtins.int = ...,
         priority: _builtins.str = ...,
         preemptible: _builtins.bool = ...,
+        is_kept: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "epoch", b"epoch", "gpus", b"gpus", "job", b"job", "memory_bytes", b"memory_bytes", "name", b"name", "preemptible", b"preemptible", "priority", b"priority", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "epoch", b"epoch", "gpus", b"gpus", "is_kept", b"is_kept", "job", b"job", "memory_bytes", b"memory_bytes", "name", b"name", "preemptible", b"preemptible", "priority", b"priority", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -223,7 +227,6 @@ class Capacity(_message.Message):
     ALLOCATIONS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     USED_FIELD_NUMBER: _builtins.int
-    KEPT_FIELD_NUMBER: _builtins.int
     load: _builtins.int
     """Processors that were busy or waited for during the last minute."""
     @_builtins.property
@@ -232,15 +235,11 @@ class Capacity(_message.Message):
 
     @_builtins.property
     def allocations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Allocation]:
-        """One for each job here."""
+        """One for each job here, and for each for which room is kept free."""
 
     @_builtins.property
     def used(self) -> _containers.RepeatedCompositeFieldContainer[Global___Used]:
         """Who used it lately."""
-
-    @_builtins.property
-    def kept(self) -> _containers.RepeatedCompositeFieldContainer[Global___Allocation]:
-        """What is kept free for jobs that wait."""
 
     def __init__(
         self,
@@ -249,11 +248,10 @@ class Capacity(_message.Message):
         allocations: _abc.Iterable[Global___Allocation] | None = ...,
         load: _builtins.int = ...,
         used: _abc.Iterable[Global___Used] | None = ...,
-        kept: _abc.Iterable[Global___Allocation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocations", b"allocations", "kept", b"kept", "load", b"load", "readings", b"readings", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocations", b"allocations", "load", b"load", "readings", b"readings", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

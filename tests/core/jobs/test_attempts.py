@@ -250,7 +250,7 @@ def test_room_is_kept_free_for_a_job_that_waited_for_long(bench: Bench, signed: 
     bench.attempts.finished(bench.at(OLD_S + 1), bench.spec.job, 1, 2.0, DONE)
     other = signed(number=3)
     refused = bench.attempts.offered(bench.at(OLD_S + 2), bench.steward, Offer(other[0].job, 1, other[1]))
-    assert only(refused, OfferAnswer).refusal.endswith(f"taken by {display_name('train', waiting[0].job)} (ada)")
+    assert only(refused, OfferAnswer).refusal.endswith(f"kept free for {display_name('train', waiting[0].job)} (ada)")
     hold = only(claim(bench, *waiting, now_s=OLD_S + 3), OfferAnswer).hold
     assert hold is not None
     bench.spec, bench.signed = waiting

@@ -104,6 +104,16 @@ def test_job_lets_those_stewards_pass_whose_jobs_go_first(job: Make) -> None:
     assert Crowd({BOB: 1.0}, {NodeId("a"): line(BOB, 1)}).before(job("mine", ADA, 10)) == 0
 
 
+def test_ahead_of_a_job_are_those_that_go_first(job: Make) -> None:
+    there = {
+        NodeId("a"): (Line(ADA, Priority.NORMAL, 3, 1, 9), Line(BOB, Priority.HIGH, 2, 50, 60)),
+        NodeId("b"): (Line(ADA, Priority.NORMAL, 4, 1, 4), Line(BOB, Priority.LOW, 5, 1, 1)),
+    }
+    assert Crowd({}, there).ahead(ADA, Priority.NORMAL, 5) == {ADA: 2 + 4, BOB: 2}
+    assert Crowd({}, there).ahead(ADA, Priority.NORMAL, 1) == {BOB: 2}
+    assert Crowd({BOB: 1.0}, there).ahead(BOB, Priority.LOW, 1) == {ADA: 7, BOB: 2}
+
+
 def test_what_waits_is_told_in_a_line_for_each_user_and_priority(job: Make) -> None:
     waiting = [job("a", ADA, 5), job("b", ADA, 2), job("c", BOB, 3), job("d", ADA, 4, priority=Priority.HIGH)]
     assert lines(waiting) == (

@@ -1109,10 +1109,11 @@ def test_job_claims_nothing_behind_another_stewards_job(bench: Bench) -> None:
 def test_nothing_is_claimed_that_is_kept_for_another(bench: Bench) -> None:
     fill(bench, 0)
     fill(bench, 1)
-    kept = Allocation(JobId("o" * 26), 1, "other", UserName("bob"), ())
+    kept = Allocation(JobId("p" * 26), 1, "other", UserName("bob"), (), is_kept=True)
     for number, candidate in enumerate(bench.candidates):
         assert candidate.capacity is not None
-        bench.candidates[number] = replace(candidate, capacity=replace(candidate.capacity, kept=(kept,)))
+        taken = (*candidate.capacity.allocations, kept)
+        bench.candidates[number] = replace(candidate, capacity=Capacity((), taken))
     bench.queue()
     assert offers(tick(bench, CLAIM_AFTER_S)) == []
 
@@ -1121,10 +1122,10 @@ def test_what_is_kept_for_a_job_is_free_for_it(bench: Bench) -> None:
     candidate = bench.candidates[0]
     assert candidate.record is not None
     gpus = tuple(GpuShare(gpu.uuid) for gpu in candidate.record.inventory.gpus)
-    kept = Allocation(bench.spec.job, 1, "train", UserName("ada"), gpus)
-    bench.candidates = [replace(candidate, capacity=Capacity((), (), kept=(kept,)))]
+    kept = Allocation(bench.spec.job, 1, "train", UserName("ada"), gpus, is_kept=True)
+    bench.candidates = [replace(candidate, capacity=Capacity((), (kept,)))]
     assert [offer.claims for _, offer in offers(bench.queue())] == [False]
     other = replace(kept, job=JobId("o" * 26))
-    bench.candidates = [replace(candidate, capacity=Capacity((), (), kept=(other,)))]
+    bench.candidates = [replace(candidate, capacity=Capacity((), (other,)))]
     bench.restart()
     assert offers(bench.queue()) == []
