@@ -33,6 +33,9 @@ SETTING_NAMES: Final = {
 INSTALL_BYTES: Final = 8 * 1024
 """Of the install command at most: half of the user data into which it has to fit."""
 
+SPAN_LIMIT_S: Final = 366 * 86_400
+"""Of what a job's time is limited to: longer means for ever."""
+
 INSTANCES_LIMIT: Final = 1000
 AMOUNT_LIMIT: Final = 1e9
 """US dollars or seconds: more than anybody means."""
@@ -117,7 +120,20 @@ def draft_of(body: Mapping[str, Any], tree: Digest, manifest: Manifest) -> Draft
         _objective(body),
         tuple(sorted(secrets_of(body))),
         body.get("shared") is True,
+        _limit_of(body, "timeout_s"),
     )
+
+
+def _limit_of(body: Mapping[str, Any], key: str) -> float | None:
+    """A span of a job's time, None where nothing is said."""
+    seconds = body.get(key)
+    if seconds is None:
+        return None
+    if type(seconds) not in (int, float) or not 0 < seconds <= SPAN_LIMIT_S:
+        raise MeshgpuError(
+            "bad-request", f"cannot submit: {key} is {seconds!r}, expected more than 0 and at most {SPAN_LIMIT_S} s"
+        )
+    return float(seconds)
 
 
 def secrets_of(body: Mapping[str, Any]) -> Mapping[str, str]:

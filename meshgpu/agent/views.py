@@ -15,7 +15,7 @@ from meshgpu.model.cloud import Instance, InstanceState
 from meshgpu.model.gossip import Allocation, MemberState
 from meshgpu.model.ids import GpuId, JobId, NodeId, display_name
 from meshgpu.model.inventory import Gpu, GpuReading
-from meshgpu.model.job import JobSpec, JobState, JobView, Register, quorum
+from meshgpu.model.job import AttemptState, JobSpec, JobState, JobView, Register, quorum
 from meshgpu.model.records import LaunchRecord
 from meshgpu.model.sweep import Metric, Objective, Space
 from meshgpu.model.trust import Member
@@ -156,6 +156,8 @@ class JobDocuments:
             "space": _space_document(spec.sweep),
             "secrets": list(spec.secrets.names) if spec.secrets else [],
             "shared": spec.shared,
+            "timeout_s": spec.timeout_s,
+            "timed_out": result is not None and result.outcome is AttemptState.TIMED_OUT,
         }
 
     def _name(self, node: NodeId | None) -> str | None:

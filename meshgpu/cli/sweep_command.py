@@ -29,12 +29,13 @@ from meshgpu.cli.flags import (
     Retries,
     Secret,
     Share,
+    Timeout,
     Yes,
 )
 from meshgpu.cli.job_commands import kill as kill_jobs
 from meshgpu.cli.job_commands import stop as stop_jobs
 from meshgpu.cli.render import clock, count, note, plain, print_table
-from meshgpu.cli.run_command import agent_for, job_request, place, read_secrets, ship_and_submit
+from meshgpu.cli.run_command import agent_for, job_request, place, read_secrets, ship_and_submit, time_limit
 from meshgpu.cli.watch import Json, Watch, repeat
 from meshgpu.cli.words import EXIT_FAILED_CHECK, EXIT_INTERRUPTED, EXIT_MESH_FAILED, is_final, run_time, status, where
 from meshgpu.client.agent import AgentClient
@@ -86,6 +87,7 @@ def grid(
     memory: Memory = "",
     cloud: Cloud = None,
     retries: Retries = TRIAL_RETRIES,
+    timeout: Timeout = "",
     secret: Secret = None,
     share: Share = False,
     name: Name = None,
@@ -101,6 +103,7 @@ def grid(
     request = job_request(command, name, env, pip, pip_req, image)
     place(request, machine, gpus, cpus, memory, cloud, no_env=no_env)
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
+    request["timeout_s"] = time_limit(timeout)
     space = SweepRequest(method="grid", params=params, trials=0, parallel=parallel, seed=0)
     _try_all(request, space, metric, metric_regex, retries)
     _start(request, detach=detach, as_json=as_json, yes=yes)
@@ -126,6 +129,7 @@ def at_random(
     memory: Memory = "",
     cloud: Cloud = None,
     retries: Retries = TRIAL_RETRIES,
+    timeout: Timeout = "",
     secret: Secret = None,
     share: Share = False,
     name: Name = None,
@@ -140,6 +144,7 @@ def at_random(
     request = job_request(command, name, env, pip, pip_req, image)
     place(request, machine, gpus, cpus, memory, cloud, no_env=no_env)
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
+    request["timeout_s"] = time_limit(timeout)
     space = SweepRequest(method="random", params=params, trials=trials, parallel=parallel, seed=seed)
     _try_all(request, space, metric, metric_regex, retries)
     _start(request, detach=detach, as_json=as_json, yes=yes)

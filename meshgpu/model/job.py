@@ -68,6 +68,7 @@ class JobSpec:
     cloud: whether it may leave the office. retries: how often it is started again after an attempt that died.
     sweep: the space of which each trial is a job; None for a job of its own. objective: what it reports; None: nothing.
     secrets: variables that most who get the spec cannot read; None without any. shared: whether every user may see it.
+    timeout_s: how long the command of one attempt may run; None: for ever. Time in which its machine sleeps counts.
     """
 
     mesh: MeshId
@@ -94,6 +95,7 @@ class JobSpec:
     objective: Objective | None = None
     secrets: SecretBox | None = None
     shared: bool = False
+    timeout_s: float | None = None
 
 
 class JobState(StrEnum):
@@ -161,6 +163,8 @@ class AttemptState(StrEnum):
     RUNNING = "running"
     STOPPING = "stopping"
     EXITED = "exited"
+    TIMED_OUT = "timed-out"
+    """Ended by its guard, because it ran for longer than its user allows."""
     REJECTED = "rejected"
     FENCED = "fenced"
     PREEMPTED = "preempted"
@@ -174,6 +178,7 @@ ATTEMPT_ORDER: Final = {state: rank for rank, state in enumerate(AttemptState)}
 ENDED_ATTEMPT_STATES: Final = frozenset(
     {
         AttemptState.EXITED,
+        AttemptState.TIMED_OUT,
         AttemptState.DELIVERED,
         AttemptState.REJECTED,
         AttemptState.FENCED,
@@ -348,6 +353,7 @@ class Draft:
     objective: Objective | None = None
     secrets: tuple[str, ...] = ()
     shared: bool = False
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
     mesh.on_stream(EVENTS_CALL, end(ended()))
     (project / "more.txt").write_text("einops\n")
     options = "-m rig-b -g 2X24gb -e SEED=1 --pip torch --pip numpy --pip-req more.txt --no-env"
-    options += " --cpus 4 --memory 8GB --cloud never --retries 3"
+    options += " --cpus 4 --memory 8GB --cloud never --retries 3 --timeout 1.5h"
     cli("run", *options.split(), "python", "train.py", "-g", "7", "--", "x")
     assert mesh.body("POST /v1/jobs") == {
         "name": "train",
@@ -91,6 +91,7 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
         "metric_pattern": "",
         "secrets": {},
         "shared": False,
+        "timeout_s": 5400.0,
     }
 
 
@@ -171,7 +172,17 @@ def test_only_missing_chunks_are_shipped(cli: Cli, mesh: "StubAgent", project: P
             "train-k7q failed with exit code 137: killed for memory\n",
         ),
         ({"exit_code": None, "state": "lost"}, 125, "train-k7q is lost: its end was never recorded\n"),
-        ({"exit_code": None, "state": "expired"}, 124, "train-k7q ran out of time\n"),
+        (
+            {"exit_code": 0, "state": "failed", "timed_out": True, "reason": "ran longer than its limit of 2 h"},
+            124,
+            "train-k7q was ended: ran longer than its limit of 2 h\n",
+        ),
+        ({"exit_code": 143, "state": "cancelled", "timed_out": True}, 143, "train-k7q was stopped\n"),
+        (
+            {"exit_code": None, "state": "expired", "reason": "did not start within 30 min: rig-b is busy"},
+            125,
+            "train-k7q expired: did not start within 30 min: rig-b is busy\n",
+        ),
         ({"exit_code": 143, "state": "cancelled"}, 143, "train-k7q was stopped\n"),
     ],
 )
@@ -414,6 +425,8 @@ def test_submission_that_fails_half_way_is_an_error(cli: Cli, mesh: "StubAgent")
         ["--pip-req", "absent.txt", "true"],
         ["--cpus", "-1", "true"],
         ["--cpus", "x", "true"],
+        ["--timeout", "soon", "true"],
+        ["--timeout", "0", "true"],
         ["--nonsense", "true"],
         ["-m", "", "true"],
         ["--name", " ", "true"],

@@ -704,6 +704,8 @@ class Stewardship:
         if result.outcome is AttemptState.EXITED:
             state = JobState.SUCCEEDED if result.exit_code == 0 else JobState.FAILED
             return self._finish(now, job, state, report, result, result.reason)
+        if result.outcome is AttemptState.TIMED_OUT:  # it would only run out of time again
+            return self._finish(now, job, JobState.FAILED, report, result, result.reason)
         if result.outcome is AttemptState.PREEMPTED:
             return self._requeue(now, job, result.reason)
         if report.started_wall_s is not None and register.died < job.spec.retries:

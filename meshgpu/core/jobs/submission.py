@@ -217,6 +217,7 @@ class Submissions:
             draft.objective,
             secrets,
             draft.shared,
+            draft.timeout_s,
         )
 
     def _machine(self, name: str) -> Member:

@@ -173,6 +173,7 @@ class JobSpec(_message.Message):
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id."""
     job: _builtins.str
@@ -205,6 +206,8 @@ class JobSpec(_message.Message):
     """How often it is started again after an attempt that died."""
     shared: _builtins.bool
     """Whether every user of the mesh may see it, its log and its files."""
+    timeout_s: _builtins.float
+    """Seconds for which the command of one attempt may run; absent for ever."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """argv; with `shell`, one string."""
@@ -264,10 +267,11 @@ class JobSpec(_message.Message):
         objective: _sweep_pb2.Objective | None = ...,
         secrets: Global___SecretBox | None = ...,
         shared: _builtins.bool = ...,
+        timeout_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_sweep", b"_sweep", "environment", b"environment", "machine", b"machine", "objective", b"objective", "resources", b"resources", "secrets", b"secrets", "sweep", b"sweep"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_sweep", b"_sweep", "_timeout_s", b"_timeout_s", "environment", b"environment", "machine", b"machine", "objective", b"objective", "resources", b"resources", "secrets", b"secrets", "sweep", b"sweep", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_sweep", b"_sweep", "cloud", b"cloud", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "objective", b"objective", "resources", b"resources", "retries", b"retries", "secrets", b"secrets", "shared", b"shared", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "sweep", b"sweep", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_sweep", b"_sweep", "_timeout_s", b"_timeout_s", "cloud", b"cloud", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "objective", b"objective", "resources", b"resources", "retries", b"retries", "secrets", b"secrets", "shared", b"shared", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "sweep", b"sweep", "timeout_s", b"timeout_s", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__machine: _TypeAlias = _typing.Literal["machine"]  # noqa: Y015
     _WhichOneofArgType__machine: _TypeAlias = _typing.Literal["_machine", b"_machine"]  # noqa: Y015
@@ -277,6 +281,8 @@ class JobSpec(_message.Message):
     _WhichOneofArgType__secrets: _TypeAlias = _typing.Literal["_secrets", b"_secrets"]  # noqa: Y015
     _WhichOneofReturnType__sweep: _TypeAlias = _typing.Literal["sweep"]  # noqa: Y015
     _WhichOneofArgType__sweep: _TypeAlias = _typing.Literal["_sweep", b"_sweep"]  # noqa: Y015
+    _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__machine) -> _WhichOneofReturnType__machine | None: ...
     @_typing.overload
@@ -285,6 +291,8 @@ class JobSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__secrets) -> _WhichOneofReturnType__secrets | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sweep) -> _WhichOneofReturnType__sweep | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_s) -> _WhichOneofReturnType__timeout_s | None: ...
 
 Global___JobSpec: _TypeAlias = JobSpec  # noqa: Y015
 
@@ -301,7 +309,7 @@ class Result(_message.Message):
     OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
     METRIC_FIELD_NUMBER: _builtins.int
     outcome: _builtins.str
-    """exited, rejected, fenced, crashed, abandoned, …: what the attempt came to."""
+    """exited, timed-out, rejected, fenced, crashed, abandoned, …: what the attempt came to."""
     exit_code: _builtins.int
     """The job's own, 128+n for signal n; absent where no process ended."""
     reason: _builtins.str

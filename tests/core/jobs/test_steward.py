@@ -720,6 +720,13 @@ def test_plain_failure_is_not_tried_again(bench: Bench, signed: Sign) -> None:
     assert bench.register.state is JobState.FAILED
 
 
+def test_job_that_ran_too_long_has_failed_and_is_not_tried_again(bench: Bench, signed: Sign) -> None:
+    rent(bench, signed, retries=5, timeout_s=7200.0)
+    bench.activate()
+    bench.report(Result(AttemptState.TIMED_OUT, 0, "ran longer than its limit of 2 h"))
+    assert (bench.register.state, bench.register.reason) == (JobState.FAILED, "ran longer than its limit of 2 h")
+
+
 def test_job_with_secrets_is_no_need_because_a_new_instance_could_not_read_them(bench: Bench, signed: Sign) -> None:
     box = SecretBox(("TOKEN",), b"ciphertext", (SecretWrap(bench.me, b"e" * 32, b"w" * 48),))
     rent(bench, signed, cloud=CloudUse.OK, secrets=box)
