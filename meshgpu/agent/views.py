@@ -157,6 +157,7 @@ class JobDocuments:
             "secrets": list(spec.secrets.names) if spec.secrets else [],
             "shared": spec.shared,
             "timeout_s": spec.timeout_s,
+            "start_by": _start_by(view),
             "timed_out": result is not None and result.outcome is AttemptState.TIMED_OUT,
         }
 
@@ -186,6 +187,11 @@ class JobDocuments:
         if register.state is not JobState.UNKNOWN or register.heard_wall_s is None:
             return None
         return max(self._now.wall_s - register.heard_wall_s, 0.0)
+
+
+def _start_by(view: JobView) -> float | None:
+    limit_s = view.spec.start_within_s
+    return None if limit_s is None else view.register.submitted_wall_s + limit_s
 
 
 def _metric_document(metric: Metric | None, objective: Objective | None) -> Document | None:

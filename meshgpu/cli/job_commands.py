@@ -175,6 +175,7 @@ def _facts(job: JobView) -> dict[str, str]:
         "ended": _moment(job["ended_at"]),
         "time": run_time(job, time.time()),
         "limit": f"{span(job['timeout_s'])} of running time" if job["timeout_s"] else "",
+        "start by": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job["start_by"])) if job["start_by"] else "",
         "exit code": "" if job["exit_code"] is None else str(job["exit_code"]),
         "environment": job["detail"],
         "secrets": ", ".join(job["secrets"]),

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Final
@@ -36,7 +37,7 @@ from meshgpu.cli.flags import (
 from meshgpu.cli.launch import confirmed, running_agent, start_agent
 from meshgpu.cli.render import count, note, plain, show_error, size
 from meshgpu.cli.ship import ship, submit
-from meshgpu.cli.spans import parse_span
+from meshgpu.cli.spans import parse_moment, parse_span
 from meshgpu.cli.watch import Json
 from meshgpu.cli.words import EXIT_INTERRUPTED, EXIT_MESH_FAILED, exit_code
 from meshgpu.client.agent import AgentClient
@@ -66,6 +67,9 @@ def run(
     cloud: Cloud = None,
     retries: Retries = 0,
     timeout: Timeout = "",
+    start_by: Annotated[
+        str, typer.Option("--start-by", metavar="18:00|TIME", help="Give up unless it starts by then, or within 30m.")
+    ] = "",
     secret: Secret = None,
     share: Share = False,
     name: Name = None,
@@ -83,6 +87,7 @@ def run(
     request = job_request(command, name, env, pip, pip_req, image)
     place(request, machine, gpus, cpus, memory, cloud, no_env=no_env)
     request["retries"], request["timeout_s"] = retries, time_limit(timeout)
+    request["start_by"] = parse_moment(start_by, time.time(), "--start-by 30m") if start_by else None
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
     client = agent_for(yes=yes)
     job = ship_and_submit(client, request)
@@ -132,6 +137,7 @@ def job_request(
         secrets={},
         shared=False,
         timeout_s=None,
+        start_by=None,
     )
 
 

@@ -258,6 +258,7 @@ class JobView(TypedDict):
     died after they started, of which `retries` are forgiven. cloud: `never ok only`: whether it may leave the office.
     secrets: names of variables that only machines it may run on can read. shared: whether every user may see it.
     timeout_s: for how long its command may run; timed_out: whether it ran longer, and was ended for that.
+    start_by: when it must have started for the first time, by the clocks of those that hold it; None: whenever.
     """
 
     id: str
@@ -295,6 +296,7 @@ class JobView(TypedDict):
     shared: bool
     timeout_s: float | None
     timed_out: bool
+    start_by: float | None
 
 
 class SweepView(TypedDict):
@@ -364,6 +366,7 @@ class JobRequest(TypedDict):
     cloud: None where nothing is said. sweep: None for a job of its own.
     metric: `loss:min`, empty without; metric_pattern: where it is in the log. shared: every user may see the job.
     secrets: {variable: value}, for the agent's eyes only: never to be printed. timeout_s: None for no limit.
+    start_by: Unix time at which it must have started; None: whenever.
     """
 
     name: str
@@ -387,6 +390,7 @@ class JobRequest(TypedDict):
     secrets: dict[str, str]
     shared: bool
     timeout_s: float | None
+    start_by: float | None
 
 
 class ShippingEvent(TypedDict):

@@ -69,6 +69,7 @@ class JobSpec:
     sweep: the space of which each trial is a job; None for a job of its own. objective: what it reports; None: nothing.
     secrets: variables that most who get the spec cannot read; None without any. shared: whether every user may see it.
     timeout_s: how long the command of one attempt may run; None: for ever. Time in which its machine sleeps counts.
+    start_within_s: how long after it was submitted it may start first, by its stewards' clocks; None: whenever.
     """
 
     mesh: MeshId
@@ -96,6 +97,7 @@ class JobSpec:
     secrets: SecretBox | None = None
     shared: bool = False
     timeout_s: float | None = None
+    start_within_s: float | None = None
 
 
 class JobState(StrEnum):
@@ -227,6 +229,7 @@ class Register:
     detail: what staging is doing, as people read it. reason: why the job waits, or why it ended as it did.
     heard_wall_s: when the node of this epoch last reported. Times are Unix seconds, None where not yet.
     metric: what the newest attempt has reported of the job's objective. died: attempts that died after they started.
+    ran_on: where the last attempt before this epoch ran whose command had started; None where none had.
     """
 
     job: JobId
@@ -246,6 +249,7 @@ class Register:
     heard_wall_s: float | None = None
     metric: Metric | None = None
     died: int = 0
+    ran_on: NodeId | None = None
     stamp: Stamp = NO_STAMP
 
 
@@ -332,6 +336,7 @@ class Draft:
     machine: a machine's name, empty without `-m`. image: of a container, empty without `--image`.
     cloud: None where `--cloud` is absent: what the mesh's policy says.
     secrets: names of variables whose values the agent keeps under the query, out of the core's sight.
+    start_by_wall_s: Unix time, by this machine's clock, at which it must have started; None: whenever.
     """
 
     name: str
@@ -354,6 +359,7 @@ class Draft:
     secrets: tuple[str, ...] = ()
     shared: bool = False
     timeout_s: float | None = None
+    start_by_wall_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,7 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
         "secrets": {},
         "shared": False,
         "timeout_s": 5400.0,
+        "start_by": None,
     }
 
 
@@ -131,6 +132,12 @@ def test_secret_that_cannot_be_passed_is_refused_and_not_repeated(
     assert said in refused.stderr
     assert "canary" not in refused.stderr
     assert not any(target.startswith("POST /v1/jobs") for target in mesh.targets())
+
+
+def test_start_by_is_told_as_a_moment(cli: Cli, mesh: "StubAgent", ended: MakeJob) -> None:
+    mesh.on_stream(EVENTS_CALL, end(ended()))
+    cli("run", "--start-by", "30m", "true")
+    assert mesh.body("POST /v1/jobs")["start_by"] == pytest.approx(time.time() + 1800, abs=30)
 
 
 def test_image_is_passed_on_and_excludes_packages(cli: Cli, mesh: "StubAgent", ended: MakeJob) -> None:
@@ -427,6 +434,8 @@ def test_submission_that_fails_half_way_is_an_error(cli: Cli, mesh: "StubAgent")
         ["--cpus", "x", "true"],
         ["--timeout", "soon", "true"],
         ["--timeout", "0", "true"],
+        ["--start-by", "25:00", "true"],
+        ["--start-by", "soon", "true"],
         ["--nonsense", "true"],
         ["-m", "", "true"],
         ["--name", " ", "true"],
