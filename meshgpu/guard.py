@@ -4,7 +4,8 @@ Run as a file with `python -I -S -X utf8 guard.py`: a fork server that starts on
 
 fork server, guard → init → job. The guard outlives agent and fork server and stays outside the job's PID namespace.
 Init is the job's parent: it reaps orphans and passes a stop on. SIGTERM tells a guard to stop its job (SIGTERM,
-`grace_s`, SIGKILL), SIGUSR1 to kill it at once.
+`grace_s`, SIGKILL), SIGUSR1 to kill it at once. With a time limit it stops the job of itself, whether an agent lives
+or not.
 
 In the attempt's directory, `guard.json` claims the attempt (whoever makes it first has it), `log` is the ledger, and
 `exit.json` appears last, when nothing of the job is left.
@@ -47,6 +48,11 @@ _ORDERS: Final = (signal.SIGTERM, signal.SIGUSR1)
 _CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_SLAVE = 2, 4, 8, 0x4000, 0x80000
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_TFD_CLOEXEC: Final = 0o2000000
+_ITIMERSPEC: Final = struct.Struct("@4l")
+"""Interval and value, in seconds and nanoseconds each."""
+_TIMER_LIMIT_S: Final = 2.0**31
+"""68 years: more fits no timer on a machine of 32 bits."""
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -57,6 +63,7 @@ class Request(TypedDict):
     own_shm: gets an empty /dev/shm where there is a namespace for it. enclosed: argv begins with bubblewrap, which does
     not pass signals on. after: argv of what takes away what the job's tree cannot take along; empty for nothing.
     given: what the command finds at its stdin, in memory alone; empty for nothing. It may be secret: never log it.
+    timeout_s: how long the job may run, from its start, on CLOCK_BOOTTIME; None: for ever.
     """
 
     directory: str
@@ -68,6 +75,7 @@ class Request(TypedDict):
     enclosed: bool
     after: list[str]
     given: str
+    timeout_s: float | None
 
 
 class GuardRecord(TypedDict):
@@ -86,7 +94,10 @@ class GuardRecord(TypedDict):
 
 
 class ExitRecord(TypedDict):
-    """exit.json: no process of the job is left, and the ledger is complete. exit_code: None if nothing was started."""
+    """exit.json: no process of the job is left, and the ledger is complete. exit_code: None if nothing was started.
+
+    stopped_by: `stop`, `kill`, or `timeout` where it ran for too long, whatever else was ordered after that.
+    """
 
     exit_code: int | None
     started_wall_s: float
@@ -263,12 +274,22 @@ def mount_own_proc() -> None:
     _check("mount", b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, None)
 
 
-def _check(name: str, *arguments: object) -> None:
+def _check(name: str, *arguments: object) -> int:
     """Call the C library; raises OSError that names the call."""
     converted = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
-    if getattr(_libc, name)(*converted) < 0:
+    result: int = getattr(_libc, name)(*converted)
+    if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result
+
+
+def _alarm(after_s: float) -> int:
+    """A descriptor that becomes readable after so many seconds, those in which the machine sleeps included."""
+    descriptor = _check("timerfd_create", time.CLOCK_BOOTTIME, _TFD_CLOEXEC)
+    nanoseconds = max(1, int(min(after_s, _TIMER_LIMIT_S) * 1e9))  # 0 would disarm it
+    _check("timerfd_settime", descriptor, 0, _ITIMERSPEC.pack(0, 0, *divmod(nanoseconds, 10**9)), None)
+    return descriptor
 
 
 def _children(pid: int) -> list[int]:
@@ -386,6 +407,7 @@ class Guard:
         self._exit_code: int | None = None
         self._stopped_by: str | None = None
         self._kill_at: float | None = None
+        self._alarm: int | None = None
         self._reason = ""
         self._sweeper: Sweeper | None = None
 
@@ -425,10 +447,13 @@ class Guard:
             os.close(descriptor)
         sources = {out[0]: 1, err[0]: 2}
         while True:
-            watched = [wake, report[0], *(() if ledger.held else sources)]
+            alarm = () if self._alarm is None else (self._alarm,)
+            watched = [wake, report[0], *alarm, *(() if ledger.held else sources)]
             ready, _, _ = select.select(watched, [], [], DISK_RETRY_S if ledger.held else self._patience_s())
             if wake in ready:
                 self._obey(os.read(wake, 64), control[1])
+            if self._alarm in ready and report[0] not in ready:  # it may have ended at this very moment
+                self._time_out(control[1])
             if self._kill_at is not None and time.monotonic() >= self._kill_at:
                 self._reason = f"killed: it still ran {self._request['grace_s']:g} s after it was told to stop"
                 self._kill()
@@ -446,13 +471,24 @@ class Guard:
 
     def _obey(self, orders: bytes, control: int) -> None:
         if signal.SIGUSR1 in orders:
-            self._stopped_by = "kill"
+            self._stopped_by = self._stopped_by if self._stopped_by == "timeout" else "kill"
             self._kill()
         elif signal.SIGTERM in orders and self._stopped_by is None:
-            self._stopped_by = "stop"
-            self._kill_at = time.monotonic() + self._request["grace_s"]
-            with contextlib.suppress(BrokenPipeError):
-                os.write(control, b"T")
+            self._stop("stop", control)
+
+    def _time_out(self, control: int) -> None:
+        """The job has run for as long as it may."""
+        assert self._alarm is not None
+        os.close(self._alarm)
+        self._alarm = None
+        if self._stopped_by is None and self._exit_code is None:
+            self._stop("timeout", control)
+
+    def _stop(self, by: str, control: int) -> None:
+        self._stopped_by = by
+        self._kill_at = time.monotonic() + self._request["grace_s"]
+        with contextlib.suppress(BrokenPipeError):
+            os.write(control, b"T")
 
     def _kill(self) -> None:
         """End the tree at once: a namespace dies with its init; without one, init's orphans come to this process."""
@@ -468,6 +504,8 @@ class Guard:
         if kind == b"e":
             self._exit_code = code
             return True
+        if self._request["timeout_s"] is not None:
+            self._alarm = _alarm(self._request["timeout_s"])
         self._record["job_pid"] = next(iter(_children(self._init)), self._init)
         self._record["started_wall_s"] = time.time()
         replace(f"{self._directory}/guard.json", self._record)

@@ -92,7 +92,7 @@ def server() -> Iterator[Server]:
     server.close()
 
 
-def make_request(attempt: Path, *argv: str, grace_s: float = LIMIT_S) -> Request:
+def make_request(attempt: Path, *argv: str, grace_s: float = LIMIT_S, timeout_s: float | None = None) -> Request:
     (attempt / "work").mkdir(parents=True, exist_ok=True)
     return Request(
         directory=str(attempt),
@@ -104,6 +104,7 @@ def make_request(attempt: Path, *argv: str, grace_s: float = LIMIT_S) -> Request
         enclosed=False,
         after=[],
         given="",
+        timeout_s=timeout_s,
     )
 
 
@@ -282,6 +283,50 @@ def test_stopped_guard_of_a_stubborn_job_names_the_grace(server: Server, tmp_pat
     record = ended(tmp_path)
     assert (record["exit_code"], record["stopped_by"]) == (137, "stop")
     assert record["reason"] == "killed: it still ran 0.1 s after it was told to stop"
+
+
+STUBBORN = "trap 'echo told' TERM; echo ready; while :; do sleep 0.05; done"
+
+
+def test_job_that_runs_too_long_is_told_to_end_though_nobody_is_there_to_say_so(tmp_path: Path) -> None:
+    server = Server()
+    server.send(make_request(tmp_path, "sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done", timeout_s=0.5))
+    server.hear()
+    started = server.hear()["guard"]
+    server.close()
+    record = ended(tmp_path)
+    assert (record["exit_code"], record["stopped_by"], record["reason"]) == (0, "timeout", "")
+    assert 0.4 < record["ended_wall_s"] - started["started_wall_s"] < LIMIT_S / 2
+
+
+def test_job_that_runs_too_long_and_does_not_end_is_killed(server: Server, tmp_path: Path) -> None:
+    server.send(make_request(tmp_path, "sh", "-c", STUBBORN, grace_s=0.3, timeout_s=0.3))
+    record = ended(tmp_path)
+    assert (record["exit_code"], record["stopped_by"]) == (137, "timeout")
+    assert record["reason"] == "killed: it still ran 0.3 s after it was told to stop"
+    assert [data for stream, data in read_log(tmp_path) if stream == 1] == [b"ready\n", b"told\n"]
+
+
+def test_job_that_ends_in_time_is_not_said_to_have_run_too_long(server: Server, tmp_path: Path) -> None:
+    server.send(make_request(tmp_path, "sh", "-c", "exit 7", timeout_s=1e12))
+    record = ended(tmp_path)
+    assert (record["exit_code"], record["stopped_by"]) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "by"), [("stop", "timeout", "stop"), ("timeout", "kill", "timeout"), ("kill", "timeout", "kill")]
+)
+def test_job_is_ended_for_the_first_reason(server: Server, tmp_path: Path, first: str, then: str, by: str) -> None:
+    orders = {"stop": signal.SIGTERM, "kill": signal.SIGUSR1}
+    limit_s = 0.6 if then == "timeout" else 0.2
+    server.send(make_request(tmp_path, "sh", "-c", STUBBORN, grace_s=1.0, timeout_s=limit_s))
+    server.hear()
+    pid = server.hear()["guard"]["pid"]
+    wait_for(lambda: b"ready" in (tmp_path / "log").read_bytes())
+    if first == "timeout":
+        wait_for(lambda: b"told" in (tmp_path / "log").read_bytes())
+    os.kill(pid, orders[first if first in orders else then])
+    assert ended(tmp_path)["stopped_by"] == by
 
 
 def test_full_disk_makes_the_job_wait_and_loses_no_line(server: Server, tmp_path: Path) -> None:

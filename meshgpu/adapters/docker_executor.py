@@ -167,6 +167,7 @@ def _request(attempt: Attempt, engine: Path, name: str, grace_s: float) -> Reque
         enclosed=False,
         after=[*run, "remove", name],
         given="",
+        timeout_s=attempt.plan.spec.timeout_s,
     )
 
 

@@ -102,6 +102,8 @@ class GuardedExecutor(ABC):
 
     def _verdict(self, attempt: Attempt, exited: ExitRecord) -> tuple[AttemptState, str]:  # noqa: ARG002
         """What the attempt came to, and why."""
+        if exited["stopped_by"] == "timeout":
+            return AttemptState.TIMED_OUT, exited["reason"]
         return AttemptState.CRASHED if exited["exit_code"] is None else AttemptState.EXITED, exited["reason"]
 
     async def start(self, emit: Callable[[ExecutorEvent], None]) -> None:
@@ -308,7 +310,7 @@ class GuardedExecutor(ABC):
         count, size = await asyncio.to_thread(results.list_outputs, attempt.directory)
         await self._clear(attempt, exited)
         outcome, reason = self._verdict(attempt, exited)
-        exit_code = exited["exit_code"] if outcome is AttemptState.EXITED else None
+        exit_code = None if outcome is AttemptState.CRASHED else exited["exit_code"]
         metric = None if attempt.reader is None else await asyncio.to_thread(attempt.reader.read)
         result = Result(outcome, exit_code, reason, count, size, metric)
         evidence = await asyncio.to_thread(results.find_evidence, attempt.directory)

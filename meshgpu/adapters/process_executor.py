@@ -114,6 +114,7 @@ def _prepare(attempt: Attempt, environment: Environment, fence: fences.Fence | N
         enclosed=plan.fenced and fence is not None and fence.name == "bubblewrap",
         after=[],
         given="",
+        timeout_s=plan.spec.timeout_s,
     )
 
 

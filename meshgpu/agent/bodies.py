@@ -34,6 +34,12 @@ SETTING_NAMES: Final = {
 INSTALL_BYTES: Final = 8 * 1024
 """Of the install command at most: half of the user data into which it has to fit."""
 
+SPAN_LIMIT_S: Final = 366 * 86_400
+"""Of what a job's time is limited to: longer means for ever."""
+
+MOMENT_LIMIT: Final = 2.0**40
+"""Unix time: some 35,000 years from now."""
+
 INSTANCES_LIMIT: Final = 1000
 AMOUNT_LIMIT: Final = 1e9
 """US dollars or seconds: more than anybody means."""
@@ -122,7 +128,29 @@ def draft_of(body: Mapping[str, Any], tree: Digest, manifest: Manifest) -> Draft
         on,
         _priority(body),
         body.get("preemptible") is True,
+        _limit_of(body, "timeout_s"),
+        _moment_of(body, "start_by"),
     )
+
+
+def _limit_of(body: Mapping[str, Any], key: str) -> float | None:
+    """A span of a job's time, None where nothing is said."""
+    seconds = body.get(key)
+    if seconds is None:
+        return None
+    if type(seconds) not in (int, float) or not 0 < seconds <= SPAN_LIMIT_S:
+        raise MeshgpuError(
+            "bad-request", f"cannot submit: {key} is {seconds!r}, expected more than 0 and at most {SPAN_LIMIT_S} s"
+        )
+    return float(seconds)
+
+
+def _moment_of(body: Mapping[str, Any], key: str) -> float | None:
+    """Unix time, None where nothing is said."""
+    moment = body.get(key)
+    if moment is not None and (type(moment) not in (int, float) or not 0 <= moment <= MOMENT_LIMIT):
+        raise MeshgpuError("bad-request", f"cannot submit: {key} is {moment!r}, expected Unix time in seconds")
+    return None if moment is None else float(moment)
 
 
 def secrets_of(body: Mapping[str, Any]) -> Mapping[str, str]:

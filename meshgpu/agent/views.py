@@ -15,7 +15,7 @@ from meshgpu.model.cloud import Instance, InstanceState
 from meshgpu.model.gossip import Allocation, MemberState
 from meshgpu.model.ids import GpuId, JobId, NodeId, display_name
 from meshgpu.model.inventory import Gpu, GpuReading
-from meshgpu.model.job import JobSpec, JobState, JobView, Register, quorum
+from meshgpu.model.job import AttemptState, JobSpec, JobState, JobView, Register, quorum
 from meshgpu.model.records import LaunchRecord
 from meshgpu.model.sweep import Metric, Objective, Space
 from meshgpu.model.trust import Member
@@ -159,6 +159,9 @@ class JobDocuments:
             "space": _space_document(spec.sweep),
             "secrets": list(spec.secrets.names) if spec.secrets else [],
             "shared": spec.shared,
+            "timeout_s": spec.timeout_s,
+            "start_by": _start_by(view),
+            "timed_out": result is not None and result.outcome is AttemptState.TIMED_OUT,
         }
 
     def _name(self, node: NodeId | None) -> str | None:
@@ -187,6 +190,11 @@ class JobDocuments:
         if register.state is not JobState.UNKNOWN or register.heard_wall_s is None:
             return None
         return max(self._now.wall_s - register.heard_wall_s, 0.0)
+
+
+def _start_by(view: JobView) -> float | None:
+    limit_s = view.spec.start_within_s
+    return None if limit_s is None else view.register.submitted_wall_s + limit_s
 
 
 def _metric_document(metric: Metric | None, objective: Objective | None) -> Document | None:

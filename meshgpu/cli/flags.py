@@ -42,6 +42,9 @@ Retries = Annotated[
     int,
     typer.Option("--retries", min=0, max=100, metavar="N", help="Start it again if it dies with its machine, N times."),
 ]
+Timeout = Annotated[
+    str, typer.Option("--timeout", metavar="TIME", help="End it after it ran for 90s, 10m, 2h (exit code 124).")
+]
 Cloud = Annotated[
     str | None,
     typer.Option("--cloud", metavar="never|ok|only", help="Whether it may leave the office (what the mesh allows)."),

@@ -29,6 +29,7 @@ from meshgpu.cli.words import (
 from meshgpu.client.agent import AgentClient
 from meshgpu.client.views import JobView
 from meshgpu.errors import MeshgpuError
+from meshgpu.model.clock import span
 
 JobId = Annotated[
     str, typer.Argument(metavar="ID", help="A job's id or any unique part of it.", autocompletion=job_names)
@@ -173,6 +174,8 @@ def _facts(job: JobView) -> dict[str, str]:
         "started": _moment(job["started_at"]),
         "ended": _moment(job["ended_at"]),
         "time": run_time(job, time.time()),
+        "limit": f"{span(job['timeout_s'])} of running time" if job["timeout_s"] else "",
+        "start by": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job["start_by"])) if job["start_by"] else "",
         "exit code": "" if job["exit_code"] is None else str(job["exit_code"]),
         "environment": job["detail"],
         "secrets": ", ".join(job["secrets"]),

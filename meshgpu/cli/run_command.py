@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Final
@@ -34,11 +35,13 @@ from meshgpu.cli.flags import (
     Retries,
     Secret,
     Share,
+    Timeout,
     Yes,
 )
 from meshgpu.cli.launch import confirmed, running_agent, start_agent
 from meshgpu.cli.render import count, note, plain, show_error, size
 from meshgpu.cli.ship import ship, submit
+from meshgpu.cli.spans import parse_moment, parse_span
 from meshgpu.cli.watch import Json
 from meshgpu.cli.words import EXIT_INTERRUPTED, EXIT_MESH_FAILED, exit_code
 from meshgpu.client.agent import AgentClient
@@ -72,6 +75,10 @@ def run(
     retries: Retries = 0,
     priority: Priority = "normal",
     preemptible: Preemptible = False,
+    timeout: Timeout = "",
+    start_by: Annotated[
+        str, typer.Option("--start-by", metavar="18:00|TIME", help="Give up unless it starts by then, or within 30m.")
+    ] = "",
     secret: Secret = None,
     share: Share = False,
     name: Name = None,
@@ -84,12 +91,13 @@ def run(
     """Run a command on a machine of the mesh, in a copy of this directory, and follow it.
 
     Options end at CMD or at --. Standard input is not passed on. The exit code is the job's; 125: the mesh failed,
-    124: out of time, 130: Ctrl-C, after which the job goes on.
+    124: it ran out of time, 130: Ctrl-C, after which the job goes on.
     """
     request = job_request(command, name, env, pip, pip_req, image)
     place(request, machine, gpus, cpus, memory, on, not_on, cloud, no_env=no_env)
-    request["retries"] = retries
     request["priority"], request["preemptible"] = checked_priority(priority), preemptible
+    request["retries"], request["timeout_s"] = retries, time_limit(timeout)
+    request["start_by"] = parse_moment(start_by, time.time(), "--start-by 30m") if start_by else None
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
     client = agent_for(yes=yes)
     job = ship_and_submit(client, request)
@@ -142,6 +150,8 @@ def job_request(
         shared=False,
         priority="normal",
         preemptible=False,
+        timeout_s=None,
+        start_by=None,
     )
 
 
@@ -266,6 +276,16 @@ def parse_memory(text: str) -> int:
     if match is None:
         raise MeshgpuError("bad-request", f"cannot read the memory {text!r}: expected 8GB or 500MB", "--memory 8GB")
     return int(float(match[1]) * _MEMORY_UNITS[match[2].lower()])
+
+
+def time_limit(text: str) -> float | None:
+    """`--timeout` in seconds, None without. Raises MeshgpuError `bad-request`."""
+    if not text:
+        return None
+    seconds = parse_span(text, "--timeout 2h")
+    if seconds == 0:
+        raise MeshgpuError("bad-request", "cannot run for no time at all: --timeout is 0", "--timeout 2h")
+    return seconds
 
 
 def _checked_image(image: str, *, has_packages: bool) -> str:

@@ -1,6 +1,7 @@
 """Spans of time as people type them."""
 
 import re
+import time
 from typing import Final
 
 from meshgpu.errors import MeshgpuError
@@ -14,3 +15,19 @@ def parse_span(text: str, example: str) -> float:
     if match is None:
         raise MeshgpuError("bad-request", f"cannot read the time {text!r}: expected 90s, 10m or 2h", example)
     return float(match[1]) * UNITS_S[match[2]]
+
+
+def parse_moment(text: str, now: float, example: str) -> float:
+    """`18:00`, the next time that this machine's clock shows it, or a span from `now` on, in Unix time.
+
+    Raises MeshgpuError `bad-request` as parse_span.
+    """
+    match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip())
+    if match is None:
+        return now + parse_span(text, example)
+    today = time.localtime(now)
+    for day in (today.tm_mday, today.tm_mday + 1):
+        clock = (today.tm_year, today.tm_mon, day, int(match[1]), int(match[2]), 0, 0, 0, -1)
+        if (moment := time.mktime(clock)) > now:
+            break
+    return moment

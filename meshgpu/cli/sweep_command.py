@@ -33,12 +33,21 @@ from meshgpu.cli.flags import (
     Retries,
     Secret,
     Share,
+    Timeout,
     Yes,
 )
 from meshgpu.cli.job_commands import kill as kill_jobs
 from meshgpu.cli.job_commands import stop as stop_jobs
 from meshgpu.cli.render import clock, count, note, plain, print_table
-from meshgpu.cli.run_command import agent_for, checked_priority, job_request, place, read_secrets, ship_and_submit
+from meshgpu.cli.run_command import (
+    agent_for,
+    checked_priority,
+    job_request,
+    place,
+    read_secrets,
+    ship_and_submit,
+    time_limit,
+)
 from meshgpu.cli.watch import Json, Watch, repeat
 from meshgpu.cli.words import EXIT_FAILED_CHECK, EXIT_INTERRUPTED, EXIT_MESH_FAILED, is_final, run_time, status, where
 from meshgpu.client.agent import AgentClient
@@ -94,6 +103,7 @@ def grid(
     retries: Retries = TRIAL_RETRIES,
     priority: Priority = "normal",
     preemptible: Preemptible = False,
+    timeout: Timeout = "",
     secret: Secret = None,
     share: Share = False,
     name: Name = None,
@@ -110,6 +120,7 @@ def grid(
     place(request, machine, gpus, cpus, memory, on, not_on, cloud, no_env=no_env)
     request["priority"], request["preemptible"] = checked_priority(priority), preemptible
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
+    request["timeout_s"] = time_limit(timeout)
     space = SweepRequest(method="grid", params=params, trials=0, parallel=parallel, seed=0)
     _try_all(request, space, metric, metric_regex, retries)
     _start(request, detach=detach, as_json=as_json, yes=yes)
@@ -139,6 +150,7 @@ def at_random(
     retries: Retries = TRIAL_RETRIES,
     priority: Priority = "normal",
     preemptible: Preemptible = False,
+    timeout: Timeout = "",
     secret: Secret = None,
     share: Share = False,
     name: Name = None,
@@ -154,6 +166,7 @@ def at_random(
     place(request, machine, gpus, cpus, memory, on, not_on, cloud, no_env=no_env)
     request["priority"], request["preemptible"] = checked_priority(priority), preemptible
     request["shared"], request["secrets"] = share, read_secrets(secret or [], request["env"])
+    request["timeout_s"] = time_limit(timeout)
     space = SweepRequest(method="random", params=params, trials=trials, parallel=parallel, seed=seed)
     _try_all(request, space, metric, metric_regex, retries)
     _start(request, detach=detach, as_json=as_json, yes=yes)

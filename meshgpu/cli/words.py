@@ -30,7 +30,7 @@ def goes_on(job: JobView) -> str:
 def exit_code(job: JobView) -> int:
     """The job's own code; never 0 for a job that did not record one and succeed or was not stopped with it."""
     code = job["exit_code"]
-    if job["state"] == "expired":
+    if job["timed_out"] and job["state"] == "failed":
         return EXIT_TIME_LIMIT
     if code is None or job["state"] not in ("succeeded", "failed", "cancelled"):
         return EXIT_MESH_FAILED
@@ -44,6 +44,8 @@ def status(job: JobView) -> str:
     if job["state"] == "unknown":
         seconds = job["out_of_touch_s"]
         return "out of touch" if seconds is None else f"out of touch {ago(seconds)}"
+    if job["timed_out"] and job["state"] == "failed":
+        return "timed out"
     if job["state"] in ("failed", "cancelled") and job["exit_code"] is not None:
         return f"{job['state']} ({job['exit_code']})"
     if job["space"] and job["state"] == "active":
@@ -124,8 +126,12 @@ def ending(job: JobView) -> str:
     because = f": {job['reason']}" if job["reason"] else ""
     told = {
         "cancelled": "was stopped" if job["started_at"] else "was cancelled before it started",
-        "expired": "ran out of time",
+        "expired": "expired",
         "lost": "is lost: its end was never recorded",
-        "failed": f"failed with exit code {code}" if code is not None else "failed without an exit code",
+        "failed": "was ended"
+        if job["timed_out"]
+        else f"failed with exit code {code}"
+        if code is not None
+        else "failed without an exit code",
     }
     return plain(f"{name} {told[state]}{because}") if state in told else ""

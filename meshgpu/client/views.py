@@ -260,6 +260,8 @@ class JobView(TypedDict):
     sweep, trial: the id of the sweep that it is a trial of, and which; space: for a sweep itself. died: attempts that
     died after they started, of which `retries` are forgiven. cloud: `never ok only`: whether it may leave the office.
     secrets: names of variables that only machines it may run on can read. shared: whether every user may see it.
+    timeout_s: for how long its command may run; timed_out: whether it ran longer, and was ended for that.
+    start_by: when it must have started for the first time, by the clocks of those that hold it; None: whenever.
     """
 
     id: str
@@ -298,6 +300,9 @@ class JobView(TypedDict):
     space: SpaceView | None
     secrets: list[str]
     shared: bool
+    timeout_s: float | None
+    timed_out: bool
+    start_by: float | None
 
 
 class SweepView(TypedDict):
@@ -370,7 +375,8 @@ class JobRequest(TypedDict):
 
     cloud: None where nothing is said. sweep: None for a job of its own.
     metric: `loss:min`, empty without; metric_pattern: where it is in the log. shared: every user may see the job.
-    secrets: {variable: value}, for the agent's eyes only: never to be printed.
+    secrets: {variable: value}, for the agent's eyes only: never to be printed. timeout_s: None for no limit.
+    start_by: Unix time at which it must have started; None: whenever.
     """
 
     name: str
@@ -397,6 +403,8 @@ class JobRequest(TypedDict):
     shared: bool
     priority: str
     preemptible: bool
+    timeout_s: float | None
+    start_by: float | None
 
 
 class ShippingEvent(TypedDict):

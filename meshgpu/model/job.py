@@ -83,6 +83,8 @@ class JobSpec:
     sweep: the space of which each trial is a job; None for a job of its own. objective: what it reports; None: nothing.
     secrets: variables that most who get the spec cannot read; None without any. shared: whether every user may see it.
     preemptible: whether it may be stopped, to be placed again, for a job of higher priority.
+    timeout_s: how long the command of one attempt may run; None: for ever. Time in which its machine sleeps counts.
+    start_within_s: how long after it was submitted it may start first, by its stewards' clocks; None: whenever.
     """
 
     mesh: MeshId
@@ -111,6 +113,8 @@ class JobSpec:
     shared: bool = False
     priority: Priority = Priority.NORMAL
     preemptible: bool = False
+    timeout_s: float | None = None
+    start_within_s: float | None = None
 
 
 class JobState(StrEnum):
@@ -178,6 +182,8 @@ class AttemptState(StrEnum):
     RUNNING = "running"
     STOPPING = "stopping"
     EXITED = "exited"
+    TIMED_OUT = "timed-out"
+    """Ended by its guard, because it ran for longer than its user allows."""
     REJECTED = "rejected"
     FENCED = "fenced"
     PREEMPTED = "preempted"
@@ -191,6 +197,7 @@ ATTEMPT_ORDER: Final = {state: rank for rank, state in enumerate(AttemptState)}
 ENDED_ATTEMPT_STATES: Final = frozenset(
     {
         AttemptState.EXITED,
+        AttemptState.TIMED_OUT,
         AttemptState.DELIVERED,
         AttemptState.REJECTED,
         AttemptState.FENCED,
@@ -239,6 +246,7 @@ class Register:
     detail: what staging is doing, as people read it. reason: why the job waits, or why it ended as it did.
     heard_wall_s: when the node of this epoch last reported. Times are Unix seconds, None where not yet.
     metric: what the newest attempt has reported of the job's objective. died: attempts that died after they started.
+    ran_on: where the last attempt before this epoch ran whose command had started; None where none had.
     """
 
     job: JobId
@@ -258,6 +266,7 @@ class Register:
     heard_wall_s: float | None = None
     metric: Metric | None = None
     died: int = 0
+    ran_on: NodeId | None = None
     stamp: Stamp = NO_STAMP
 
 
@@ -345,6 +354,7 @@ class Draft:
     cloud: None where `--cloud` is absent: what the mesh's policy says.
     secrets: names of variables whose values the agent keeps under the query, out of the core's sight.
     on: as in Resources, which has it where `-g` is said.
+    start_by_wall_s: Unix time, by this machine's clock, at which it must have started; None: whenever.
     """
 
     name: str
@@ -369,6 +379,8 @@ class Draft:
     on: Where = ANYWHERE
     priority: Priority = Priority.NORMAL
     preemptible: bool = False
+    timeout_s: float | None = None
+    start_by_wall_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

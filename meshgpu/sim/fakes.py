@@ -101,10 +101,15 @@ class ToyNotary:
 
 @dataclass(slots=True)
 class Process:
-    """What a guard knows: it outlives the agent, not the machine. result: None while it lives."""
+    """What a guard knows: it outlives the agent, not the machine. result: None while it lives.
+
+    outcome: what it comes to. is_stopping: whether it was told to end; a guard says so for one reason, the first.
+    """
 
     plan: AttemptPlan
     started_wall_s: float
+    outcome: AttemptState = AttemptState.EXITED
+    is_stopping: bool = False
     result: Result | None = None
     ended_wall_s: float = 0.0
 
@@ -184,7 +189,11 @@ class FakeExecutor:
         self._adopted.add(key)
         code = int(self._rng.random() < self._timing.fails)
         took_s = self._timing.long_s if self._rng.random() < self._timing.long else self._timing.run_s
-        self._timeline.after(self._rng.uniform(*took_s), lambda: self._over(key, process, code))
+        run_s = self._rng.uniform(*took_s)
+        self._timeline.after(run_s, lambda: self._over(key, process, code))
+        limit_s = plan.spec.timeout_s
+        if limit_s is not None and limit_s < run_s:
+            self._timeline.after(limit_s, lambda: self._time_out(key, process))
         self._emit(AttemptBegan(*key, process.started_wall_s))
 
     def adopt(self, plan: AttemptPlan) -> None:
@@ -207,8 +216,15 @@ class FakeExecutor:
             return
         process = self._processes.get(key)
         if process is not None:
+            process.is_stopping = True
             delay_s = self._stop_s() if mode is StopMode.STOP else 0.02
             self._timeline.after(delay_s, lambda: self._over(key, process, SIGNAL_EXIT[mode]))
+
+    def _time_out(self, key: tuple[JobId, int], process: Process) -> None:
+        """The guard's doing, so also without an agent."""
+        if process.result is None and not process.is_stopping:
+            process.is_stopping, process.outcome = True, AttemptState.TIMED_OUT
+            self._timeline.after(self._stop_s(), lambda: self._over(key, process, SIGNAL_EXIT[StopMode.STOP]))
 
     def _stop_s(self) -> float:
         is_stubborn = self._rng.random() < self._timing.stubborn
@@ -241,7 +257,7 @@ class FakeExecutor:
     def _over(self, key: tuple[JobId, int], process: Process, code: int) -> None:
         if process.result is not None or self._processes.get(key) is not process:
             return
-        process.result = Result(AttemptState.EXITED, code)
+        process.result = Result(process.outcome, code)
         process.ended_wall_s = self._wall_s()
         self._is_over(process.plan, process.result)
         if key in self._adopted:

@@ -39,6 +39,8 @@ from meshgpu.sim.machine import Machine
 STORY_LENGTH: Final = 40
 UNSETTLED_STATES: Final = (JobState.PLACING, JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING)
 """States of a register whose epoch may still live somewhere."""
+LATE_S: Final = 20.0
+"""By how much a job may start or expire too late: what is offered or placed by then may take 15 s to be given up."""
 COMMITTED_STATES: Final = (JobState.ACTIVE, JobState.UNKNOWN, JobState.CANCELLING)
 
 
@@ -60,6 +62,8 @@ class Ledger:
     that a quorum of its stewards has written.
     preempted: attempts that had to make way for the owner of their machine. stopped: machines that were revoked with
     all their jobs. obeyed: requests to stop, by the name of the machine that obeyed them, key and nonce.
+    begun: jobs of which some node has on disk that their command started. activated: epochs that some steward has on
+    disk as active.
     """
 
     machines: dict[NodeId, Machine]
@@ -76,6 +80,8 @@ class Ledger:
     preempted: set[tuple[JobId, int]] = field(default_factory=set)
     stopped: set[NodeId] = field(default_factory=set)
     obeyed: set[tuple[str, KeyId, str]] = field(default_factory=set)
+    begun: set[JobId] = field(default_factory=set)
+    activated: set[tuple[JobId, int]] = field(default_factory=set)
     started: int = 0
 
 
@@ -268,6 +274,8 @@ class Invariants:
 
     def _check_attempt(self, machine: Machine, before: object, record: AttemptRecord) -> None:
         key = (record.job, record.epoch)
+        if record.started_wall_s is not None:
+            self.ledger.begun.add(record.job)
         if not isinstance(before, AttemptRecord):
             self._check_acceptance(machine, record)
             self.ledger.accepted[key] = (machine.node, record.hold)
@@ -324,6 +332,9 @@ class Invariants:
             self._fail(f"{machine.setup.name} goes back: {before} → {record}")
         if register.stamp == NO_STAMP:
             return
+        if register.state is JobState.ACTIVE and (register.job, register.epoch) not in self.ledger.activated:
+            self.ledger.activated.add((register.job, register.epoch))
+            self._check_in_time(machine, register)
         standing = Standing(register, record.cancel, record.receipt)
         known, writers = self.ledger.standings.setdefault((register.job, register.stamp), (standing, set()))
         if known != standing:
@@ -378,19 +389,39 @@ class Invariants:
     def _check_final(self, register: Register) -> None:
         if register.job in self.ledger.living:
             self._fail(f"{register.job} is {register.state} while it lives")
-        if (register.job, register.epoch) in self.ledger.preempted and register.job not in self.ledger.stops_asked:
+        is_timed_out = register.result is not None and register.result.outcome is AttemptState.TIMED_OUT
+        was_sent_away = (register.job, register.epoch) in self.ledger.preempted and not is_timed_out
+        if was_sent_away and register.job not in self.ledger.stops_asked:
             self._fail(f"{register.job}/{register.epoch} was sent away, but is recorded as {register.state}")
         if register.state is JobState.CANCELLED and register.job not in self.ledger.stops_asked:
             self._fail(f"{register.job} is cancelled, but its user did not ask for it")
+        if register.state is JobState.EXPIRED:
+            self._check_expired(register)
         for trial in trials_of(self.ledger.submitted[register.job]):
             found = self._register(trial.job)
             must = register.state is not JobState.CANCELLED
             if (found is None and must) or (found is not None and not found.state.is_final):
                 self._fail(f"the sweep {register.job} is {register.state}, but of its trials {trial.job} is {found}")
-        if register.result is not None and register.result.outcome is AttemptState.EXITED:
+        if register.result is not None and register.result.outcome in (AttemptState.EXITED, AttemptState.TIMED_OUT):
             true = self.ledger.results.get((register.job, register.epoch))
-            if true != register.result:
+            if true is None or replace(true, reason=register.result.reason) != register.result:
                 self._fail(f"{register.job}/{register.epoch} ended with {true}, recorded is {register.result}")
+
+    def _check_in_time(self, machine: Machine, register: Register) -> None:
+        """A job that may not wait for long starts in time, or never; until it has run once."""
+        limit_s = self.ledger.submitted[register.job].start_within_s
+        waited_s = machine.now().wall_s - register.submitted_wall_s
+        if limit_s is not None and waited_s > limit_s + LATE_S and register.job not in self.ledger.begun:
+            self._fail(f"{register.job} starts after {waited_s:.1f} s, which it was to do within {limit_s:.1f} s")
+
+    def _check_expired(self, register: Register) -> None:
+        """Only a job that may not wait for long expires, not before its time, and never once it has run."""
+        limit_s = self.ledger.submitted[register.job].start_within_s
+        assert register.ended_wall_s is not None
+        if limit_s is None or register.ended_wall_s - register.submitted_wall_s < limit_s:
+            self._fail(f"{register.job} expires before its time, which is {limit_s}: {register}")
+        if register.job in self.ledger.begun:
+            self._fail(f"{register.job} expires although it has run: {register}")
 
     def _check_held(self, job: JobId) -> None:
         held = self._register(job)
@@ -451,6 +482,9 @@ class Invariants:
         where = self.ledger.ids[view.register.node].node if view.register.node else None
         if view.register.state.is_final or (where in away and view.register.state in UNSETTLED_STATES):
             return ""
+        limit_s = None if view.register.ran_on else spec.start_within_s
+        if limit_s is not None and speaker.now().wall_s > view.register.submitted_wall_s + limit_s + LATE_S:
+            return f"{job} still waits to start, which it was to do within {limit_s} s: {view.register}"
         if view.register.state is JobState.QUEUED and view.register.reason and self._must_wait(view, away):
             return ""
         begun = [trial.job for trial in trials_of(spec) if self._register(trial.job) is not None]

@@ -51,8 +51,8 @@ class People:
     queries: int = 0
     refused: int = 0
 
-    def run_something(self) -> None:
-        """A random job from a random machine that is on."""
+    def run_something(self, *, is_limited: bool = False) -> None:
+        """A random job from a random machine that is on. is_limited: it may not wait, or not run, for long."""
         rng = self.timeline.rng
         found = self._seat()
         if found is None:
@@ -64,7 +64,19 @@ class People:
         on = PLACES[self.queries % len(PLACES)] if gpus is not None and gpus.count else ANYWHERE
         resources = None if gpus is None else Resources(gpus, cpus, on=on)
         cloud = self._wish() if self.is_near_a_cloud else None
-        self.run(machine, key, named, resources, cloud=cloud, retries=cloud is not CloudUse.NEVER)
+        start_within_s = rng.choice((None, rng.uniform(0.5, 30.0))) if is_limited else None
+        timeout_s = rng.uniform(0.5, 20.0) if is_limited else None
+        retries = 1 if is_limited else cloud is not CloudUse.NEVER
+        self.run(
+            machine,
+            key,
+            named,
+            resources,
+            cloud=cloud,
+            retries=retries,
+            start_within_s=start_within_s,
+            timeout_s=timeout_s,
+        )
 
     def _wish(self) -> CloudUse | None:
         """What `--cloud` says."""
@@ -90,15 +102,19 @@ class People:
         space: Space | None = None,
         cloud: CloudUse | None = None,
         retries: int = 0,
+        start_within_s: float | None = None,
+        timeout_s: float | None = None,
     ) -> str:
         """Submit at `machine`; returns the query."""
         self.queries += 1
         query = f"run{self.queries}"
         tree = digest(query.encode())
         machine.trees.add(tree)
-        asked = replace(draft(name, named, resources, tree), cloud=cloud, retries=retries)
         priority, preemptible = WISHES[self.queries % len(WISHES)]
+        asked = replace(draft(name, named, resources, tree), cloud=cloud, retries=retries, timeout_s=timeout_s)
         asked = replace(asked, priority=priority, preemptible=preemptible)
+        if start_within_s is not None:
+            asked = replace(asked, start_by_wall_s=machine.now().wall_s + start_within_s)
         if space is not None:
             asked = replace(asked, command=(*asked.command, "{lr}"), sweep=space, retries=2)
         machine.post(RunAsked(query, key, asked))

@@ -19,12 +19,14 @@ TAKEN_BACK: Final = 0.6
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """trouble_s: how long faults and load go on. settle_s: how long all may take to come to rest after that.
-    jobs, sweeps, stops, watches: how often people do what. lies: messages of an intruder in a fifth of all worlds.
+    jobs, limited, sweeps, stops, watches: how often people do what; `limited` are jobs with limits of time.
+    lies: messages of an intruder in a fifth of all worlds.
     """
 
     trouble_s: float = 40.0
     settle_s: float = 240.0
     jobs: int = 24
+    limited: int = 0
     sweeps: int = 0
     stops: int = 4
     watches: int = 3
@@ -41,6 +43,12 @@ OWNERS: Final = Scenario(
 
 SWEEPS: Final = Scenario(jobs=6, sweeps=6, faults=FaultRates(crashes=5.0, crashes_at_write=8.0))
 """Sweeps whose stewards crash again and again."""
+
+
+LIMITS: Final = Scenario(
+    jobs=6, limited=24, world=WorldConfig(size=4, executor=ExecutorTiming(long=0.5, stubborn=0.3, grace_s=5.0))
+)
+"""A small office with more work than room, most of which may neither wait nor run for long."""
 
 
 WRONG_CLOCKS: Final = Scenario(stops=8, watches=8, world=WorldConfig(has_wrong_clocks=True))
@@ -78,6 +86,8 @@ def simulate(seed: int, scenario: Scenario | None = None) -> Outcome:
     for _ in range(scenario.jobs):
         is_rush = rng.random() < RUSH
         at(rush_s if is_rush else rng.uniform(0.5, scenario.trouble_s), world.people.run_something)
+    for _ in range(scenario.limited):
+        at(rng.uniform(0.5, scenario.trouble_s), lambda: world.people.run_something(is_limited=True))
     for _ in range(scenario.sweeps):
         at(rng.uniform(0.5, scenario.trouble_s / 2), world.people.sweep_something)
     for _ in range(scenario.stops):

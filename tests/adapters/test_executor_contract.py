@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,27 @@ async def test_kill_overrides_a_stop_that_is_waiting(kind: Kind) -> None:
     await rig.says("told")
     rig.executor.stop(JOB, 1, StopMode.KILL)
     assert (await rig.ended()).exit_code == 137
+
+
+async def test_job_that_runs_too_long_is_ended_and_says_so(kind: Kind) -> None:
+    rig = await kind.rig()
+    job = kind.plan("trap 'exit 3' TERM; echo ready; while :; do sleep 0.1; done")
+    rig.submit(replace(job, spec=replace(job.spec, timeout_s=1.0)))
+    assert await rig.ended() == Result(AttemptState.TIMED_OUT, 3)
+    assert rig.printed() == "ready\n"
+
+
+async def test_job_runs_no_longer_than_it_may_though_its_executor_is_gone(kind: Kind) -> None:
+    job = kind.plan("echo ready; exec sleep 600")
+    job = replace(job, spec=replace(job.spec, timeout_s=1.5))
+    rig = await kind.rig()
+    rig.submit(job)
+    await rig.says("ready")
+    await rig.executor.close()
+    await asyncio.sleep(2.0)
+    fresh = await kind.rig()
+    fresh.executor.adopt(job)
+    assert (await fresh.ended()).outcome is AttemptState.TIMED_OUT
 
 
 async def test_stop_during_staging_abandons_the_attempt(kind: Kind) -> None:

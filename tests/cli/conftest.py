@@ -230,6 +230,9 @@ def make_job() -> Callable[..., JobView]:
             "space": None,
             "secrets": [],
             "shared": False,
+            "timeout_s": None,
+            "timed_out": False,
+            "start_by": None,
         }
         assert not changes.keys() - job.keys()
         return job | changes  # type: ignore[return-value]  # a dict of exactly the keys of JobView

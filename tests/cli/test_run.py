@@ -76,7 +76,7 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
     (project / "more.txt").write_text("einops\n")
     options = "-m rig-b -g 2X24gb -e SEED=1 --pip torch --pip numpy --pip-req more.txt --no-env"
     options += " --cpus 4 --memory 8GB --cloud never --retries 3 --on vram>=24GB --not-on rig7,rig8"
-    options += " --priority low --preemptible"
+    options += " --priority low --preemptible --timeout 1.5h"
     cli("run", *options.split(), "python", "train.py", "-g", "7", "--", "x")
     assert mesh.body("POST /v1/jobs") == {
         "name": "train",
@@ -103,6 +103,8 @@ def test_request_says_what_was_typed(cli: Cli, mesh: "StubAgent", project: Path,
         "shared": False,
         "priority": "low",
         "preemptible": True,
+        "timeout_s": 5400.0,
+        "start_by": None,
     }
 
 
@@ -144,6 +146,12 @@ def test_secret_that_cannot_be_passed_is_refused_and_not_repeated(
     assert not any(target.startswith("POST /v1/jobs") for target in mesh.targets())
 
 
+def test_start_by_is_told_as_a_moment(cli: Cli, mesh: "StubAgent", ended: MakeJob) -> None:
+    mesh.on_stream(EVENTS_CALL, end(ended()))
+    cli("run", "--start-by", "30m", "true")
+    assert mesh.body("POST /v1/jobs")["start_by"] == pytest.approx(time.time() + 1800, abs=30)
+
+
 def test_image_is_passed_on_and_excludes_packages(cli: Cli, mesh: "StubAgent", ended: MakeJob) -> None:
     mesh.on_stream(EVENTS_CALL, end(ended()))
     assert cli("run", "--image", "pytorch/pytorch:2.4", "python", "train.py").exit_code == 0
@@ -183,7 +191,17 @@ def test_only_missing_chunks_are_shipped(cli: Cli, mesh: "StubAgent", project: P
             "train-k7q failed with exit code 137: killed for memory\n",
         ),
         ({"exit_code": None, "state": "lost"}, 125, "train-k7q is lost: its end was never recorded\n"),
-        ({"exit_code": None, "state": "expired"}, 124, "train-k7q ran out of time\n"),
+        (
+            {"exit_code": 0, "state": "failed", "timed_out": True, "reason": "ran longer than its limit of 2 h"},
+            124,
+            "train-k7q was ended: ran longer than its limit of 2 h\n",
+        ),
+        ({"exit_code": 143, "state": "cancelled", "timed_out": True}, 143, "train-k7q was stopped\n"),
+        (
+            {"exit_code": None, "state": "expired", "reason": "did not start within 30 min: rig-b is busy"},
+            125,
+            "train-k7q expired: did not start within 30 min: rig-b is busy\n",
+        ),
         ({"exit_code": 143, "state": "cancelled"}, 143, "train-k7q was stopped\n"),
     ],
 )
@@ -426,6 +444,10 @@ def test_submission_that_fails_half_way_is_an_error(cli: Cli, mesh: "StubAgent")
         ["--pip-req", "absent.txt", "true"],
         ["--cpus", "-1", "true"],
         ["--cpus", "x", "true"],
+        ["--timeout", "soon", "true"],
+        ["--timeout", "0", "true"],
+        ["--start-by", "25:00", "true"],
+        ["--start-by", "soon", "true"],
         ["--nonsense", "true"],
         ["-m", "", "true"],
         ["--name", " ", "true"],

@@ -30,8 +30,8 @@ MakeJob = Callable[..., JobView]
         ("cancelled", None, 125),
         ("lost", None, 125),
         ("lost", 0, 125),
-        ("expired", None, 124),
-        ("expired", 0, 124),
+        ("expired", None, 125),
+        ("expired", 0, 125),
         ("active", 0, 125),
         ("queued", None, 125),
     ],
@@ -40,6 +40,12 @@ def test_exit_code_is_the_jobs_own_and_never_zero_without_a_recorded_end(
     make_job: MakeJob, state: str, code: int | None, expected: int
 ) -> None:
     assert exit_code(make_job(state=state, exit_code=code)) == expected
+
+
+def test_job_that_ran_too_long_gives_124_unless_its_user_stopped_it(make_job: MakeJob) -> None:
+    assert exit_code(make_job(state="failed", exit_code=0, timed_out=True)) == 124
+    assert exit_code(make_job(state="cancelled", exit_code=143, timed_out=True)) == 143
+    assert status(make_job(state="failed", phase=None, exit_code=143, timed_out=True)) == "timed out"
 
 
 @pytest.mark.parametrize(

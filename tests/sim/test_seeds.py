@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from meshgpu.errors import BrokenInvariant
+from meshgpu.model.job import AttemptState, JobState
 from meshgpu.model.records import AttemptRecord, JobRecord
 from meshgpu.sim.faults import FaultRates
-from meshgpu.sim.scenario import INSTANCES, OWNERS, REKEYS, SWEEPS, WRONG_CLOCKS, Outcome, Scenario, simulate
+from meshgpu.sim.scenario import INSTANCES, LIMITS, OWNERS, REKEYS, SWEEPS, WRONG_CLOCKS, Outcome, Scenario, simulate
 
 FAST_SEEDS = 20
 ALL_SEEDS = 420
@@ -79,6 +80,17 @@ def test_machines_take_new_keys_in_the_middle_of_everything_and_nothing_waits_fo
     assert taken > 10  # else this proves nothing
     assert refused > 20
     assert errands, "nobody was away when a machine took new keys"
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(10, marks=pytest.mark.slow)])
+def test_jobs_wait_and_run_no_longer_than_they_may(first: int) -> None:
+    expired = timed_out = 0
+    for seed in range(first, first + (10 if first == 0 else 90)):
+        registers = [standing.register for standing in check(seed, LIMITS).world.ledger.chosen.values()]
+        expired += sum(register.state is JobState.EXPIRED for register in registers)
+        timed_out += sum(r.result is not None and r.result.outcome is AttemptState.TIMED_OUT for r in registers)
+    assert expired > 10  # else this proves nothing
+    assert timed_out > 20
 
 
 def check_wrong_clocks(seed: int) -> tuple[int, int]:

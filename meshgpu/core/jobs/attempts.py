@@ -22,7 +22,7 @@ from meshgpu.core.trust.requests import STOPPED, RequestRules
 from meshgpu.core.trust.sealing import NO_WRAP
 from meshgpu.errors import TrustError
 from meshgpu.model.audit import AuditEvent
-from meshgpu.model.clock import Now
+from meshgpu.model.clock import Now, span
 from meshgpu.model.gossip import Allocation
 from meshgpu.model.ids import RANDOM_ID_BYTES, HoldId, JobId, KeyId, NodeId, UserName, display_name, random_id
 from meshgpu.model.inventory import GpuReading, Inventory
@@ -414,7 +414,10 @@ class Attempts:
         attempt = self._live.get((job, epoch))
         if attempt is None or attempt.state not in MAY_LIVE:
             return []
-        if attempt.preempted:  # also with exit code 0: it may have been asked to leave just before its end, or obeyed
+        if result.outcome is AttemptState.TIMED_OUT:
+            why = f"ran longer than its limit of {span(attempt.spec.timeout_s or 0.0)}"
+            result = replace(result, reason="; ".join(filter(None, (why, result.reason))))
+        elif attempt.preempted:  # also with exit code 0: it may have been asked to leave just before its end, or obeyed
             result = replace(result, outcome=AttemptState.PREEMPTED, reason=attempt.preempted)
         attempt.due = now.boot_s + self._timing.ask_s
         return [*self._conclude(attempt, result, ended_wall_s, evidence), self._report(attempt)]

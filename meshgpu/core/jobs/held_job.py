@@ -110,6 +110,15 @@ class HeldJob:
         """{id that a fellow steward has now: id by which the job names it}."""
         return {self.current(steward): steward for steward in self.replica.others}
 
+    def may_wait_s(self, now: Now) -> float | None:
+        """How long it may wait for its first start from now on; None where it does not wait for that, or has no limit.
+
+        A sweep itself never starts; its trials may wait as long each, from when they begin.
+        """
+        limit_s = self.spec.start_within_s
+        is_waiting = self.state is JobState.QUEUED and self.register.ran_on is None and self.spec.sweep is None
+        return self.register.submitted_wall_s + limit_s - now.wall_s if limit_s is not None and is_waiting else None
+
     def view(self) -> SignedView:
         return SignedView(self.signed, self.told, self.trial)
 

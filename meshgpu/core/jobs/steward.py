@@ -27,7 +27,7 @@ from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.receipts import check_about, check_told, read_receipt
 from meshgpu.core.trust.requests import STOPPED, RequestRules
 from meshgpu.errors import MeshgpuError, StaleRequest, TrustError
-from meshgpu.model.clock import Now
+from meshgpu.model.clock import Now, span
 from meshgpu.model.gossip import NEEDS_LIMIT, Demand, Need
 from meshgpu.model.ids import Digest, JobId, NodeId, UserName
 from meshgpu.model.job import (
@@ -100,6 +100,9 @@ WAITING_ASKS_LIMIT: Final = 8
 ASK_KEPT_S: Final = 4.0
 """For how long: less than who asked waits for the answer, so that nothing happens that was told to be impossible."""
 
+CLOCK_S: Final = 60.0
+"""How often it is looked whether a job has waited for too long: a wall clock may be set meanwhile."""
+
 UNSTARTED_TRIES: Final = 3
 """Attempts that may die before they start (a machine that reboots) before the job is given up."""
 
@@ -155,6 +158,8 @@ class Stewardship:
         """Jobs that have ended by what this disk has, which others may see otherwise."""
         self._trials: dict[JobId, dict[int, HeldJob]] = {}
         self._sweep_at: float | None = None
+        self._expiry_at: float | None = None
+        """`boot_s` at which it is looked whether a job has waited for too long; None while none may."""
         self.obeyed = Obeyed()
 
     def restore(self, now: Now, records: Iterable[JobRecord]) -> list[Effect]:
@@ -368,6 +373,7 @@ class Stewardship:
     def _begin(self, now: Now, job: HeldJob) -> list[Effect]:
         """A draft becomes a job."""
         effects = job.change(now, state=JobState.QUEUED)
+        self._note_limit(now, job)
         if job.spec.sweep is not None:
             effects += self._drive(now, job)
         if job.answer_to is not None:
@@ -442,6 +448,7 @@ class Stewardship:
             return [Send(self._log.current(job.register.node), job.commit(self._notary))]
         if job.state is JobState.QUEUED:
             self._offering.retry_at = now.boot_s
+            self._note_limit(now, job)
         return self._drive_sweep_of(now, job) if job.is_over else []
 
     def _drive_sweep_of(self, now: Now, job: HeldJob) -> list[Effect]:
@@ -512,6 +519,7 @@ class Stewardship:
     def _go_on(self, now: Now, job: HeldJob) -> list[Effect]:
         """What is due in a job that another drove, or this node before it started anew."""
         job.due = now.boot_s
+        self._note_limit(now, job)
         if job.state in (JobState.ACTIVE, JobState.UNKNOWN):
             job.due = now.boot_s + self._timing.silence_s
         if job.signed.key in self._log.stopped:
@@ -629,8 +637,12 @@ class Stewardship:
             return [Send(self._turns.first(job), job.accepted())]
         return self._turns.ask(now, job)
 
-    def _requeue(self, now: Now, job: HeldJob, reason: str, died: int = 0) -> list[Effect]:
+    def _requeue(
+        self, now: Now, job: HeldJob, reason: str, report: AttemptReport | None = None, died: int = 0
+    ) -> list[Effect]:
         """The attempt is over and nothing of it lives: its epoch is spent, the job waits again."""
+        register = job.register
+        had_started = register.started_wall_s is not None or (report is not None and report.started_wall_s is not None)
         effects = job.change(
             now,
             state=JobState.QUEUED,
@@ -639,8 +651,10 @@ class Stewardship:
             started_wall_s=None,
             reason=reason,
             metric=None,
-            died=job.register.died + died,
+            died=register.died + died,
+            ran_on=register.node if had_started else register.ran_on,
         )
+        self._note_limit(now, job)
         job.due = self._offering.soon(now)
         return effects
 
@@ -706,10 +720,12 @@ class Stewardship:
         if result.outcome is AttemptState.EXITED:
             state = JobState.SUCCEEDED if result.exit_code == 0 else JobState.FAILED
             return self._finish(now, job, state, report, result, result.reason)
+        if result.outcome is AttemptState.TIMED_OUT:  # it would only run out of time again
+            return self._finish(now, job, JobState.FAILED, report, result, result.reason)
         if result.outcome is AttemptState.PREEMPTED:
-            return self._requeue(now, job, result.reason)
+            return self._requeue(now, job, result.reason, report)
         if report.started_wall_s is not None and register.died < job.spec.retries:
-            return self._requeue(now, job, result.reason, died=1)
+            return self._requeue(now, job, result.reason, report, died=1)
         if report.started_wall_s is None:
             job.unstarted += 1
             if job.unstarted < UNSTARTED_TRIES:
@@ -887,7 +903,7 @@ class Stewardship:
         self._offering.room_changed(now, self._jobs.values())
 
     def step(self, now: Now) -> list[Effect]:
-        effects = self._take_turns(now)
+        effects = [*self._take_turns(now), *self._expire(now)]
         for job in [*self._jobs.values(), *self._unheard()]:
             if job.resend_at is not None and now.boot_s >= job.resend_at:
                 effects += self._turns.resend(now, job)
@@ -916,10 +932,32 @@ class Stewardship:
             effects.extend(self.obeyed.forget_old(now))
         return effects
 
+    def _note_limit(self, now: Now, job: HeldJob) -> None:
+        """The job may have begun to wait."""
+        if job.may_wait_s(now) is not None:
+            self._expiry_at = now.boot_s
+
+    def _expire(self, now: Now) -> list[Effect]:
+        """End jobs that were to start by now and never did. One that is being placed is not among them."""
+        if self._expiry_at is None or now.boot_s < self._expiry_at:
+            return []
+        effects: list[Effect] = []
+        spans: list[float] = []
+        for job in [job for job in self._jobs.values() if job.acts and job.replica.is_settled]:
+            left_s = job.may_wait_s(now)
+            if left_s is not None and left_s > 0:
+                spans.append(left_s)
+            elif left_s is not None:
+                reason = f"did not start within {span(round(job.spec.start_within_s or 0.0))}"
+                reason = f"{reason}: {job.register.reason}" if job.register.reason else reason
+                effects += self._finish(now, job, JobState.EXPIRED, None, None, reason)
+        self._expiry_at = now.boot_s + min(CLOCK_S, *spans) if spans else None
+        return effects
+
     def deadline(self) -> float | None:
         dues = (job.due for job in self._jobs.values() if job.replica.is_settled)
         resends = (job.resend_at for job in (*self._jobs.values(), *self._unheard()))
-        return earliest(self._sweep_at, self._offering.retry_at, self._turn_at, *dues, *resends)
+        return earliest(self._sweep_at, self._offering.retry_at, self._turn_at, self._expiry_at, *dues, *resends)
 
     def _forget_old(self, now: Now) -> list[Effect]:
         for draft in [job for job in self._jobs.values() if self._is_abandoned(now, job)]:

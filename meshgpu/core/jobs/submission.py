@@ -224,6 +224,8 @@ class Submissions:
             draft.shared,
             draft.priority,
             draft.preemptible,
+            draft.timeout_s,
+            _start_within_s(now, draft),
         )
 
     def _machine(self, name: str) -> Member:
@@ -298,6 +300,16 @@ class Submissions:
         if ranked:
             return (ranked[0],)
         return (next((c.node for c in rigs if c.node != self._node), self._node),)
+
+
+def _start_within_s(now: Now, draft: Draft) -> float | None:
+    """How long it may wait from now on: a span, because its stewards' clocks may be others. Raises MeshgpuError."""
+    if draft.start_by_wall_s is None:
+        return None
+    left_s = draft.start_by_wall_s - now.wall_s
+    if left_s <= 0:
+        raise MeshgpuError("bad-request", "cannot run: the time by which it must start is over", "--start-by 30m")
+    return left_s
 
 
 def _recipients(candidates: Iterable[Candidate], machine: Member | None) -> dict[NodeId, bytes]:

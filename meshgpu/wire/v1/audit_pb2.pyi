@@ -91,7 +91,7 @@ class AuditEntry(_message.Message):
     fenced: _builtins.bool
     """Whether the job is shut in."""
     outcome: _builtins.str
-    """exited, preempted, crashed, abandoned, fenced, rejected; absent before the end."""
+    """exited, timed-out, preempted, crashed, abandoned, fenced, rejected; absent before the end."""
     exit_code: _builtins.int
     """Absent before the end, and where no exit was seen."""
     receipt: _builtins.str

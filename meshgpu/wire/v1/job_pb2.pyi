@@ -175,6 +175,8 @@ class JobSpec(_message.Message):
     SHARED_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     PREEMPTIBLE_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    START_WITHIN_S_FIELD_NUMBER: _builtins.int
     mesh: _builtins.str
     """Mesh id."""
     job: _builtins.str
@@ -211,6 +213,10 @@ class JobSpec(_message.Message):
     """low, normal, high."""
     preemptible: _builtins.bool
     """Whether it may be stopped, to be placed again, for a job of higher priority."""
+    timeout_s: _builtins.float
+    """Seconds for which the command of one attempt may run; absent for ever."""
+    start_within_s: _builtins.float
+    """Seconds after its submission in which its first attempt must start; absent for whenever."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """argv; with `shell`, one string."""
@@ -272,10 +278,12 @@ class JobSpec(_message.Message):
         shared: _builtins.bool = ...,
         priority: _builtins.str = ...,
         preemptible: _builtins.bool = ...,
+        timeout_s: _builtins.float | None = ...,
+        start_within_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_sweep", b"_sweep", "environment", b"environment", "machine", b"machine", "objective", b"objective", "resources", b"resources", "secrets", b"secrets", "sweep", b"sweep"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_start_within_s", b"_start_within_s", "_sweep", b"_sweep", "_timeout_s", b"_timeout_s", "environment", b"environment", "machine", b"machine", "objective", b"objective", "resources", b"resources", "secrets", b"secrets", "start_within_s", b"start_within_s", "sweep", b"sweep", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_sweep", b"_sweep", "cloud", b"cloud", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "objective", b"objective", "preemptible", b"preemptible", "priority", b"priority", "resources", b"resources", "retries", b"retries", "secrets", b"secrets", "shared", b"shared", "shell", b"shell", "stewards", b"stewards", "submitter", b"submitter", "sweep", b"sweep", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_machine", b"_machine", "_objective", b"_objective", "_secrets", b"_secrets", "_start_within_s", b"_start_within_s", "_sweep", b"_sweep", "_timeout_s", b"_timeout_s", "cloud", b"cloud", "command", b"command", "env", b"env", "environment", b"environment", "image", b"image", "issued_wall_s", b"issued_wall_s", "job", b"job", "machine", b"machine", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "objective", b"objective", "preemptible", b"preemptible", "priority", b"priority", "resources", b"resources", "retries", b"retries", "secrets", b"secrets", "shared", b"shared", "shell", b"shell", "start_within_s", b"start_within_s", "stewards", b"stewards", "submitter", b"submitter", "sweep", b"sweep", "timeout_s", b"timeout_s", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_files", b"tree_files", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__machine: _TypeAlias = _typing.Literal["machine"]  # noqa: Y015
     _WhichOneofArgType__machine: _TypeAlias = _typing.Literal["_machine", b"_machine"]  # noqa: Y015
@@ -283,8 +291,12 @@ class JobSpec(_message.Message):
     _WhichOneofArgType__objective: _TypeAlias = _typing.Literal["_objective", b"_objective"]  # noqa: Y015
     _WhichOneofReturnType__secrets: _TypeAlias = _typing.Literal["secrets"]  # noqa: Y015
     _WhichOneofArgType__secrets: _TypeAlias = _typing.Literal["_secrets", b"_secrets"]  # noqa: Y015
+    _WhichOneofReturnType__start_within_s: _TypeAlias = _typing.Literal["start_within_s"]  # noqa: Y015
+    _WhichOneofArgType__start_within_s: _TypeAlias = _typing.Literal["_start_within_s", b"_start_within_s"]  # noqa: Y015
     _WhichOneofReturnType__sweep: _TypeAlias = _typing.Literal["sweep"]  # noqa: Y015
     _WhichOneofArgType__sweep: _TypeAlias = _typing.Literal["_sweep", b"_sweep"]  # noqa: Y015
+    _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__machine) -> _WhichOneofReturnType__machine | None: ...
     @_typing.overload
@@ -292,7 +304,11 @@ class JobSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__secrets) -> _WhichOneofReturnType__secrets | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start_within_s) -> _WhichOneofReturnType__start_within_s | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sweep) -> _WhichOneofReturnType__sweep | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_s) -> _WhichOneofReturnType__timeout_s | None: ...
 
 Global___JobSpec: _TypeAlias = JobSpec  # noqa: Y015
 
@@ -309,7 +325,7 @@ class Result(_message.Message):
     OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
     METRIC_FIELD_NUMBER: _builtins.int
     outcome: _builtins.str
-    """exited, rejected, fenced, crashed, abandoned, …: what the attempt came to."""
+    """exited, timed-out, rejected, fenced, crashed, abandoned, …: what the attempt came to."""
     exit_code: _builtins.int
     """The job's own, 128+n for signal n; absent where no process ended."""
     reason: _builtins.str
@@ -425,6 +441,7 @@ class Register(_message.Message):
     METRIC_FIELD_NUMBER: _builtins.int
     DIED_FIELD_NUMBER: _builtins.int
     STAMP_FIELD_NUMBER: _builtins.int
+    RAN_ON_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Job id."""
     state: _builtins.str
@@ -453,6 +470,8 @@ class Register(_message.Message):
     """When the node of this epoch last reported, Unix time in seconds; absent before it."""
     died: _builtins.int
     """Attempts that died after they started."""
+    ran_on: _builtins.str
+    """Id of the node where the last attempt before this epoch ran whose command had started; absent for none."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.GpuShare]:
         """What of which GPUs this epoch holds."""
@@ -490,10 +509,11 @@ class Register(_message.Message):
         metric: _sweep_pb2.Metric | None = ...,
         died: _builtins.int = ...,
         stamp: Global___Stamp | None = ...,
+        ran_on: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_metric", b"_metric", "_node", b"_node", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "ended_wall_s", b"ended_wall_s", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "metric", b"metric", "node", b"node", "phase", b"phase", "result", b"result", "stamp", b"stamp", "started_wall_s", b"started_wall_s", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_metric", b"_metric", "_node", b"_node", "_phase", b"_phase", "_ran_on", b"_ran_on", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "ended_wall_s", b"ended_wall_s", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "metric", b"metric", "node", b"node", "phase", b"phase", "ran_on", b"ran_on", "result", b"result", "stamp", b"stamp", "started_wall_s", b"started_wall_s", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_metric", b"_metric", "_node", b"_node", "_phase", b"_phase", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "detail", b"detail", "died", b"died", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "gpus", b"gpus", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "job", b"job", "metric", b"metric", "node", b"node", "phase", b"phase", "reason", b"reason", "result", b"result", "stamp", b"stamp", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop", "submitted_wall_s", b"submitted_wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s", "_heard_wall_s", b"_heard_wall_s", "_hold", b"_hold", "_metric", b"_metric", "_node", b"_node", "_phase", b"_phase", "_ran_on", b"_ran_on", "_result", b"_result", "_started_wall_s", b"_started_wall_s", "_stop", b"_stop", "detail", b"detail", "died", b"died", "ended_wall_s", b"ended_wall_s", "epoch", b"epoch", "gpus", b"gpus", "heard_wall_s", b"heard_wall_s", "hold", b"hold", "job", b"job", "metric", b"metric", "node", b"node", "phase", b"phase", "ran_on", b"ran_on", "reason", b"reason", "result", b"result", "stamp", b"stamp", "started_wall_s", b"started_wall_s", "state", b"state", "stop", b"stop", "submitted_wall_s", b"submitted_wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ended_wall_s: _TypeAlias = _typing.Literal["ended_wall_s"]  # noqa: Y015
     _WhichOneofArgType__ended_wall_s: _TypeAlias = _typing.Literal["_ended_wall_s", b"_ended_wall_s"]  # noqa: Y015
@@ -507,6 +527,8 @@ class Register(_message.Message):
     _WhichOneofArgType__node: _TypeAlias = _typing.Literal["_node", b"_node"]  # noqa: Y015
     _WhichOneofReturnType__phase: _TypeAlias = _typing.Literal["phase"]  # noqa: Y015
     _WhichOneofArgType__phase: _TypeAlias = _typing.Literal["_phase", b"_phase"]  # noqa: Y015
+    _WhichOneofReturnType__ran_on: _TypeAlias = _typing.Literal["ran_on"]  # noqa: Y015
+    _WhichOneofArgType__ran_on: _TypeAlias = _typing.Literal["_ran_on", b"_ran_on"]  # noqa: Y015
     _WhichOneofReturnType__result: _TypeAlias = _typing.Literal["result"]  # noqa: Y015
     _WhichOneofArgType__result: _TypeAlias = _typing.Literal["_result", b"_result"]  # noqa: Y015
     _WhichOneofReturnType__started_wall_s: _TypeAlias = _typing.Literal["started_wall_s"]  # noqa: Y015
@@ -525,6 +547,8 @@ class Register(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__node) -> _WhichOneofReturnType__node | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__phase) -> _WhichOneofReturnType__phase | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ran_on) -> _WhichOneofReturnType__ran_on | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__result) -> _WhichOneofReturnType__result | None: ...
     @_typing.overload

@@ -95,7 +95,7 @@ class Receipt(_message.Message):
     log: _builtins.str
     """As in Evidence."""
     outcome: _builtins.str
-    """exited, preempted, crashed, abandoned, fenced, rejected."""
+    """exited, timed-out, preempted, crashed, abandoned, fenced, rejected."""
     exit_code: _builtins.int
     """Absent where no exit was seen."""
     started_wall_s: _builtins.float

@@ -227,7 +227,7 @@ class AttemptRecord(_message.Message):
     epoch: _builtins.int
     """Attempt, from 1."""
     state: _builtins.str
-    """held, accepted, staging, running, stopping, exited, delivered, rejected, fenced, preempted, crashed,
+    """held, accepted, staging, running, stopping, exited, timed-out, delivered, rejected, fenced, preempted, crashed,
     abandoned.
     """
     hold: _builtins.str

@@ -622,6 +622,18 @@ def test_job_that_left_is_preempted_whatever_its_exit_code(bench: Bench, code: i
     assert bench.state is AttemptState.PREEMPTED
 
 
+def test_job_that_ran_too_long_says_so_though_its_owner_wants_the_gpu_by_then(bench: Bench, signed: Sign) -> None:
+    bench.spec, bench.signed = signed(timeout_s=7200.0)
+    bench.run()
+    play(bench)
+    bench.attempts.step(bench.at(10.0))
+    killed = Result(AttemptState.TIMED_OUT, 137, "killed: it still ran 30 s after it was told to stop")
+    result = only(bench.attempts.finished(bench.at(11.0), bench.spec.job, 1, 111.0, killed), AttemptReport).result
+    assert result is not None
+    assert (result.outcome, result.exit_code) == (AttemptState.TIMED_OUT, 137)
+    assert result.reason == f"ran longer than its limit of 2 h; {killed.reason}"
+
+
 def test_owner_of_a_machine_whose_agent_restarts_still_gets_it_back(bench: Bench) -> None:
     bench.run()
     play(bench)

@@ -725,6 +725,79 @@ def test_plain_failure_is_not_tried_again(bench: Bench, signed: Sign) -> None:
     assert bench.register.state is JobState.FAILED
 
 
+def test_job_that_ran_too_long_has_failed_and_is_not_tried_again(bench: Bench, signed: Sign) -> None:
+    rent(bench, signed, retries=5, timeout_s=7200.0)
+    bench.activate()
+    bench.report(Result(AttemptState.TIMED_OUT, 0, "ran longer than its limit of 2 h"))
+    assert (bench.register.state, bench.register.reason) == (JobState.FAILED, "ran longer than its limit of 2 h")
+
+
+def expiring(bench: Bench, signed: Sign) -> None:
+    """The bench's job may wait half an hour, and nobody has room for it."""
+    rent(bench, signed, start_within_s=1800.0)
+    bench.candidates = [replace(c, refusal="is busy", rule=Rule.BUSY) for c in bench.candidates]
+    bench.queue()
+    bench.stewardship.step(bench.at(0.0))
+
+
+def test_job_that_finds_no_machine_in_time_expires_with_the_reason(bench: Bench, signed: Sign) -> None:
+    expiring(bench, signed)
+    bench.stewardship.step(bench.at(1799.0))
+    assert bench.register.state is JobState.QUEUED
+    deadline = bench.stewardship.deadline()
+    assert deadline is not None
+    assert deadline <= 1800.0
+    (final,) = kept(bench.stewardship.step(bench.at(1800.0)))
+    assert (final.state, final.epoch) == (JobState.EXPIRED, 0)
+    assert final.reason.startswith("did not start within 30 min: ")
+    assert "busy" in final.reason
+
+
+def test_clock_that_is_set_forward_is_noticed(bench: Bench, signed: Sign) -> None:
+    expiring(bench, signed)
+    bench.stewardship.step(bench.at(1.0))
+    later = replace(bench.at(62.0), wall_s=bench.at(1800.0).wall_s)
+    assert kept(bench.stewardship.step(later))[-1].state is JobState.EXPIRED
+
+
+def test_job_that_waits_too_long_while_its_steward_is_off_expires_when_it_is_back(bench: Bench, signed: Sign) -> None:
+    rent(bench, signed, start_within_s=1800.0)
+    bench.restart(record_of(bench.queue()))
+    assert kept(bench.stewardship.step(bench.at(4000.0)))[-1].state is JobState.EXPIRED
+
+
+def test_job_that_is_being_placed_in_time_runs(bench: Bench, signed: Sign) -> None:
+    rent(bench, signed, start_within_s=10.0)
+    bench.place()
+    bench.stewardship.step(bench.at(11.0))
+    bench.accept(now_s=12.0)
+    bench.stewardship.step(bench.at(13.0))
+    assert bench.register.state is JobState.ACTIVE
+
+
+def test_job_that_was_declined_in_the_end_expires(bench: Bench, signed: Sign) -> None:
+    rent(bench, signed, start_within_s=10.0)
+    bench.place()
+    bench.stewardship.step(bench.at(30.0))
+    assert bench.register.state is JobState.QUEUED
+    assert kept(bench.stewardship.step(bench.at(30.0)))[-1].state is JobState.EXPIRED
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_job_that_has_run_waits_as_long_as_it_takes(bench: Bench, signed: Sign, *, is_told: bool) -> None:
+    rent(bench, signed, start_within_s=10.0)
+    bench.activate()
+    node = bench.node
+    if is_told:  # else its end is the first that is heard of its start
+        running = AttemptReport(bench.spec.job, 1, Phase.RUNNING, "", 2.0, None, None)
+        bench.stewardship.reported(bench.at(3), node, running)
+    bench.report(Result(AttemptState.PREEMPTED, 143, "its owner is using the GPU"), now_s=20.0)
+    assert (bench.register.state, bench.register.ran_on) == (JobState.QUEUED, node)
+    bench.candidates = []
+    bench.stewardship.step(bench.at(100.0))
+    assert bench.register.state is JobState.QUEUED
+
+
 def test_job_with_secrets_is_no_need_because_a_new_instance_could_not_read_them(bench: Bench, signed: Sign) -> None:
     box = SecretBox(("TOKEN",), b"ciphertext", (SecretWrap(bench.me, b"e" * 32, b"w" * 48),))
     rent(bench, signed, cloud=CloudUse.OK, secrets=box)
