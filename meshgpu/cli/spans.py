@@ -1,6 +1,7 @@
-"""Spans of time as people type them."""
+"""Spans and moments of time as people type them."""
 
 import re
+from datetime import datetime
 from typing import Final
 
 from meshgpu.errors import MeshgpuError
@@ -14,3 +15,14 @@ def parse_span(text: str, example: str) -> float:
     if match is None:
         raise MeshgpuError("bad-request", f"cannot read the time {text!r}: expected 90s, 10m or 2h", example)
     return float(match[1]) * UNITS_S[match[2]]
+
+
+def parse_since(text: str, now_wall_s: float) -> float:
+    """Unix time of a span before now, or of a moment, in local time unless it says otherwise; raises `bad-request`."""
+    if re.fullmatch(r"[\d.]+\s*[smhd]?", text.strip()):
+        return max(0.0, now_wall_s - parse_span(text, "--since 10m"))
+    try:
+        return max(0.0, datetime.fromisoformat(text.strip()).timestamp())
+    except (ValueError, OverflowError) as error:
+        expected = "expected 10m, 2h or 2026-11-27T10:00"
+        raise MeshgpuError("bad-request", f"cannot read the time {text!r}: {expected}", "--since 10m") from error
