@@ -32,6 +32,8 @@ class Config:
     require_containers: True runs jobs in containers only; those that name no image in default_image, if there is one.
     join_file: where a string may lie by which an agent in no mesh joins, before `join` in its home; empty: nowhere.
     keep_free_gb: chunks and results are refused below this much free disk; None: the larger of 10 GB and 5 %.
+    keep_log_gb: the newest so much of what an attempt prints is kept; below keep_free_gb, and however little this is,
+    its newest 16 MB.
     log: `info`, or `debug`, which also names every message that is heard, for whoever looks for a fault.
     """
 
@@ -49,6 +51,7 @@ class Config:
     default_image: str = ""
     join_file: str = "/etc/meshgpu/join"
     keep_free_gb: float | None = None
+    keep_log_gb: float = 1.0
     log: str = "info"
 
     @property
@@ -84,8 +87,10 @@ def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Conf
     for name in ("link_port", "pairing_port"):
         if not 0 <= getattr(config, name) <= 65_535:
             raise MeshgpuError("bad-config", f"cannot use {name} = {getattr(config, name)}: expected 0 to 65535")
-    if config.keep_free_gb is not None and not 0 <= config.keep_free_gb < math.inf:
-        raise MeshgpuError("bad-config", f"cannot use keep_free_gb = {config.keep_free_gb}: expected 0 or more")
+    for name in ("keep_free_gb", "keep_log_gb"):
+        gigabytes = getattr(config, name)
+        if gigabytes is not None and not 0 <= gigabytes < math.inf:
+            raise MeshgpuError("bad-config", f"cannot use {name} = {gigabytes}: expected 0 or more")
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             found = f"{name} = {getattr(config, name)!r}"
@@ -127,6 +132,7 @@ _KINDS: dict[str, type] = {
     "default_image": str,
     "join_file": str,
     "keep_free_gb": float,
+    "keep_log_gb": float,
     "log": str,
 }
 

@@ -7,8 +7,8 @@ Init is the job's parent: it reaps orphans and passes a stop on. SIGTERM tells a
 `grace_s`, SIGKILL), SIGUSR1 to kill it at once. With a time limit it stops the job of itself, whether an agent lives
 or not.
 
-In the attempt's directory, `guard.json` claims the attempt (whoever makes it first has it), `log` is the ledger, and
-`exit.json` appears last, when nothing of the job is left.
+In the attempt's directory, `guard.json` claims the attempt (whoever makes it first has it), `log` and `log.*` are the
+ledger, and `exit.json` appears last, when nothing of the job is left.
 """
 # Each guard is forked from here: pathlib and what it imports would only make them larger.
 # ruff: noqa: PTH105, PTH108, PTH115, PTH120, PTH123, PTH208
@@ -31,6 +31,8 @@ LEDGER_HEADER: Final = struct.Struct(">BdI")
 """Stream (1 stdout, 2 stderr), Unix time in seconds, payload length in bytes."""
 RECORD_LIMIT_BYTES: Final = 64 * 1024
 """Payload of one record: what a pipe holds by default, so that one read empties it."""
+LEDGER_FILE_BYTES: Final = 8 * 2**20
+"""The ledger goes on in a new file after so many: it is shortened, and searched, file by file."""
 FRAME: Final = struct.Struct(">I")
 """Length in bytes of the JSON document that follows, in both directions of the fork server's channel."""
 CHANNEL: Final = 0
@@ -56,10 +58,19 @@ _TIMER_LIMIT_S: Final = 2.0**31
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
+class LedgerBounds(TypedDict):
+    """keep_bytes: the newest so many of the ledger are kept. keep_free_bytes: below this much free disk only the newest
+    two files of it are.
+    """
+
+    keep_bytes: int
+    keep_free_bytes: int
+
+
 class Request(TypedDict):
     """One attempt, as the executor asks for it.
 
-    directory: the attempt's own, for guard.json, log and exit.json. work: where the job starts.
+    directory: the attempt's own, for guard.json, the ledger and exit.json. work: where the job starts.
     own_shm: gets an empty /dev/shm where there is a namespace for it. enclosed: argv begins with bubblewrap, which does
     not pass signals on. after: argv of what takes away what the job's tree cannot take along; empty for nothing.
     given: what the command finds at its stdin, in memory alone; empty for nothing. It may be secret: never log it.
@@ -76,6 +87,7 @@ class Request(TypedDict):
     after: list[str]
     given: str
     timeout_s: float | None
+    ledger: LedgerBounds
 
 
 class GuardRecord(TypedDict):
@@ -328,11 +340,24 @@ def _wake_on(*signals: signal.Signals) -> int:
 # -- guard -----------------------------------------------------------------------------------------------------------
 
 
-class Ledger:
-    """The append-only file of what the job printed; a record that does not fit on the disk is held back."""
+def ledger_file(path: str, start: int) -> str:
+    """The file of the ledger at `path` whose first record stands at `start`."""
+    return f"{path}.{start}" if start else path
 
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+class Ledger:
+    """The append-only record of what the job printed; a record that does not fit on the disk is held back.
+
+    It lies in files of about LEDGER_FILE_BYTES, each named by the position at which it starts. Whole records stand in
+    each. The oldest files go when there is more than the bounds allow; positions stay as they are.
+    """
+
+    def __init__(self, path: str, bounds: LedgerBounds) -> None:
+        self._path = path
+        self._bounds = bounds
+        self._starts = [0]
+        self._end = 0
+        self.descriptor = self._open(0)
         self.held = b""
 
     def copy(self, stream: int, source: int) -> bool:
@@ -343,16 +368,40 @@ class Ledger:
         return bool(data)
 
     def append(self, record: bytes) -> None:
-        start, written = os.fstat(self.descriptor).st_size, 0
+        written = 0
         try:
+            if self._end - self._starts[-1] >= LEDGER_FILE_BYTES:
+                self._go_on()
             written = os.write(self.descriptor, record)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-        self.held = b""
-        if written < len(record):
-            os.ftruncate(self.descriptor, start)
+        if written == len(record):
+            self._end += written
+            self.held = b""
+        else:
+            os.ftruncate(self.descriptor, self._end - self._starts[-1])
             self.held = record
+
+    def _open(self, start: int) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        return os.open(ledger_file(self._path, start), flags, 0o600)
+
+    def _go_on(self) -> None:
+        """Begin a new file, and let go of the oldest ones."""
+        descriptor = self._open(self._end)
+        os.close(self.descriptor)
+        self.descriptor = descriptor
+        self._starts.append(self._end)
+        while len(self._starts) > 2 and self._is_too_much():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(ledger_file(self._path, self._starts.pop(0)))
+
+    def _is_too_much(self) -> bool:
+        if self._end - self._starts[0] > self._bounds["keep_bytes"] - LEDGER_FILE_BYTES:
+            return True
+        disk = os.fstatvfs(self.descriptor)
+        return disk.f_bavail * disk.f_frsize < self._bounds["keep_free_bytes"]
 
     def drain(self, sources: dict[int, int]) -> None:
         """Move what is left in the pipes. Waits neither for the disk nor for a stranger that holds a pipe open."""
@@ -434,7 +483,7 @@ class Guard:
         return 0
 
     def _run(self, channel: int) -> None:
-        ledger = Ledger(f"{self._directory}/log")
+        ledger = Ledger(f"{self._directory}/log", self._request["ledger"])
         wake = _wake_on(*_ORDERS)
         if self._request["after"]:
             self._sweeper = Sweeper(self._request["after"])

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from meshgpu import guard
-from meshgpu.guard import FRAME, LEDGER_HEADER, ExitRecord, GuardRecord, Ledger, Notice, Request
+from meshgpu.guard import FRAME, LEDGER_HEADER, ExitRecord, GuardRecord, Ledger, LedgerBounds, Notice, Request
 
 LIMIT_S = 30.0
+KEEP_ALL = LedgerBounds(keep_bytes=10**9, keep_free_bytes=0)
 
 
 DAEMON = """
@@ -105,6 +106,7 @@ def make_request(attempt: Path, *argv: str, grace_s: float = LIMIT_S, timeout_s:
         after=[],
         given="",
         timeout_s=timeout_s,
+        ledger=KEEP_ALL,
     )
 
 
@@ -383,7 +385,7 @@ def test_what_is_left_in_a_large_pipe_is_kept(tmp_path: Path) -> None:
 
 
 def test_record_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = Ledger(str(tmp_path / "log"))
+    ledger = Ledger(str(tmp_path / "log"), KEEP_ALL)
     write = os.write
     ledger.append(b"first")
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:3]))
@@ -397,7 +399,7 @@ def test_record_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_pipe_that_a_stranger_holds_open_does_not_delay_the_end(tmp_path: Path) -> None:
     ours, strangers = os.pipe()
-    ledger = Ledger(str(tmp_path / "log"))
+    ledger = Ledger(str(tmp_path / "log"), KEEP_ALL)
     os.write(strangers, b"last")
     ledger.drain({ours: 1})
     assert read_log(tmp_path) == [(1, b"last")]

@@ -177,11 +177,16 @@ class ChunkFiles:
 
     # -- the disk ----------------------------------------------------------------------------------------------------
 
+    def keep_free_bytes(self, directory: Path) -> int:
+        """What is to stay free on the disk of `directory`."""
+        if self._keep_free_bytes is not None:
+            return self._keep_free_bytes
+        disk = os.statvfs(directory)
+        return max(KEEP_FREE_BYTES, int(disk.f_blocks * disk.f_frsize * KEEP_FREE_SHARE))
+
     def _reserve(self, attempt: str, directory: Path, needed_bytes: int) -> None:
         disk = os.statvfs(directory)
-        keep_bytes = self._keep_free_bytes
-        if keep_bytes is None:
-            keep_bytes = max(KEEP_FREE_BYTES, int(disk.f_blocks * disk.f_frsize * KEEP_FREE_SHARE))
+        keep_bytes = self.keep_free_bytes(directory)
         free_bytes = disk.f_bavail * disk.f_frsize
         if free_bytes - needed_bytes < keep_bytes:
             raise _disk_full(attempt, needed_bytes, free_bytes, keep_bytes)

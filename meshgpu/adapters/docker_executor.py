@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from meshgpu import container
 from meshgpu.adapters import fences, guards, inside, results
-from meshgpu.adapters.guarded import STOP_GRACE_S, Attempt, GuardedExecutor, Unseal, nothing_sealed
+from meshgpu.adapters.guarded import KEEP_LOG, STOP_GRACE_S, Attempt, GuardedExecutor, Unseal, nothing_sealed
 from meshgpu.container import Note
 from meshgpu.errors import MeshgpuError
-from meshgpu.guard import ExitRecord, Request
+from meshgpu.guard import ExitRecord, LedgerBounds, Request
 from meshgpu.model.doctor import EngineFacts
 from meshgpu.model.ids import NodeId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase
@@ -65,8 +65,9 @@ class DockerExecutor(GuardedExecutor):
         engine: Path | None = None,
         grace_s: float = STOP_GRACE_S,
         unseal: Unseal = nothing_sealed,
+        ledger: LedgerBounds = KEEP_LOG,
     ) -> None:
-        super().__init__(jobs_dir, unseal)
+        super().__init__(jobs_dir, unseal, ledger)
         self._node = node
         self._engine = engine
         self._grace_s = grace_s
@@ -98,7 +99,7 @@ class DockerExecutor(GuardedExecutor):
             await asyncio.gather(making, return_exceptions=True)
             await asyncio.to_thread(container.Engine(str(path)).remove, name)
             raise
-        return _request(attempt, path, name, self._grace_s)
+        return _request(attempt, path, name, self._grace_s, self._ledger)
 
     def _make(
         self, path: Path, attempt: Attempt, name: str, tell: Callable[[str], None], stopping: threading.Event
@@ -155,7 +156,7 @@ class DockerExecutor(GuardedExecutor):
         return outcome, reason or (note["reason"] if note else "")
 
 
-def _request(attempt: Attempt, engine: Path, name: str, grace_s: float) -> Request:
+def _request(attempt: Attempt, engine: Path, name: str, grace_s: float, ledger: LedgerBounds) -> Request:
     run = [sys.executable, "-I", "-S", "-X", "utf8", container.__file__, str(engine)]
     return Request(
         directory=str(attempt.directory),
@@ -168,6 +169,7 @@ def _request(attempt: Attempt, engine: Path, name: str, grace_s: float) -> Reque
         after=[*run, "remove", name],
         given="",
         timeout_s=attempt.plan.spec.timeout_s,
+        ledger=ledger,
     )
 
 

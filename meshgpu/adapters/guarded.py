@@ -16,7 +16,7 @@ from meshgpu import guard
 from meshgpu.adapters import guards, results
 from meshgpu.adapters.metrics import MetricReader
 from meshgpu.errors import MeshgpuError
-from meshgpu.guard import ExitRecord, GuardRecord, Notice, Request
+from meshgpu.guard import ExitRecord, GuardRecord, LedgerBounds, Notice, Request
 from meshgpu.model.ids import JobId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Result, StopMode
 from meshgpu.model.receipt import NO_EVIDENCE, Evidence
@@ -30,6 +30,8 @@ MEASURE_S: Final = 2.0
 CLAIM_LIMIT_S: Final = 10.0
 """A guard answers in some 5 ms; after this another one is tried, and only one of them can claim the attempt."""
 GUARD_TRIES: Final = 2
+KEEP_LOG: Final = LedgerBounds(keep_bytes=10**9, keep_free_bytes=0)
+"""A gigabyte of an attempt's log, for who has no other wish: a day at 11 kB/s."""
 JOBS_FAULTS: Final = ("environment", "image")
 """Codes of what cannot be made ready anywhere: the job itself has failed."""
 
@@ -79,9 +81,10 @@ class GuardedExecutor(ABC):
     A kind of executor says how an attempt is made ready, and what of it a guard cannot take along.
     """
 
-    def __init__(self, jobs_dir: Path, unseal: Unseal = nothing_sealed) -> None:
+    def __init__(self, jobs_dir: Path, unseal: Unseal = nothing_sealed, ledger: LedgerBounds = KEEP_LOG) -> None:
         self._jobs_dir = jobs_dir.absolute()
         self._unseal = unseal
+        self._ledger = ledger
         self._server = guards.ForkServer(self._hear, self._server_gone)
         self._attempts: dict[Path, Attempt] = {}
         self._guards: dict[Path, GuardRecord] = {}

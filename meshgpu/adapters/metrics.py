@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from meshgpu.adapters.log_ledger import read_records
+from meshgpu.adapters.log_ledger import LedgerReader
 from meshgpu.errors import MeshgpuError
-from meshgpu.model.logs import LogStream
+from meshgpu.model.logs import LogGap, LogStream
 from meshgpu.model.sweep import Metric, Objective, is_better
 
 FILE: Final = "meshgpu-metrics.jsonl"
@@ -42,6 +42,7 @@ class MetricReader:
         self._directory = directory
         self._objective = objective
         self._pattern = compile_pattern(objective.pattern) if objective.pattern else None
+        self._ledger = LedgerReader(directory / "log")
         self._position = 0
         self._halves: dict[LogStream, bytes] = {}
         self._half = b""
@@ -59,9 +60,11 @@ class MetricReader:
     def _matches(self) -> Iterator[tuple[float, int | None]]:
         """Numbers that the pattern finds in what was printed since the last call."""
         try:
-            while records := read_records(self._directory / "log", self._position, PIECE_BYTES):
-                for record in records:
-                    self._position = record.position
+            while pieces := self._ledger.read(PIECE_BYTES):
+                for record in pieces:
+                    if isinstance(record, LogGap):
+                        self._halves.clear()
+                        continue
                     *lines, rest = (self._halves.get(record.stream, b"") + record.data).split(b"\n")
                     self._halves[record.stream] = rest[:LINE_LIMIT_BYTES]
                     for line in lines:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from meshgpu.adapters import fences, guards, inside, job_trees, results
-from meshgpu.adapters.guarded import STOP_GRACE_S, Attempt, GuardedExecutor, Unseal, nothing_sealed
+from meshgpu.adapters.guarded import KEEP_LOG, STOP_GRACE_S, Attempt, GuardedExecutor, Unseal, nothing_sealed
 from meshgpu.errors import MeshgpuError
-from meshgpu.guard import ExitRecord, Request
+from meshgpu.guard import ExitRecord, LedgerBounds, Request
 from meshgpu.model.job import Phase
 from meshgpu.ports import Environment, Environments, ExecutorEvent
 
@@ -35,8 +35,9 @@ class ProcessExecutor(GuardedExecutor):
         fence: fences.Fence | None = None,
         grace_s: float = STOP_GRACE_S,
         unseal: Unseal = nothing_sealed,
+        ledger: LedgerBounds = KEEP_LOG,
     ) -> None:
-        super().__init__(jobs_dir, unseal)
+        super().__init__(jobs_dir, unseal, ledger)
         self._environments = environments
         self._fence = fence
         self._grace_s = grace_s
@@ -62,7 +63,7 @@ class ProcessExecutor(GuardedExecutor):
             plan, attempt.work, lambda detail: self._progress(attempt, Phase.STAGING, detail)
         )
         self._progress(attempt, Phase.STAGING, _environment_words(environment))
-        return await asyncio.to_thread(_prepare, attempt, environment, self._fence, self._grace_s)
+        return await asyncio.to_thread(_prepare, attempt, environment, self._fence, self._grace_s, self._ledger)
 
     def _entrust(self, attempt: Attempt, request: Request, secrets: Mapping[str, str]) -> Request:
         if attempt.plan.fenced:  # its environment is a file, and what makes the fence must not have the job's variables
@@ -81,7 +82,9 @@ def _environment_words(environment: Environment) -> str:
 # -- before the job --------------------------------------------------------------------------------------------------
 
 
-def _prepare(attempt: Attempt, environment: Environment, fence: fences.Fence | None, grace_s: float) -> Request:
+def _prepare(
+    attempt: Attempt, environment: Environment, fence: fences.Fence | None, grace_s: float, ledger: LedgerBounds
+) -> Request:
     """Put on disk what the guard needs. Blocks."""
     plan, directory = attempt.plan, attempt.directory
     argv = ["sh", "-c", plan.spec.command[0]] if plan.spec.shell else [*plan.spec.command]
@@ -115,6 +118,7 @@ def _prepare(attempt: Attempt, environment: Environment, fence: fences.Fence | N
         after=[],
         given="",
         timeout_s=plan.spec.timeout_s,
+        ledger=ledger,
     )
 
 

@@ -1,14 +1,13 @@
 """What an attempt leaves: which files of its working directory are new or changed, told by size and time of change."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from meshgpu.adapters import job_trees
-from meshgpu.model.ids import NO_DIGEST, Digest
+from meshgpu.adapters.log_ledger import ledger_digest
 from meshgpu.model.receipt import Evidence
 
 NOT_OUTPUT: Final = "__pycache__"
@@ -30,10 +29,7 @@ def find_evidence(directory: Path) -> Evidence:
     staged: dict[str, str] = {}
     with contextlib.suppress(FileNotFoundError):
         staged = json.loads((directory / "staged.json").read_bytes())
-    log = NO_DIGEST
-    with contextlib.suppress(FileNotFoundError), (directory / "log").open("rb") as ledger:
-        log = Digest(hashlib.file_digest(ledger, "sha256").hexdigest())
-    return Evidence(staged.get("environment", ""), staged.get("image", ""), log)
+    return Evidence(staged.get("environment", ""), staged.get("image", ""), ledger_digest(directory / "log"))
 
 
 def list_outputs(directory: Path) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from meshgpu.model.cloud import BurstSettings, Caps
 from meshgpu.model.constraints import join
 from meshgpu.model.ids import Digest, as_name
 from meshgpu.model.job import CloudUse, Draft, EnvironmentRequest, Priority
+from meshgpu.model.logs import LogSelection, LogStream
 from meshgpu.model.resources import Resources, parse_gpus
 from meshgpu.model.sweep import Method, Objective, Space, parse_objective, parse_param
 from meshgpu.model.tree import Manifest
@@ -68,6 +69,15 @@ def number_of(request: web.Request, key: str, default: float) -> float:
         return min(max(float(request.query.get(key, default)), 0.0), 2.0**62)
     except ValueError as error:
         raise MeshgpuError("bad-request", f"cannot read the request: {key} is no number") from error
+
+
+def selection_of(request: web.Request) -> LogSelection:
+    """Which part of a log is asked for: `lines`, `since` (Unix time in seconds), `stream`."""
+    stream = request.query.get("stream")
+    if stream not in (None, *LogStream):
+        raise MeshgpuError("bad-request", f"cannot read the request: there is no stream {stream!r}")
+    lines = int(number_of(request, "lines", 0)) if "lines" in request.query else None
+    return LogSelection(lines, number_of(request, "since", 0.0), LogStream(stream) if stream else None)
 
 
 def texts_of(body: Mapping[str, Any], key: str) -> list[str]:

@@ -21,6 +21,7 @@ from meshgpu.agent.bodies import (
     read_body,
     role_of,
     secrets_of,
+    selection_of,
     settings_of,
     text_of,
     texts_of,
@@ -30,7 +31,7 @@ from meshgpu.agent.callers import descends_from
 from meshgpu.agent.comparing import Comparing
 from meshgpu.agent.doctor import Doctor
 from meshgpu.agent.evidence_control import EvidenceControl
-from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed
+from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed, source_of
 from meshgpu.agent.ndjson import error_document, stream, write
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.pairing_control import PairingControl
@@ -54,6 +55,7 @@ from meshgpu.model.cloud import BurstSettings, InstanceState
 from meshgpu.model.ids import Digest, KeyId, as_name, display_name
 from meshgpu.model.job import Draft, Register, StopMode
 from meshgpu.model.lending import Pause
+from meshgpu.model.logs import LogGap, LogPiece
 from meshgpu.model.tree import CHUNK_BYTES, MANIFEST_LIMIT_BYTES, Manifest
 from meshgpu.ports import ChunkStore, PairingDialog
 
@@ -431,7 +433,12 @@ class Control:
         key = self._key(request)
         found = await self.jobs.find(key, request.match_info["job"])
         position = int(number_of(request, "position", 0))
-        logs = request.query.get("logs", "1") == "1"
+        logs, selection = request.query.get("logs", "1") == "1", selection_of(request)
+        source = source_of(found.view.register)
+        is_followed = request.query.get("follow", "1") == "1"
+        if "attempt" in request.query:
+            source = await self.jobs.attempt(key, found, int(number_of(request, "attempt", 0)))
+            is_followed &= source.epoch == found.view.register.epoch
         response = await stream(request, self._clock_header())
         writing = asyncio.Lock()
         current = {"type": "job", "job": self._document(found)}
@@ -448,10 +455,10 @@ class Control:
         last: Document
         try:
             register = found.view.register
-            if request.query.get("follow", "1") == "1":
-                register = await self.jobs.follow(key, found.view, position, tell, logs=logs)
-            elif logs:
-                async for printed in self.jobs.log(key, register, position, follow=False):
+            if is_followed:
+                register = await self.jobs.follow(key, found.view, position, tell, logs=logs, selection=selection)
+            elif logs and source is not None:
+                async for printed in self.jobs.log(key, source, position, follow=False, selection=selection):
                     await tell(printed)
             last = {"type": "end", "job": self._document(_with_register(found, register))}
         except MeshgpuError as error:
@@ -466,9 +473,8 @@ class Control:
         match item:
             case Register():
                 return {"type": "job", "job": self._document(_with_register(found, item))}
-            case Printed(record=record, position=position):
-                text = record.data.decode("utf-8", "surrogateescape")
-                return {"type": "log", "stream": record.stream.value, "data": text, "position": position}
+            case Printed(piece=piece, position=position):
+                return {**_piece_document(piece), "position": position}
             case OutOfTouch(machine=machine, seconds=seconds):
                 name = self.status.node.log.name_of(machine)
                 return {"type": "out-of-touch", "machine": name, "seconds": seconds}
@@ -490,6 +496,13 @@ async def serve(application: web.Application, path: Path) -> web.AppRunner:
     finally:
         os.umask(mask)
     return runner
+
+
+def _piece_document(piece: LogPiece) -> Document:
+    if isinstance(piece, LogGap):
+        return {"type": "dropped", "bytes": piece.size_bytes}
+    text = piece.data.decode("utf-8", "surrogateescape")
+    return {"type": "log", "stream": piece.stream.value, "at": piece.wall_s, "data": text}
 
 
 def _with_register(found: Found, register: Register) -> Found:

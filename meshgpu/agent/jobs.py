@@ -8,19 +8,20 @@ from typing import Final
 
 from meshgpu.agent.runtime import Runtime
 from meshgpu.agent.secrets import Vault
-from meshgpu.agent.streams import Streams, decode_files, decode_records
+from meshgpu.agent.streams import Streams, decode_epochs, decode_files, decode_pieces
 from meshgpu.agent.views import display_names
 from meshgpu.core import events as ev
 from meshgpu.core.effects import Answered
 from meshgpu.core.jobs.steward import only_shared
 from meshgpu.core.trust.freshness import CHALLENGE_BYTES
 from meshgpu.errors import MeshgpuError, StaleRequest, TrustError
-from meshgpu.model.bulk import BulkRequest, FilesWanted, FileWanted, LogsWanted
+from meshgpu.model.bulk import AttemptsWanted, BulkRequest, FilesWanted, FileWanted, LogsWanted
 from meshgpu.model.clock import ClockGap
+from meshgpu.model.gossip import MemberState
 from meshgpu.model.ids import JobId, KeyId, NodeId, display_name
 from meshgpu.model.job import Action, Draft, JobState, JobView, Register, StopMode
-from meshgpu.model.logs import LogRecord
-from meshgpu.model.trust import Signed
+from meshgpu.model.logs import WHOLE_LOG, LogPiece, LogSelection
+from meshgpu.model.trust import LENDING_ROLES, Signed
 from meshgpu.ports import Transport
 from meshgpu.wire.bulk import encode_bulk
 
@@ -29,6 +30,9 @@ RECONNECT_S: Final = 0.5
 
 LAST_WORDS_S: Final = 10.0
 """How long the log of a job that has ended is sought on a machine that does not answer."""
+
+EPOCHS_LIMIT_S: Final = 5.0
+"""For which a machine is asked what attempts it knows: as long as opening a connection may take."""
 
 LISTING_LIMIT_BYTES: Final = 32 * 2**20
 """Of names of files that a job left: some 300,000."""
@@ -46,10 +50,19 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Printed:
-    """Some of a job's log; `position` is where to go on."""
+class Source:
+    """One attempt's log, and the machine that has it."""
 
-    record: LogRecord
+    job: JobId
+    epoch: int
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """Some of a job's log, or what of it is no more; `position` is where to go on."""
+
+    piece: LogPiece
     position: int
 
 
@@ -179,8 +192,13 @@ class Jobs:
 
     # -- following ----------------------------------------------------------------------------------------------------
 
-    async def follow(self, key: KeyId, job: JobView, position: int, tell: Tell, *, logs: bool) -> Register:
-        """Tell every change of the register and the log from `position` on; returns the final register."""
+    async def follow(
+        self, key: KeyId, job: JobView, position: int, tell: Tell, *, logs: bool, selection: LogSelection = WHOLE_LOG
+    ) -> Register:
+        """Tell every change of the register and the log from `position` on; returns the final register.
+
+        Where the selection begins counts for the attempt that is the newest at first; all that follow are whole.
+        """
         register = job.register
         updates = self._runtime.watch(ev.WatchStarted(key, job.spec.job, job.spec.stewards))
         log: asyncio.Task[None] | None = None
@@ -188,11 +206,13 @@ class Jobs:
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
-                    if logs and register.epoch > log_epoch and _may_have_printed(register):
+                    source = source_of(register) if _may_have_printed(register) else None
+                    if logs and register.epoch > log_epoch and source is not None:
                         if log is not None:  # an attempt before this one: its log comes first
                             await _finish_log(log)
+                            selection = LogSelection(stream=selection.stream)
                         log_epoch = register.epoch
-                        log = group.create_task(self._print(key, register, position, tell))
+                        log = group.create_task(self._print(key, source, position, tell, selection))
                     if register.state.is_final:
                         break
                     register = await updates.get()
@@ -205,14 +225,13 @@ class Jobs:
             self._runtime.unwatch(job.spec.job, updates)
         return register
 
-    async def _print(self, key: KeyId, register: Register, position: int, tell: Tell) -> None:
+    async def _print(self, key: KeyId, source: Source, position: int, tell: Tell, selection: LogSelection) -> None:
         """One attempt's log to its end, however often the connection breaks."""
-        assert register.node is not None
         loop = asyncio.get_running_loop()
         lost_at: float | None = None
         while True:
             try:
-                async for printed in self.log(key, register, position, follow=True):
+                async for printed in self.log(key, source, position, follow=True, selection=selection):
                     lost_at, position = None, printed.position
                     await tell(printed)
                 return
@@ -222,20 +241,56 @@ class Jobs:
                 if error.code != "no-answer":
                     raise
                 lost_at = lost_at if lost_at is not None else loop.time()
-                await tell(OutOfTouch(register.node, loop.time() - lost_at))
+                await tell(OutOfTouch(source.node, loop.time() - lost_at))
             await asyncio.sleep(RECONNECT_S)
 
-    async def log(self, key: KeyId, register: Register, position: int, *, follow: bool) -> AsyncIterator[Printed]:
-        """The log of the register's attempt from `position` on; raises `no-answer` where its machine is away."""
-        node = register.node
-        if node is None:
-            return
-        epoch = register.epoch << POSITION_BITS
+    async def log(
+        self, key: KeyId, source: Source, position: int, *, follow: bool, selection: LogSelection = WHOLE_LOG
+    ) -> AsyncIterator[Printed]:
+        """An attempt's log from `position` on; raises `no-answer` where its machine is away."""
+        epoch = source.epoch << POSITION_BITS
         offset = min(position - epoch, 2**POSITION_BITS) if position >= epoch else 0
-        stream = self._read(key, Action.LOGS, register.job, node, lambda signed: LogsWanted(signed, offset, follow))
-        async for message in stream:
-            for record in decode_records(message):
-                yield Printed(record, epoch + record.position)
+
+        def wanted(signed: Signed) -> LogsWanted:
+            return LogsWanted(signed, offset, follow, source.epoch, selection)
+
+        async for message in self._read(key, Action.LOGS, source.job, source.node, wanted):
+            for piece in decode_pieces(message):
+                yield Printed(piece, epoch + piece.position)
+
+    async def attempt(self, key: KeyId, found: Found, epoch: int) -> Source:
+        """Where the log of an attempt is, however old. Raises `unknown-attempt`, and says which there are."""
+        if epoch == found.view.register.epoch and (newest := source_of(found.view.register)) is not None:
+            return newest
+        log, job = self._node.log, found.view.spec.job
+        runners = [member.node for member in log.members.values() if member.role in LENDING_ROLES]
+        asked = [node for node in runners if self._node.state(node) is not MemberState.DOWN]
+        answers = await asyncio.gather(*(self._epochs(key, job, node) for node in asked))
+        there = {number: node for node, epochs in zip(asked, answers, strict=True) for number in epochs or ()}
+        if epoch in there:
+            return Source(job, epoch, there[epoch])
+        kept = ", ".join(f"{number} ({log.name_of(node)})" for number, node in sorted(there.items())) or "none"
+        silent = {*runners} - {*asked} | {node for node, epochs in zip(asked, answers, strict=True) if epochs is None}
+        names = ", ".join(sorted(map(log.name_of, silent)))
+        raise MeshgpuError(
+            "unknown-attempt",
+            f"cannot find a log of attempt {epoch} of {found.display}: there are {kept}"
+            + (f"; {names} did not answer" if names else ""),
+            f"meshgpu logs {found.display}" + (f" --attempt {max(there)}" if there else ""),
+        )
+
+    async def _epochs(self, key: KeyId, job: JobId, node: NodeId) -> list[int] | None:
+        """Attempts of a job with a log on a machine; None where it does not answer."""
+        answer = b""
+        try:
+            async with asyncio.timeout(EPOCHS_LIMIT_S):
+                async for message in self._read(key, Action.LOGS, job, node, AttemptsWanted):
+                    answer += message
+            return decode_epochs(answer)
+        except MeshgpuError as error:
+            return [] if error.code == "unknown-job" else None
+        except TimeoutError:
+            return None
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -289,8 +344,13 @@ def _number(job: Found) -> int:
     return job.view.trial.number if job.view.trial else 0
 
 
+def source_of(register: Register) -> Source | None:
+    """The log of the newest attempt; None before there is one."""
+    return None if register.node is None else Source(register.job, register.epoch, register.node)
+
+
 def _may_have_printed(register: Register) -> bool:
-    return register.node is not None and register.state not in (JobState.QUEUED, JobState.PLACING)
+    return register.state not in (JobState.QUEUED, JobState.PLACING)
 
 
 def _fits(job: Found, text: str) -> bool:

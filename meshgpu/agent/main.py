@@ -64,6 +64,7 @@ from meshgpu.core.membership.pace import Paces
 from meshgpu.core.node import Node, NodeConfig, take_up
 from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.errors import MeshgpuError
+from meshgpu.guard import LedgerBounds
 from meshgpu.model.cloud import INSTANCE_PORT
 from meshgpu.model.enrolment import BootTerms, InstanceTerms
 from meshgpu.model.gossip import Sighting
@@ -188,9 +189,14 @@ class Agent:
         chunks = ChunkFiles(self._home.chunks, keep_free_bytes=self._keep_free_bytes())
         fence = Fence("", "config.toml says so") if self._config.fence == "none" else None
         opener = Opener(node_id(self._keys.node_key()), self._keys)
+        jobs = self._home.jobs
+        ledger = LedgerBounds(
+            keep_bytes=int(self._config.keep_log_gb * 1e9), keep_free_bytes=chunks.keep_free_bytes(jobs)
+        )
+        environments = UvEnvironments(self._home.environments)
         self._executor = Executors(
-            ProcessExecutor(self._home.jobs, UvEnvironments(self._home.environments), fence=fence, unseal=opener.open),
-            DockerExecutor(self._home.jobs, node_id(self._keys.node_key()), unseal=opener.open),
+            ProcessExecutor(jobs, environments, fence=fence, unseal=opener.open, ledger=ledger),
+            DockerExecutor(jobs, node_id(self._keys.node_key()), unseal=opener.open, ledger=ledger),
         )
         await self._executor.start(lambda event: self._runtime.executor_event(event))
         self._closing.push_async_callback(self._executor.close)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from meshgpu.adapters.log_ledger import as_written
-from meshgpu.agent.jobs import Found, Jobs
+from meshgpu.agent.jobs import Found, Jobs, source_of
 from meshgpu.agent.views import Document, command_text
 from meshgpu.core.node import Node
 from meshgpu.core.trust.receipts import Check, Examined
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.ids import KeyId
 from meshgpu.model.job import Action, JobView
+from meshgpu.model.logs import LogRecord
 from meshgpu.model.receipt import Proof, Receipt
 from meshgpu.wire.codec import decode, encode
 
@@ -52,15 +53,16 @@ class Receipts:
 
     async def _compare_log(self, key: KeyId, job: Found, receipt: Receipt) -> Check:
         """Whether the log that is told now is the one that the receipt names."""
-        register = job.view.register
-        if register.epoch != receipt.epoch:
+        source = source_of(job.view.register)
+        if source is None or source.epoch != receipt.epoch:
             return Check("log", None, f"not compared: it is of attempt {receipt.epoch}")
         found = hashlib.sha256()
         try:
             async with asyncio.timeout(LOG_LIMIT_S):
-                async for printed in self.jobs.log(key, register, 0, follow=False):
-                    found.update(as_written(printed.record))
-                    if printed.record.position > LOG_LIMIT_BYTES:
+                async for printed in self.jobs.log(key, source, 0, follow=False):
+                    if isinstance(printed.piece, LogRecord):  # what is not kept any more was not signed for
+                        found.update(as_written(printed.piece))
+                    if printed.piece.position > LOG_LIMIT_BYTES:
                         return Check("log", None, "not compared: it is too long")
         except (MeshgpuError, TimeoutError) as error:
             return Check("log", None, f"not compared: {error or 'its machine is too slow'}")

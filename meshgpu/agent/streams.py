@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from meshgpu.adapters.log_ledger import follow, read_records
+from meshgpu.adapters.log_ledger import LedgerReader, follow, ledger_files
+from meshgpu.adapters.log_search import Begin, find_begin
 from meshgpu.agent.files import open_beneath
 from meshgpu.agent.home import Home
 from meshgpu.agent.trees import serve_chunks
@@ -16,19 +17,21 @@ from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.node import Node
 from meshgpu.core.trust.roles import may_say
 from meshgpu.errors import MeshgpuError, TrustError
-from meshgpu.model.bulk import BulkRequest, ChunksWanted, FilesWanted, FileWanted, LogsWanted
+from meshgpu.model.bulk import AttemptsWanted, BulkRequest, ChunksWanted, FilesWanted, FileWanted, LogsWanted
 from meshgpu.model.ids import Digest, JobId, NodeId
 from meshgpu.model.job import Action
-from meshgpu.model.logs import LogRecord, LogStream
+from meshgpu.model.logs import LogGap, LogPiece, LogRecord, LogStream
 from meshgpu.model.trust import Signed
 from meshgpu.ports import ChunkStore, Clock
 from meshgpu.wire.bulk import decode_bulk
 
 _RECORD: Final = struct.Struct(">BdQI")
+_MISSING: Final = struct.Struct(">Q")
+_GAP: Final = 0
 _STREAM_NUMBERS: Final = {LogStream.STDOUT: 1, LogStream.STDERR: 2}
 _STREAMS: Final = {number: stream for stream, number in _STREAM_NUMBERS.items()}
 MESSAGE_BYTES: Final = 256 * 1024
-"""Payload gathered into one message: large enough for line rate, small enough to be live."""
+"""Of a list of files gathered into one message."""
 
 
 class Streams:
@@ -53,17 +56,21 @@ class Streams:
         match request:
             case ChunksWanted(job=job, chunks=chunks):
                 return self._chunks_for(peer, job, chunks)
-            case LogsWanted():
-                return self._logs(self._attempt(peer, request.request, Action.LOGS), request)
+            case LogsWanted(epoch=epoch):
+                return self._logs(self._attempt(peer, request.request, Action.LOGS, epoch), request)
+            case AttemptsWanted():
+                return self._epochs(self._attempt(peer, request.request, Action.LOGS).spec.job)
             case FilesWanted():
                 return self._files(self._attempt(peer, request.request, Action.FILES))
             case FileWanted(path=path):
                 return self._file(self._attempt(peer, request.request, Action.FILES), path)
 
-    def _attempt(self, peer: NodeId, signed: Signed, action: Action) -> Attempt:
-        """The newest attempt of a job here, if the request's user may see it."""
+    def _attempt(self, peer: NodeId, signed: Signed, action: Action, epoch: int = 0) -> Attempt:
+        """An attempt of a job here, the newest for epoch 0, if the request's user may see it."""
         request = self._node.rules.verify_request(signed, self._clock.now(), peer)
-        attempt = self._node.attempts.latest(request.job) if request.job else None
+        attempts, attempt = self._node.attempts, None
+        if request.job:
+            attempt = attempts.find(request.job, epoch) if epoch else attempts.latest(request.job)
         may_see = attempt is not None and (attempt.spec.user == request.user or attempt.spec.shared)
         if request.action is not action or attempt is None or not may_see:
             raise TrustError("unknown-job", "cannot find that job among yours on this machine", "meshgpu ps -a")
@@ -85,15 +92,25 @@ class Streams:
     # -- logs ---------------------------------------------------------------------------------------------------------
 
     async def _logs(self, attempt: Attempt, request: LogsWanted) -> AsyncIterator[bytes]:
-        ledger = self._directory(attempt) / "log"
-        if not request.follow:
-            position = request.position
-            while records := await asyncio.to_thread(read_records, ledger, position, MESSAGE_BYTES):
-                position = records[-1].position
-                yield b"".join(_encode_record(record) for record in records)
-            return
-        async for record in follow(ledger, request.position, lambda: not attempt.occupies):
-            yield _encode_record(record)
+        ledger = self._ledger(attempt.spec.job, attempt.epoch)
+        begin = Begin(request.position, request.selection.stream)
+        if request.position == 0:
+            begin = await asyncio.to_thread(find_begin, ledger, request.selection)
+            if begin.position and not begin.cuts:  # who is cut off before the first line must not begin later then
+                yield encode_piece(LogGap(0, begin.position))
+        ended = (lambda: not attempt.occupies) if request.follow else (lambda: True)
+        async for pieces in follow(LedgerReader(ledger, begin.position), ended):
+            if message := b"".join(encode_piece(kept) for piece in pieces if (kept := begin.keep(piece)) is not None):
+                yield message
+
+    async def _epochs(self, job: JobId) -> AsyncIterator[bytes]:
+        def with_log() -> list[int]:
+            return [epoch for epoch in self._node.attempts.epochs(job) if ledger_files(self._ledger(job, epoch))]
+
+        yield json.dumps(await asyncio.to_thread(with_log)).encode()
+
+    def _ledger(self, job: JobId, epoch: int) -> Path:
+        return self._home.attempt(job, epoch) / "log"
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -122,23 +139,38 @@ class Streams:
                 yield data
 
 
-def _encode_record(record: LogRecord) -> bytes:
-    head = _RECORD.pack(_STREAM_NUMBERS[record.stream], record.wall_s, record.position, len(record.data))
-    return head + record.data
+def encode_piece(piece: LogPiece) -> bytes:
+    """As it travels; `LogsWanted` says how."""
+    if isinstance(piece, LogGap):
+        return _RECORD.pack(_GAP, 0.0, piece.position, _MISSING.size) + _MISSING.pack(piece.size_bytes)
+    head = _RECORD.pack(_STREAM_NUMBERS[piece.stream], piece.wall_s, piece.position, len(piece.data))
+    return head + piece.data
 
 
-def decode_records(message: bytes) -> Iterator[LogRecord]:
-    """The records of one message of a log stream. Raises MeshgpuError `bad-message`."""
+def decode_pieces(message: bytes) -> Iterator[LogPiece]:
+    """The pieces in one message of a log stream. Raises MeshgpuError `bad-message`."""
     start = 0
     while start < len(message):
         try:
             number, wall_s, position, length = _RECORD.unpack_from(message, start)
-            stream = _STREAMS[number]
+            start += _RECORD.size
+            data = message[start : start + length]
+            if number == _GAP:
+                (missing_bytes,) = _MISSING.unpack(data)
+                yield LogGap(missing_bytes, position)
+            else:
+                yield LogRecord(_STREAMS[number], wall_s, data, position)
         except (struct.error, KeyError) as error:
             raise MeshgpuError("bad-message", "cannot read a log: a record of it is garbled") from error
-        start += _RECORD.size
-        yield LogRecord(stream, wall_s, message[start : start + length], position)
         start += length
+
+
+def decode_epochs(data: bytes) -> list[int]:
+    """Attempts that have a log."""
+    try:
+        return [int(epoch) for epoch in json.loads(data)]
+    except (ValueError, TypeError) as error:
+        raise MeshgpuError("bad-message", "cannot read the list of attempts: it is garbled") from error
 
 
 def decode_files(data: bytes) -> list[tuple[str, int]]:

@@ -1,16 +1,16 @@
 """Follows a job: its log as it was written, and what happens to it on stderr, through restarts of the agent."""
 
 import re
-import sys
 import time
 from collections.abc import Iterator
 from typing import Final
 
+from meshgpu.cli.log_printer import LogPrinter
 from meshgpu.cli.progress import StatusLine
 from meshgpu.cli.render import ago, count, note, plain, size
 from meshgpu.cli.words import ending, goes_on, headline, is_final, waiting
-from meshgpu.client.agent import STREAM_TIMEOUT_S, AgentClient
-from meshgpu.client.views import FollowEvent, JobView, LogEvent, OutOfTouchEvent
+from meshgpu.client.agent import STREAM_TIMEOUT_S, WHOLE_LOG, AgentClient
+from meshgpu.client.views import FollowEvent, JobView, LogEvent, LogRequest, OutOfTouchEvent
 from meshgpu.errors import AgentUnreachable, MeshgpuError
 
 RECONNECT_LIMIT_S: Final = 10.0
@@ -37,7 +37,14 @@ _DISTRIBUTIONS: Final = {
 """Modules whose distribution has another name, as far as training code imports them often."""
 
 
-def events(client: AgentClient, job: str, *, logs: bool = True, until_s: float | None = None) -> Iterator[FollowEvent]:
+def events(
+    client: AgentClient,
+    job: str,
+    *,
+    logs: bool = True,
+    wanted: LogRequest = WHOLE_LOG,
+    until_s: float | None = None,
+) -> Iterator[FollowEvent]:
     """Everything that happens to `job` until it ends, each piece of its log once, though the agent may restart.
 
     until_s: time.monotonic() at which to give up; the events then end without EndEvent.
@@ -50,9 +57,9 @@ def events(client: AgentClient, job: str, *, logs: bool = True, until_s: float |
         silence_s = STREAM_TIMEOUT_S if until_s is None else min(STREAM_TIMEOUT_S, until_s - time.monotonic())
         error: MeshgpuError = AgentUnreachable("agent-gone", "the agent broke off its answer")
         try:
-            for event in client.follow(job, position, logs=logs, timeout_s=max(silence_s, 0.01)):
+            for event in client.follow(job, position, logs=logs, wanted=wanted, timeout_s=max(silence_s, 0.01)):
                 away_since_s = None
-                if event["type"] == "log":
+                if event["type"] in ("log", "dropped"):
                     position = event["position"]
                 elif event["type"] == "job":
                     name, state = event["job"]["display"], goes_on(event["job"])
@@ -76,9 +83,10 @@ def events(client: AgentClient, job: str, *, logs: bool = True, until_s: float |
 class Attachment:
     """One job on this terminal: its log byte for byte, and words about it on stderr, each once."""
 
-    def __init__(self, job: JobView, *, speak: bool = True) -> None:
-        """speak: whether to say where it runs and why it waits."""
+    def __init__(self, job: JobView, *, speak: bool = True, printer: LogPrinter | None = None) -> None:
+        """speak: whether to say where it runs and why it waits. printer: of its log, byte for byte by default."""
         self.job = job
+        self._printer = printer or LogPrinter()
         self._speak = speak
         self._headline_said = False
         self._last_said = ""
@@ -87,10 +95,10 @@ class Attachment:
         self._line = StatusLine()
         self._tail = b""
 
-    def follow(self, client: AgentClient) -> JobView:
+    def follow(self, client: AgentClient, wanted: LogRequest = WHOLE_LOG) -> JobView:
         """Until the job is final; returns it as it ended."""
         try:
-            for event in events(client, self.job["id"]):
+            for event in events(client, self.job["id"], wanted=wanted):
                 self.take(event)
         finally:
             self._line.clear()
@@ -99,6 +107,9 @@ class Attachment:
     def take(self, event: FollowEvent) -> None:
         if event["type"] == "log":
             self._write(event)
+        elif event["type"] == "dropped":
+            self._line.clear()
+            self._printer.tell_gap(event)
         elif event["type"] == "out-of-touch":
             self._tell_silence(event)
         else:
@@ -153,13 +164,9 @@ class Attachment:
         self._tell_return()
         self._tell_headline()
         self._line.clear()
-        data = event["data"].encode("utf-8", "surrogateescape")
         if event["stream"] == "stderr":
-            self._tail = (self._tail + data)[-TAIL_BYTES:]
-        stream = sys.stdout if event["stream"] == "stdout" else sys.stderr
-        stream.flush()
-        stream.buffer.write(data)
-        stream.buffer.flush()
+            self._tail = (self._tail + event["data"].encode("utf-8", "surrogateescape"))[-TAIL_BYTES:]
+        self._printer.write(event)
 
     def _say(self, line: str) -> None:
         self._line.clear()

@@ -1,4 +1,4 @@
-"""Commands about jobs that exist: logs, stop, kill, info, wait."""
+"""Commands about jobs that exist: stop, kill, info, wait."""
 
 import json
 import time
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from meshgpu.cli.attach import Attachment, conclude, detached, events
+from meshgpu.cli.attach import detached, events
 from meshgpu.cli.complete import job_names
 from meshgpu.cli.evidence_command import show_receipt, verify_receipt
 from meshgpu.cli.render import ago, count, note, plain, show_error, size
@@ -37,29 +37,6 @@ JobId = Annotated[
 JobIds = Annotated[
     list[str], typer.Argument(metavar="ID…", help="Jobs' ids or any unique parts.", autocompletion=job_names)
 ]
-
-
-def logs(
-    job: JobId,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Stay until the job ends, with its exit code.")
-    ] = False,
-) -> None:
-    """Print a job's log: its stdout on stdout, its stderr on stderr."""
-    client = AgentClient.found()
-    view = client.job(job)
-    attachment = Attachment(view, speak=follow)
-    if not follow:
-        for event in client.history(view["id"]):
-            attachment.take(event)
-        return
-    try:
-        view = attachment.follow(client)
-    except KeyboardInterrupt:
-        detached(attachment.job)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    conclude(client, view, attachment.missing_module())
-    raise typer.Exit(exit_code(view))
 
 
 def stop(jobs: JobIds) -> None:

@@ -47,7 +47,7 @@ COMMANDS: Final = {
     "run": "run_command",
     "sweep": "sweep_command",
     "ps": "ps_command",
-    "logs": "job_commands",
+    "logs": "logs_command",
     "stop": "job_commands",
     "kill": "job_commands",
     "info": "job_commands",

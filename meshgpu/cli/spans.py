@@ -1,7 +1,8 @@
-"""Spans of time as people type them."""
+"""Spans and moments of time as people type them."""
 
 import re
 import time
+from datetime import datetime
 from typing import Final
 
 from meshgpu.errors import MeshgpuError
@@ -31,3 +32,14 @@ def parse_moment(text: str, now: float, example: str) -> float:
         if (moment := time.mktime(clock)) > now:
             break
     return moment
+
+
+def parse_since(text: str, now_wall_s: float) -> float:
+    """Unix time of a span before now, or of a moment, in local time unless it says otherwise; raises `bad-request`."""
+    if re.fullmatch(r"[\d.]+\s*[smhd]?", text.strip()):
+        return max(0.0, now_wall_s - parse_span(text, "--since 10m"))
+    try:
+        return max(0.0, datetime.fromisoformat(text.strip()).timestamp())
+    except (ValueError, OverflowError) as error:
+        expected = "expected 10m, 2h or 2026-11-27T10:00"
+        raise MeshgpuError("bad-request", f"cannot read the time {text!r}: {expected}", "--since 10m") from error

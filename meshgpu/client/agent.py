@@ -28,6 +28,7 @@ from meshgpu.client.views import (
     JobView,
     JoinedView,
     LeftView,
+    LogRequest,
     MachinesView,
     PlansView,
     ReceiptView,
@@ -47,6 +48,8 @@ CALL_TIMEOUT_S: Final = 30.0
 
 STREAM_TIMEOUT_S: Final = 60.0
 """Longest silence of a job that is followed; who follows it then asks again from the last position."""
+
+WHOLE_LOG: Final[LogRequest] = {}
 
 SHIPPING_TIMEOUT_S: Final = 120.0
 """Longest silence while the agent ships a tree: one chunk of 4 MiB over a poor line."""
@@ -205,18 +208,26 @@ class AgentClient:
         return cast(SweepView, self._get(f"/v1/sweeps/{_part(job)}"))
 
     def follow(
-        self, job: str, position: int = 0, *, logs: bool = True, timeout_s: float = STREAM_TIMEOUT_S
+        self,
+        job: str,
+        position: int = 0,
+        *,
+        logs: bool = True,
+        wanted: LogRequest = WHOLE_LOG,
+        timeout_s: float = STREAM_TIMEOUT_S,
     ) -> Iterator[FollowEvent]:
-        """Changes and log of a job from `position` on; EndEvent comes last, when the job is final.
+        """Changes and log of a job from `position` on; EndEvent comes last, when the job is final, or at the end of the
+        log of an attempt that is not the newest. Lines and time of `wanted` count at position 0 only.
 
         Raises AgentUnreachable where the stream breaks before that or is silent for `timeout_s`.
         """
-        query = f"position={position}&logs={int(logs)}&follow=1"
-        return self._job_events(job, query, timeout_s)
+        query = {"position": position, "logs": int(logs), "follow": 1, **wanted}
+        return self._job_events(job, urlencode(query), timeout_s)
 
-    def history(self, job: str, position: int = 0) -> Iterator[FollowEvent]:
-        """The log so far from `position` on, then EndEvent, whatever state the job is in."""
-        return self._job_events(job, f"position={position}&logs=1&follow=0", self._timeout_s)
+    def history(self, job: str, wanted: LogRequest = WHOLE_LOG) -> Iterator[FollowEvent]:
+        """The log so far, then EndEvent, whatever state the job is in."""
+        query = {"position": 0, "logs": 1, "follow": 0, **wanted}
+        return self._job_events(job, urlencode(query), self._timeout_s)
 
     def stop(self, job: str, mode: str) -> JobView:
         """`mode`: `stop` (SIGTERM, 30 s, SIGKILL) or `kill`."""

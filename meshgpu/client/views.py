@@ -421,12 +421,36 @@ class JobEvent(TypedDict):
 
 
 class LogEvent(TypedDict):
-    """A piece of the log; undecodable bytes are lone surrogates (PEP 383). position: where to resume after it."""
+    """A piece of the log; undecodable bytes are lone surrogates (PEP 383). position: where to resume after it.
+
+    at: Unix time in seconds at which its machine took it.
+    """
 
     type: Literal["log"]
     stream: Literal["stdout", "stderr"]
+    at: float
     data: str
     position: int
+
+
+class DroppedEvent(TypedDict):
+    """So many bytes of the log, before what comes next, are not kept any more; 0 only says where it begins."""
+
+    type: Literal["dropped"]
+    bytes: int
+    position: int
+
+
+class LogRequest(TypedDict, total=False):
+    """Which part of a log is wanted; all of the newest attempt's where nothing is said.
+
+    lines: the newest so many. since: from this Unix time on, in seconds. stream: one of both. attempt: from 1.
+    """
+
+    lines: int
+    since: float
+    stream: Literal["stdout", "stderr"]
+    attempt: int
 
 
 class OutOfTouchEvent(TypedDict):
@@ -441,7 +465,7 @@ class EndEvent(TypedDict):
 
 
 SubmitEvent = ShippingEvent | JobEvent
-FollowEvent = JobEvent | LogEvent | OutOfTouchEvent | EndEvent
+FollowEvent = JobEvent | LogEvent | DroppedEvent | OutOfTouchEvent | EndEvent
 
 
 class FileView(TypedDict):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from meshgpu.model.ids import Digest, JobId
+from meshgpu.model.logs import WHOLE_LOG, LogSelection
 from meshgpu.model.trust import Signed
 
 
@@ -19,15 +20,26 @@ class ChunksWanted:
 
 @dataclass(frozen=True, slots=True)
 class LogsWanted:
-    """What a job printed, from `position` on. request: the user's signed JobRequest for LOGS.
+    """What an attempt printed, from `position` on. request: the user's signed JobRequest for LOGS. epoch: 0 for the
+    newest that is here. Where the selection begins counts only at position 0: who resumes has begun.
 
-    Answered with messages of whole records: stream (u8), Unix time (f64), next position (u64), length (u32), bytes.
-    With `follow` the stream ends when the job has ended, else when all there is has been sent.
+    Answered with messages of whole records: stream (u8), Unix time (f64), next position (u64), length (u32), bytes; for
+    a gap, stream 0, and in place of the bytes only how many are missing (u64). With `follow` the stream ends when the
+    job has ended, else when all there is has been sent.
     """
 
     request: Signed
     position: int
     follow: bool
+    epoch: int = 0
+    selection: LogSelection = WHOLE_LOG
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptsWanted:
+    """Which attempts of a job have a log here. request: signed, for LOGS. Answered with one JSON list of epochs."""
+
+    request: Signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,4 +57,4 @@ class FileWanted:
     path: str
 
 
-BulkRequest = ChunksWanted | LogsWanted | FilesWanted | FileWanted
+BulkRequest = ChunksWanted | LogsWanted | AttemptsWanted | FilesWanted | FileWanted

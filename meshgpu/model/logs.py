@@ -1,4 +1,4 @@
-"""What a job printed: records of an append-only ledger."""
+"""What a job printed: records of an append-only ledger, and which of them somebody wants."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,3 +17,30 @@ class LogRecord:
     wall_s: float
     data: bytes
     position: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogGap:
+    """`size_bytes` of the ledger, up to `position`, are not kept any more. 0 tells only where reading begins."""
+
+    size_bytes: int
+    position: int
+
+
+LogPiece = LogRecord | LogGap
+
+
+@dataclass(frozen=True, slots=True)
+class LogSelection:
+    """Which part of a log is wanted: the newest `lines` (None: all) of what was taken from `since_wall_s` on.
+
+    A line belongs to one stream. What stands last in each without a line end counts, and is wanted unless lines is 0.
+    stream: None for both.
+    """
+
+    lines: int | None = None
+    since_wall_s: float = 0.0
+    stream: LogStream | None = None
+
+
+WHOLE_LOG = LogSelection()

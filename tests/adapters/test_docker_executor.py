@@ -22,13 +22,13 @@ from meshgpu import container
 from meshgpu.adapters import docker_executor, guards, inside
 from meshgpu.adapters.docker_executor import DockerExecutor, examine_engine, find_engine
 from meshgpu.adapters.guarded import GuardedExecutor
-from meshgpu.adapters.log_ledger import follow, read_records
+from meshgpu.adapters.log_ledger import LedgerReader, follow
 from meshgpu.agent.executors import Executors
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.doctor import EngineFacts
 from meshgpu.model.ids import Digest, GpuId, JobId, MeshId, NodeId, UserName
 from meshgpu.model.job import AttemptPlan, AttemptState, EnvironmentRequest, JobSpec, Result, SecretBox, StopMode
-from meshgpu.model.logs import LogStream
+from meshgpu.model.logs import LogRecord, LogStream
 from meshgpu.model.resources import NO_GPU, GpuShare, Resources
 from meshgpu.ports import AttemptEnded, AttemptProgress, AttemptStarted, ExecutorEvent
 from tests.images.busybox import BUSYBOX, IMAGE, make_image
@@ -92,15 +92,16 @@ class Rig:
         return await self.ended()
 
     def printed(self, stream: LogStream = LogStream.STDOUT) -> str:
-        records = read_records(self.attempt / "log", 0, 10**9)
-        return b"".join(record.data for record in records if record.stream is stream).decode()
+        pieces = LedgerReader(self.attempt / "log").read(2**22)
+        data = (piece.data for piece in pieces if isinstance(piece, LogRecord) and piece.stream is stream)
+        return b"".join(data).decode()
 
     async def says(self, text: str) -> None:
         """Wait until the job printed `text`."""
         seen = b""
         async with asyncio.timeout(DEADLINE_S):
-            async for record in follow(self.attempt / "log", 0, lambda: False):
-                seen += record.data
+            async for pieces in follow(LedgerReader(self.attempt / "log"), lambda: False):
+                seen += b"".join(piece.data for piece in pieces if isinstance(piece, LogRecord))
                 if text.encode() in seen:
                     return
 

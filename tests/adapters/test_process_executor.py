@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from meshgpu import guard
 from meshgpu.adapters import guards
 from meshgpu.adapters.fences import Fence, _try_fence
 from meshgpu.adapters.inside import LIBRARY
-from meshgpu.adapters.log_ledger import follow, read_records
+from meshgpu.adapters.log_ledger import LedgerReader, follow
 from meshgpu.adapters.process_executor import ProcessExecutor
 from meshgpu.errors import MeshgpuError, TrustError
 from meshgpu.model.ids import Digest, GpuId, JobId, MeshId, NodeId
@@ -32,7 +33,7 @@ from meshgpu.model.job import (
     Result,
     StopMode,
 )
-from meshgpu.model.logs import LogStream
+from meshgpu.model.logs import LogRecord, LogStream
 from meshgpu.model.resources import NO_GPU, GpuShare, Resources
 from meshgpu.model.sweep import Goal, Metric, Objective
 from meshgpu.ports import AttemptEnded, AttemptMeasured, AttemptProgress, AttemptStarted, Environment, ExecutorEvent
@@ -128,7 +129,7 @@ class Rig:
     async def ended(self, job: str = "job") -> Run:
         end = await self.until(AttemptEnded, job)
         assert isinstance(end, AttemptEnded)
-        records = read_records(self.attempt(job) / "log", 0, 10**9)
+        records = records_of(self.attempt(job) / "log")
         stdout, stderr = (
             b"".join(record.data for record in records if record.stream is stream).decode(errors="surrogateescape")
             for stream in LogStream
@@ -144,8 +145,8 @@ class Rig:
         """Wait until the job printed `text`."""
         seen = b""
         async with asyncio.timeout(DEADLINE_S):
-            async for record in follow(self.attempt(job) / "log", 0, lambda: False):
-                seen += record.data
+            async for pieces in follow(LedgerReader(self.attempt(job) / "log"), lambda: False):
+                seen += b"".join(piece.data for piece in pieces if isinstance(piece, LogRecord))
                 if text.encode() in seen:
                     return
 
@@ -180,6 +181,16 @@ def plan(
         objective=objective,
     )
     return AttemptPlan(spec, 1, tuple(GpuShare(GpuId(gpu)) for gpu in gpus), fenced, "rig7")
+
+
+def records_of(ledger: Path, position: int = 0) -> list[LogRecord]:
+    """What a ledger holds from `position` on."""
+    reader = LedgerReader(ledger, position)
+    return [
+        piece
+        for piece in itertools.chain.from_iterable(iter(lambda: reader.read(2**20), []))
+        if isinstance(piece, LogRecord)
+    ]
 
 
 def processes_below(top: Path) -> set[int]:
@@ -659,7 +670,7 @@ async def test_agent_restart_loses_and_doubles_no_line(rig: Rig) -> None:
     await rig.executor.close()
     position, seen = 0, b""
     for _ in range(3):
-        for record in read_records(rig.attempt("job") / "log", position, 2**20):
+        for record in records_of(rig.attempt("job") / "log", position):
             position, seen = record.position, seen + record.data
         again = Rig(rig.jobs_dir)
         await again.start()
@@ -671,7 +682,7 @@ async def test_agent_restart_loses_and_doubles_no_line(rig: Rig) -> None:
     await last.start()
     last.executor.adopt(job)
     done = await last.ended()
-    for record in read_records(rig.attempt("job") / "log", position, 2**20):
+    for record in records_of(rig.attempt("job") / "log", position):
         seen += record.data
     assert done.result.exit_code == 9
     assert seen.decode().splitlines() == [f"line {number}" for number in range(count)]
@@ -889,7 +900,7 @@ import asyncio, sys
 from pathlib import Path
 from types import SimpleNamespace
 from meshgpu.adapters.fences import Fence, find_fence
-from meshgpu.adapters.log_ledger import read_records
+from meshgpu.adapters.log_ledger import LedgerReader
 from meshgpu.adapters.process_executor import ProcessExecutor
 from meshgpu.ports import AttemptEnded, Environment
 
@@ -910,7 +921,7 @@ async def main(top, name, script):
     while not isinstance(event := await asyncio.wait_for(events.get(), 30), AttemptEnded):
         pass
     await executor.close()
-    records = read_records(work.parent / "log", 0, 10**6)
+    records = LedgerReader(work.parent / "log").read(10**6)
     print(b"".join(record.data for record in records if record.stream == "stdout").decode(), end="")
     print(event.result.exit_code, event.result.output_files)
 

@@ -47,6 +47,9 @@ from meshgpu.model.trust import LENDING_ROLES, STEWARD_ROLES, Notary, Role
 HOLDS_LIMIT: Final = 256
 """Open holds at a time: more than any burst of offers needs, less than what hurts."""
 
+EPOCHS_LIMIT: Final = 1024
+"""Attempts of one job that are looked up: more than anybody lets a job die."""
+
 NOBODY: Final = UserName("")
 """Whose home a machine is that the mesh log does not know (any more): whoever rented it out may be gone."""
 
@@ -167,8 +170,18 @@ class Attempts:
 
     def latest(self, job: JobId) -> Attempt | None:
         """The newest accepted attempt of a job on this node."""
-        key = (job, self._spent.get(job, 0))
-        return self._live.get(key) or self._delivered.get(key)
+        return self.find(job, self._spent.get(job, 0))
+
+    def find(self, job: JobId, epoch: int) -> Attempt | None:
+        """An attempt that this node accepted."""
+        attempt = self._live.get((job, epoch)) or self._delivered.get((job, epoch))
+        return attempt if attempt is not None and attempt.state is not AttemptState.HELD else None
+
+    def epochs(self, job: JobId) -> list[int]:
+        """Of the newest EPOCHS_LIMIT attempts of a job, those that this node accepted."""
+        newest = self._spent.get(job, 0)
+        asked = range(max(1, newest - EPOCHS_LIMIT + 1), newest + 1)
+        return [epoch for epoch in asked if self.find(job, epoch) is not None]
 
     # -- messages from stewards ---------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ state machine that it is for. `admin` is a right of a user's key and stands in t
 from collections.abc import Mapping
 from typing import Final
 
-from meshgpu.model.bulk import BulkRequest, ChunksWanted, FilesWanted, FileWanted, LogsWanted
+from meshgpu.model.bulk import AttemptsWanted, BulkRequest, ChunksWanted, FilesWanted, FileWanted, LogsWanted
 from meshgpu.model.messages import (
     Accept,
     Accepted,
@@ -73,6 +73,7 @@ MAY: Final[Mapping[type[Message | BulkRequest], frozenset[Role]]] = {
     AttemptReport: _RUNS,
     ChunksWanted: _RUNS,
     LogsWanted: OFFICE_ROLES,
+    AttemptsWanted: OFFICE_ROLES,
     FilesWanted: OFFICE_ROLES,
     FileWanted: OFFICE_ROLES,
 }

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from meshgpu.wire.v1 import logs_pb2 as _logs_pb2
 from meshgpu.wire.v1 import trust_pb2 as _trust_pb2
 import builtins as _builtins
 import sys
@@ -56,10 +57,46 @@ class LogsWanted(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SELECTION_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """Bytes into the ledger; 0 for the first record."""
+    """Bytes into the ledger; 0 for where the selection begins."""
     follow: _builtins.bool
     """Whether to wait for more until the job has ended."""
+    epoch: _builtins.int
+    """Attempt, from 1; 0 for the newest here."""
+    @_builtins.property
+    def request(self) -> _trust_pb2.Signed:
+        """JobRequest for logs, signed by its user; required."""
+
+    @_builtins.property
+    def selection(self) -> _logs_pb2.LogSelection:
+        """Required."""
+
+    def __init__(
+        self,
+        *,
+        request: _trust_pb2.Signed | None = ...,
+        position: _builtins.int = ...,
+        follow: _builtins.bool = ...,
+        epoch: _builtins.int = ...,
+        selection: _logs_pb2.LogSelection | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "selection", b"selection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "follow", b"follow", "position", b"position", "request", b"request", "selection", b"selection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogsWanted: _TypeAlias = LogsWanted  # noqa: Y015
+
+@_typing.final
+class AttemptsWanted(_message.Message):
+    """Which attempts of a job have a log here."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request(self) -> _trust_pb2.Signed:
         """JobRequest for logs, signed by its user; required."""
@@ -68,16 +105,14 @@ class LogsWanted(_message.Message):
         self,
         *,
         request: _trust_pb2.Signed | None = ...,
-        position: _builtins.int = ...,
-        follow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "position", b"position", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___LogsWanted: _TypeAlias = LogsWanted  # noqa: Y015
+Global___AttemptsWanted: _TypeAlias = AttemptsWanted  # noqa: Y015
 
 @_typing.final
 class FilesWanted(_message.Message):

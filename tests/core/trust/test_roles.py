@@ -21,7 +21,7 @@ from meshgpu.sim.office import furnish
 KINDS = (*get_args(Message), *get_args(BulkRequest))
 LOOKS = {
     *("GossipDigest", "GossipDelta", "LogDelta", "ProbeFor", "ProbeAnswer", "KnockWanted", "KnockAnswer"),
-    *("Ask", "LogsWanted", "FilesWanted", "FileWanted"),
+    *("Ask", "LogsWanted", "AttemptsWanted", "FilesWanted", "FileWanted"),
 }
 RUNS = {"OfferAnswer", "CommitAnswer", "AttemptReport", "ChunksWanted"}
 HOLDS = {
