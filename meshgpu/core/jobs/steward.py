@@ -533,7 +533,8 @@ class Stewardship:
 
     def _take_turns(self, now: Now) -> list[Effect]:
         """Ask for the turn of each job that nobody speaks for who is before this node."""
-        has_changed = self._turns.look(now, self._log.members)
+        is_idle = not (self._jobs or self._doubted)  # then it is nobody's turn, and nobody need be looked for
+        has_changed = self._turns.look(now, () if is_idle else self._log.members)
         if has_changed:
             self._turn_at = now.boot_s
         if self._turn_at is None or now.boot_s < self._turn_at:

@@ -41,16 +41,10 @@ class Turns:
         self._away: dict[NodeId, float] = {}
 
     def look(self, now: Now, stewards: Iterable[NodeId]) -> bool:
-        """Note who is away, and since when; returns whether that has changed."""
-        has_changed = False
-        for steward in stewards:
-            is_away = not self._is_alive(steward)
-            if is_away != (steward in self._away):
-                has_changed = True
-                if is_away:
-                    self._away[steward] = now.boot_s
-                else:
-                    del self._away[steward]
+        """Note who of them is away, and since when it was looked; returns whether that has changed."""
+        away = {steward: self._away.get(steward, now.boot_s) for steward in stewards if not self._is_alive(steward)}
+        has_changed = away.keys() != self._away.keys()
+        self._away = away
         return has_changed
 
     def is_first(self, job: HeldJob) -> bool:

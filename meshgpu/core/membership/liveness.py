@@ -95,6 +95,11 @@ class _Watched:
     knock_at: float | None = None
     knocks: int = 0
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether an answer, the end of a doubt or the next knock is waited for."""
+        return self.asked_at is not None or self.doubted_at is not None or self.knock_at is not None
+
     def calm(self) -> None:
         """There is life: nothing of what was asked or doubted counts any more."""
         self.asked_at, self.is_helped, self.helpers_answered = None, False, False
@@ -142,8 +147,8 @@ class Liveness:
         self._probe = probe
         self._knock_at = knock
         self._watched: dict[NodeId, _Watched] = {}
-        self._is_sure = True
-        """Whether nothing is waited for of anybody, as it mostly is: then nobody need be looked at."""
+        self._unsure: dict[NodeId, _Watched] = {}
+        """Those of whom something is waited for, or was a moment ago: few of many, and mostly nobody."""
         self._favours: dict[tuple[NodeId, int], _Favour] = {}
         self._credits: dict[NodeId, tuple[float, float]] = {}
         """{asker: how many probes it may have asked of us, at which `boot_s`}"""
@@ -169,7 +174,7 @@ class Liveness:
 
     def doubts(self) -> Doubts:
         """What this node doubts, for its gossip."""
-        doubted = sorted(peer for peer, found in self._unsure() if found.doubted_at is not None)
+        doubted = sorted(peer for peer, found in self._unsure.items() if found.doubted_at is not None)
         found = self._watched
         return Doubts(tuple(Doubt(peer, found[peer].incarnation, found[peer].is_gone) for peer in doubted))
 
@@ -273,6 +278,7 @@ class Liveness:
     def forget(self, peer: NodeId) -> None:
         """It is no member any more."""
         self._watched.pop(peer, None)
+        self._unsure.pop(peer, None)
         self._credits.pop(peer, None)
 
     # -- time ---------------------------------------------------------------------------------------------------------
@@ -284,7 +290,7 @@ class Liveness:
             return
         self._wanted_at = None
         self.health = min(self.health + 1, HEALTH_LIMIT)
-        for found in self._watched.values():
+        for found in self._unsure.values():
             if found.asked_at is not None:
                 found.asked_at += late_s
             if found.doubted_at is not None and found.state is not MemberState.DOWN:
@@ -297,8 +303,11 @@ class Liveness:
         if self._next_at is not None and now.boot_s >= self._next_at:
             self._next_at = now.boot_s + self._interval()
             effects += self._probe_next(now)
-        for peer, found in self._unsure():
-            effects += self._step_one(now, peer, found)
+        for peer, found in list(self._unsure.items()):
+            if found.is_awaited:
+                effects += self._step_one(now, peer, found)
+            else:
+                del self._unsure[peer]
         for key, favour in list(self._favours.items()):
             if now.boot_s >= favour.asked_at + self._timing.answer_s:
                 del self._favours[key]
@@ -308,7 +317,7 @@ class Liveness:
 
     def deadline(self) -> float | None:
         times = [self._next_at, *(favour.asked_at + self._timing.answer_s for favour in self._favours.values())]
-        for peer, found in self._unsure():
+        for peer, found in self._unsure.items():
             if found.asked_at is not None:
                 times.append(found.asked_at + (self._round_s() if self._is_waiting(found) else self._answer_s()))
             if found.doubted_at is not None and found.state is not MemberState.DOWN:
@@ -347,7 +356,7 @@ class Liveness:
 
     def _ask(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:
         self._numbers += 1
-        self._is_sure = False
+        self._unsure[peer] = found
         found.number, found.asked_at, found.is_helped, found.helpers_answered = self._numbers, now.boot_s, False, False
         found.helpers.clear()
         return [self._probe(peer, found.number)]
@@ -375,6 +384,7 @@ class Liveness:
 
     def _doubt(self, now: Now, peer: NodeId, found: _Watched) -> None:
         found.calm()
+        self._unsure[peer] = found
         found.doubted_at, found.incarnation = now.boot_s, self._incarnation(peer)
         self._turn(peer, found, MemberState.SUSPECT)
 
@@ -386,12 +396,11 @@ class Liveness:
     def _look_again(self, peer: NodeId, found: _Watched, at_s: float) -> None:
         """It has no Link, but nobody is to hear of a doubt before `at_s`."""
         found.calm()
-        self._is_sure = False
+        self._unsure[peer] = found
         found.knock_at = at_s
         self._turn(peer, found, MemberState.SUSPECT)
 
     def _knock(self, now: Now, peer: NodeId, found: _Watched) -> list[Effect]:
-        self._is_sure = False
         pause_s = min(self._timing.soon_s * 2.0 ** min(found.knocks, 10), self._timing.knock_s)
         found.knock_at, found.knocks = now.boot_s + pause_s, found.knocks + 1
         return self._knock_at(peer)
@@ -424,18 +433,6 @@ class Liveness:
         return (doubt for _, doubt in self._doubted_by(peer) if doubt.incarnation >= found.incarnation)
 
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _unsure(self) -> list[tuple[NodeId, _Watched]]:
-        """Those of whom something is waited for: few of many."""
-        if self._is_sure:
-            return []
-        unsure = [
-            (peer, found)
-            for peer, found in self._watched.items()
-            if found.asked_at is not None or found.doubted_at is not None or found.knock_at is not None
-        ]
-        self._is_sure = not unsure
-        return unsure
 
     def _is_waiting(self, found: _Watched) -> bool:
         """Whether there is nothing left to do but to wait for the end of the round."""
