@@ -913,7 +913,9 @@ async def main(top, name, script):
     assert executor.fence() == name, executor.fence_reason()
     events = asyncio.Queue()
     await executor.start(events.put_nowait)
-    spec = SimpleNamespace(job="job", user="ada", command=(script,), shell=True, env=(), objective=None, secrets=None)
+    spec = SimpleNamespace(
+        job="job", user="ada", command=(script,), shell=True, env=(), objective=None, secrets=None, timeout_s=None
+    )
     work = top / "jobs" / "job" / "1" / "work"
     work.mkdir(parents=True)
     (top / "secret").write_text("the agent's key")
