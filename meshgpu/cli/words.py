@@ -15,6 +15,8 @@ EXIT_INTERRUPTED: Final = 130
 
 FINAL_STATES: Final = frozenset({"succeeded", "failed", "cancelled", "expired", "lost"})
 WAITING_STATES: Final = frozenset({"draft", "queued", "placing"})
+NOWHERE_STATES: Final = frozenset({"draft", "queued"})
+"""The machine and the GPUs that such a job names are those of an attempt that is over."""
 _SHARED_REQUEST: Final = re.compile(r"(\d+(?:\.\d+)?)GB")
 
 
@@ -61,11 +63,12 @@ def run_time(job: JobView, now: float) -> str:
 
 def where(job: JobView) -> str:
     """Its machine, and why it waits or ended as it did: `rig-b`, `(rig-b is busy)`."""
+    waits = job["state"] in NOWHERE_STATES
+    machine = None if waits else job["machine"]
     reason = f"({job['reason']})" if job["reason"] else ""
-    wanted = job["requested_machine"]
-    if not job["machine"] and wanted and not reason and not is_final(job):
+    if waits and not reason and (wanted := job["requested_machine"]):
         reason = f"(waits for {wanted})"
-    return " ".join(part for part in (job["machine"], reason) if part) or "-"
+    return " ".join(part for part in (machine, reason) if part) or "-"
 
 
 def short_gpu(name: str) -> str:
@@ -79,7 +82,9 @@ def sold_gigabytes(memory_bytes: int) -> int:
 
 
 def gpus(job: JobView) -> str:
-    """The GPUs a job has: `RTX 4090 24 GB`, `2 × RTX 4090 24 GB`, `8 GB of RTX 4090`; empty for none."""
+    """The GPUs a job has or had: `RTX 4090 24 GB`, `2 × RTX 4090 24 GB`, `8 GB of RTX 4090`; empty for none."""
+    if job["state"] in NOWHERE_STATES:
+        return ""
     labels: dict[str, int] = {}
     shared = _SHARED_REQUEST.fullmatch(job["gpu_request"].upper())
     for gpu in job["gpus"]:

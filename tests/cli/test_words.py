@@ -71,6 +71,7 @@ def test_status_is_the_phase_where_there_is_one(make_job: MakeJob, changes: dict
         ({"machine": None, "state": "queued", "reason": "rig-b is busy"}, "(rig-b is busy)"),
         ({"machine": None, "state": "queued", "requested_machine": "rig-b"}, "(waits for rig-b)"),
         ({"machine": None, "state": "queued"}, "-"),
+        ({"machine": "rig-a", "state": "queued", "reason": "gave way to big-k7q (bob)"}, "(gave way to big-k7q (bob))"),
         ({"state": "failed", "reason": "killed for memory"}, "rig-b (killed for memory)"),
     ],
 )
@@ -101,6 +102,7 @@ def test_only_what_has_begun_goes_on(make_job: MakeJob, state: str, expected: st
 def test_gpus_are_counted_and_shares_told_as_asked_for(make_job: MakeJob) -> None:
     card = {"uuid": "u", "name": "NVIDIA GeForce RTX 4090", "memory_bytes": 25_757_220_864}
     assert gpus(make_job(gpus=[card, card], gpu_request="2")) == "2 × RTX 4090 24 GB"
+    assert gpus(make_job(gpus=[card], state="queued")) == "", "those of an attempt before"
     assert gpus(make_job(gpus=[card | {"memory_bytes": 8 * 10**9}], gpu_request="8GB")) == "8 GB of RTX 4090"
     assert gpus(make_job(gpus=[card | {"memory_bytes": 0}], gpu_request="1")) == "RTX 4090"
 
