@@ -233,14 +233,17 @@ def command_text(spec: JobSpec) -> str:
 def display_names(views: list[JobView]) -> dict[JobId, str]:
     """{job: shortest `name-abc` that no other of these jobs shares}, three characters at least."""
     names: dict[JobId, str] = {}
-    for view in views:
-        spec = view.spec
-        others = [other.spec.job for other in views if other.spec.name == spec.name and other.spec.job != spec.job]
-        length = 3
-        while any(other.startswith(spec.job[:length]) for other in others) and length < len(spec.job):
-            length += 1
-        names[spec.job] = display_name(spec.name, spec.job, length)
+    ordered = sorted((view.spec.name, view.spec.job) for view in views)
+    for before, (name, job), after in zip([("", ""), *ordered], ordered, [*ordered[1:], ("", "")], strict=False):
+        neighbours = [other for other_name, other in (before, after) if other_name == name and other != job]
+        length = max([3, *(_alike(job, other) + 1 for other in neighbours)])
+        names[job] = display_name(name, job, length)
     return names
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters they begin with in common."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def burst_document(node: Node, now: Now) -> Document:

@@ -51,6 +51,34 @@ def test_ps_json_is_the_agents_answer_on_one_line(cli: Cli, stub: "StubAgent", m
     assert stub.targets() == ["GET /v1/jobs?all=1"]
 
 
+def test_ps_shows_the_newest_of_what_ended_and_says_how_many_more_there_are(
+    cli: Cli, stub: "StubAgent", make_job: MakeJob
+) -> None:
+    def old(number: int) -> JobView:
+        return make_job(id=f"{number}", display=f"old-{number}", state="succeeded", ended_at=1000.0 + number)
+
+    stub.on("GET /v1/jobs", {"jobs": [make_job(), *map(old, range(60))], "silent": []})
+    result = cli("ps", "-a")
+    assert "train-k7q" in result.stdout
+    assert [f"old-{number} " in result.stdout for number in (9, 10, 59)] == [False, True, True]
+    assert result.stderr == "10 finished jobs more: meshgpu ps -a --limit 60\n"
+    assert cli("ps", "-a", "--limit", "60").stderr == ""
+    assert len(json.loads(cli("ps", "-a", "--json").stdout)["jobs"]) == 61
+    assert len(json.loads(cli("ps", "-a", "--json", "--limit", "2").stdout)["jobs"]) == 3
+
+
+def test_ps_since_shows_what_ended_since_then(cli: Cli, stub: "StubAgent", make_job: MakeJob) -> None:
+    now = time.time()
+    ended = [
+        make_job(id=name, display=name, state="failed", ended_at=now - s) for name, s in (("new", 60), ("old", 900))
+    ]
+    stub.on("GET /v1/jobs", {"jobs": [make_job(), *ended], "silent": []})
+    shown = cli("ps", "--since", "10m").stdout
+    assert ("train-k7q" in shown, "new" in shown, "old" in shown) == (True, True, False)
+    assert stub.targets() == ["GET /v1/jobs?all=1"]
+    assert cli("ps", "--since", "yesterday").exit_code == 2
+
+
 def test_ps_without_jobs_keeps_stdout_empty(cli: Cli, stub: "StubAgent") -> None:
     stub.on("GET /v1/jobs", {"jobs": [], "silent": []})
     result = cli("ps")
