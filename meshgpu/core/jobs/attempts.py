@@ -349,7 +349,7 @@ class Attempts:
         for (job, epoch), attempt in self._live.items():
             if self._holds(steward, attempt.spec) and attempt.needs_telling:
                 attempt.due = now.boot_s
-                if (tail := attempt.tail.whole()) is not None:
+                if steward in self._listeners(attempt.spec) and (tail := attempt.tail.whole()) is not None:
                     effects.append(Send(steward, AttemptOutput(job, epoch, tail)))
         return effects
 
