@@ -11,6 +11,7 @@ from meshgpu.model.gossip import KnockOutcome, Sighting
 from meshgpu.model.ids import Address, Digest, JobId, KeyId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import AttemptPlan, Phase, Result, StopMode
+from meshgpu.model.logs import LogChunk
 from meshgpu.model.receipt import NO_EVIDENCE, Evidence
 from meshgpu.model.sweep import Metric
 from meshgpu.model.tree import Manifest
@@ -283,7 +284,16 @@ class AttemptMeasured:
     metric: Metric
 
 
-ExecutorEvent = AttemptStarted | AttemptEnded | AttemptProgress | AttemptMeasured
+@dataclass(frozen=True, slots=True)
+class AttemptPrinted:
+    """What the attempt has printed since the last one; of much, only the newest part. For plans that are tailed."""
+
+    job: JobId
+    epoch: int
+    chunk: LogChunk
+
+
+ExecutorEvent = AttemptStarted | AttemptEnded | AttemptProgress | AttemptMeasured | AttemptPrinted
 
 
 class Executor(Protocol):

@@ -14,6 +14,7 @@ from typing import Final
 
 from meshgpu import guard
 from meshgpu.adapters import guards, results
+from meshgpu.adapters.log_tail import TailReader
 from meshgpu.adapters.metrics import MetricReader
 from meshgpu.errors import MeshgpuError
 from meshgpu.guard import ExitRecord, GuardRecord, LedgerBounds, Notice, Request
@@ -21,12 +22,23 @@ from meshgpu.model.ids import JobId
 from meshgpu.model.job import AttemptPlan, AttemptState, Phase, Result, StopMode
 from meshgpu.model.receipt import NO_EVIDENCE, Evidence
 from meshgpu.model.sweep import Metric
-from meshgpu.ports import AttemptEnded, AttemptMeasured, AttemptProgress, AttemptStarted, ExecutorEvent
+from meshgpu.ports import (
+    AttemptEnded,
+    AttemptMeasured,
+    AttemptPrinted,
+    AttemptProgress,
+    AttemptStarted,
+    ExecutorEvent,
+)
 
 STOP_GRACE_S: Final = 30.0
 """Between SIGTERM and SIGKILL: time to write a checkpoint, short enough for an owner who waits."""
 MEASURE_S: Final = 2.0
 """Between two looks at what a job reports: as often as people's screens are drawn again."""
+TAIL_S: Final = 0.2
+"""Between two looks at what a job prints, for those who keep its newest output: they have it within 250 ms."""
+TAIL_BYTES_PER_S: Final = 32 * 1024
+"""To each of them and of each job: 64 loud jobs of a machine are what its peers let it say."""
 CLAIM_LIMIT_S: Final = 10.0
 """A guard answers in some 5 ms; after this another one is tried, and only one of them can claim the attempt."""
 GUARD_TRIES: Final = 2
@@ -263,7 +275,7 @@ class GuardedExecutor(ABC):
                 attempt.pass_stop_on()
                 if attempt.is_adopted:
                     self._started(attempt, record)
-                async with self._measuring(attempt):
+                async with self._listening(attempt):
                     await guards.ended(attempt.pidfd)
             finally:
                 os.close(attempt.pidfd)
@@ -271,30 +283,41 @@ class GuardedExecutor(ABC):
         await self._conclude(attempt)
 
     @contextlib.asynccontextmanager
-    async def _measuring(self, attempt: Attempt) -> AsyncIterator[None]:
-        """Tell what the job reports while it runs."""
+    async def _listening(self, attempt: Attempt) -> AsyncIterator[None]:
+        """Tell what the job reports and prints while it runs, and at last what came before its end."""
         over = asyncio.Event()
-
-        async def measure(reader: MetricReader) -> None:
-            told: Metric | None = None
-            while not over.is_set():
-                metric = await asyncio.to_thread(reader.read)
-                if metric is not None and metric != told:
-                    told = metric
-                    self._emit(AttemptMeasured(attempt.plan.spec.job, attempt.plan.epoch, metric))
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(over.wait(), MEASURE_S)
-
-        if attempt.reader is None:
-            yield
-            return
-        measuring = asyncio.get_running_loop().create_task(measure(attempt.reader))
+        listeners: list[Coroutine[None, None, None]] = []
+        if attempt.reader is not None:
+            listeners.append(self._measure(attempt, attempt.reader, over))
+        if attempt.plan.is_tailed:
+            listeners.append(self._tell_tail(attempt, TailReader(attempt.directory / "log"), over))
+        tasks = {asyncio.get_running_loop().create_task(listener) for listener in listeners}
         try:
             yield
         finally:
             over.set()
-            await asyncio.wait({measuring})
-            _report_failure(measuring)
+            if tasks:
+                await asyncio.wait(tasks)
+            for task in tasks:
+                _report_failure(task)
+
+    async def _measure(self, attempt: Attempt, reader: MetricReader, over: asyncio.Event) -> None:
+        told: Metric | None = None
+        while not over.is_set():
+            metric = await asyncio.to_thread(reader.read)
+            if metric is not None and metric != told:
+                told = metric
+                self._emit(AttemptMeasured(attempt.plan.spec.job, attempt.plan.epoch, metric))
+            await _sleep(MEASURE_S, over)
+
+    async def _tell_tail(self, attempt: Attempt, reader: TailReader, over: asyncio.Event) -> None:
+        is_last = False
+        while not is_last:
+            is_last = over.is_set()
+            chunk = await asyncio.to_thread(reader.read) if reader.has_news() else None
+            if chunk is not None:
+                self._emit(AttemptPrinted(attempt.plan.spec.job, attempt.plan.epoch, chunk))
+            await _sleep(max(TAIL_S, len(chunk.data) / TAIL_BYTES_PER_S if chunk else 0.0), over)
 
     async def _conclude(self, attempt: Attempt) -> None:
         """The guard has ended: make sure that its job has too, and tell what came of it."""
@@ -318,6 +341,12 @@ class GuardedExecutor(ABC):
         result = Result(outcome, exit_code, reason, count, size, metric)
         evidence = await asyncio.to_thread(results.find_evidence, attempt.directory)
         self._end(attempt, result, exited["ended_wall_s"], evidence)
+
+
+async def _sleep(seconds: float, over: asyncio.Event) -> None:
+    """Wait, unless it is over before."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(over.wait(), seconds)
 
 
 def _report_failure(task: asyncio.Task[None]) -> None:

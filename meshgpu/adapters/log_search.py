@@ -1,12 +1,12 @@
 """Finds where in a ledger to begin: at a time, or so many lines before its end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from meshgpu.adapters.log_ledger import ledger_files, records_in
 from meshgpu.guard import LEDGER_HEADER
-from meshgpu.model.logs import LogGap, LogPiece, LogSelection, LogStream
+from meshgpu.model.logs import LogGap, LogPiece, LogRecord, LogSelection, LogStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,29 @@ def find_begin(path: Path, selection: LogSelection) -> Begin:
             return _find(path, selection)
         except FileNotFoundError:  # the oldest file was let go meanwhile
             continue
+
+
+def select(records: Sequence[LogRecord], selection: LogSelection) -> list[LogRecord]:
+    """What is selected of a log's end that is in memory."""
+    found = [
+        record
+        for record in records
+        if record.wall_s >= selection.since_wall_s and selection.stream in (None, record.stream)
+    ]
+    if selection.lines is None:
+        return found
+    newest = {record.stream: record for record in found}
+    tails = sum(not record.data.endswith(b"\n") for record in newest.values())
+    skip = sum(record.data.count(b"\n") for record in found) + tails - selection.lines
+    kept: list[LogRecord] = []
+    for record in found if selection.lines else ():
+        ends = min(record.data.count(b"\n"), max(skip, 0))
+        if ends:
+            skip -= ends
+            kept = [other for other in kept if other.stream is not record.stream]
+        if data := record.data.split(b"\n", ends)[-1]:
+            kept.append(replace(record, data=data))
+    return kept
 
 
 def _find(path: Path, selection: LogSelection) -> Begin:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from meshgpu.adapters.log_search import select
 from meshgpu.agent.admins import Admins
 from meshgpu.agent.audit import AuditTrail
 from meshgpu.agent.bodies import (
@@ -31,7 +32,7 @@ from meshgpu.agent.callers import descends_from
 from meshgpu.agent.comparing import Comparing
 from meshgpu.agent.doctor import Doctor
 from meshgpu.agent.evidence_control import EvidenceControl
-from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed, source_of
+from meshgpu.agent.jobs import Found, Jobs, OutOfTouch, Printed, Source, Tail, Tell, Told, source_of
 from meshgpu.agent.ndjson import error_document, stream, write
 from meshgpu.agent.pairing import Pairing
 from meshgpu.agent.pairing_control import PairingControl
@@ -55,7 +56,7 @@ from meshgpu.model.cloud import BurstSettings, InstanceState
 from meshgpu.model.ids import Digest, KeyId, as_name, display_name
 from meshgpu.model.job import Draft, Register, StopMode
 from meshgpu.model.lending import Pause
-from meshgpu.model.logs import LogGap, LogPiece
+from meshgpu.model.logs import LogGap, LogPiece, LogSelection
 from meshgpu.model.tree import CHUNK_BYTES, MANIFEST_LIMIT_BYTES, Manifest
 from meshgpu.ports import ChunkStore, PairingDialog
 
@@ -444,7 +445,7 @@ class Control:
         current = {"type": "job", "job": self._document(found)}
         await write(response, current)
 
-        async def tell(item: Register | Printed | OutOfTouch) -> None:
+        async def tell(item: Told) -> None:
             event = self._event(found, item)
             if event["type"] == "job":
                 current.update(event)
@@ -458,8 +459,7 @@ class Control:
             if is_followed:
                 register = await self.jobs.follow(key, found.view, position, tell, logs=logs, selection=selection)
             elif logs and source is not None:
-                async for printed in self.jobs.log(key, source, position, follow=False, selection=selection):
-                    await tell(printed)
+                await self._tell_log(key, found, source, selection, tell)
             last = {"type": "end", "job": self._document(_with_register(found, register))}
         except MeshgpuError as error:
             last = {"type": "error", "error": error_document(error)}
@@ -469,7 +469,23 @@ class Control:
         await response.write_eof()
         return response
 
-    def _event(self, found: Found, item: Register | Printed | OutOfTouch) -> Document:
+    async def _tell_log(self, key: KeyId, found: Found, source: Source, selection: LogSelection, tell: Tell) -> None:
+        """The log so far; where its machine is away, what that told others last."""
+        has_begun = False
+        try:
+            async for printed in self.jobs.log(key, source, 0, follow=False, selection=selection):
+                has_begun = True
+                await tell(printed)
+        except MeshgpuError as error:
+            if error.code != "no-answer" or has_begun or source.epoch != found.view.register.epoch:
+                raise
+            if (tail := await self.jobs.tail(key, found.view)) is None:
+                raise
+            await tell(tail)
+            for record in select(tail.records, selection):
+                await tell(Printed(record, record.position))
+
+    def _event(self, found: Found, item: Told) -> Document:
         match item:
             case Register():
                 return {"type": "job", "job": self._document(_with_register(found, item))}
@@ -478,6 +494,10 @@ class Control:
             case OutOfTouch(machine=machine, seconds=seconds):
                 name = self.status.node.log.name_of(machine)
                 return {"type": "out-of-touch", "machine": name, "seconds": seconds}
+            case Tail(machine=machine, seconds=seconds, records=records):
+                name = self.status.node.log.name_of(machine)
+                size = sum(len(record.data) for record in records)
+                return {"type": "tail", "machine": name, "seconds": seconds, "bytes": size}
 
     def _document(self, found: Found) -> Document:
         return JobDocuments(self.status.node, self.status.clock.now()).document(found.view, found.display)

@@ -8,22 +8,23 @@ from typing import Final
 
 from meshgpu.agent.runtime import Runtime
 from meshgpu.agent.secrets import Vault
-from meshgpu.agent.streams import Streams, decode_epochs, decode_files, decode_pieces
+from meshgpu.agent.streams import Streams, decode_epochs, decode_files
 from meshgpu.agent.views import display_names
 from meshgpu.core import events as ev
 from meshgpu.core.effects import Answered
 from meshgpu.core.jobs.steward import only_shared
 from meshgpu.core.trust.freshness import CHALLENGE_BYTES
 from meshgpu.errors import MeshgpuError, StaleRequest, TrustError
-from meshgpu.model.bulk import AttemptsWanted, BulkRequest, FilesWanted, FileWanted, LogsWanted
+from meshgpu.model.bulk import AttemptsWanted, BulkRequest, FilesWanted, FileWanted, LogsWanted, TailWanted
 from meshgpu.model.clock import ClockGap
 from meshgpu.model.gossip import MemberState
 from meshgpu.model.ids import JobId, KeyId, NodeId, display_name
 from meshgpu.model.job import Action, Draft, JobState, JobView, Register, StopMode
-from meshgpu.model.logs import WHOLE_LOG, LogPiece, LogSelection
+from meshgpu.model.logs import WHOLE_LOG, LogPiece, LogRecord, LogSelection
 from meshgpu.model.trust import LENDING_ROLES, Signed
 from meshgpu.ports import Transport
 from meshgpu.wire.bulk import encode_bulk
+from meshgpu.wire.logs import decode_pieces
 
 RECONNECT_S: Final = 0.5
 """Pause before a broken log stream is opened again."""
@@ -33,6 +34,9 @@ LAST_WORDS_S: Final = 10.0
 
 EPOCHS_LIMIT_S: Final = 5.0
 """For which a machine is asked what attempts it knows: as long as opening a connection may take."""
+
+TAIL_LIMIT_S: Final = 5.0
+"""For which a steward is asked for a tail."""
 
 LISTING_LIMIT_BYTES: Final = 32 * 2**20
 """Of names of files that a job left: some 300,000."""
@@ -74,7 +78,17 @@ class OutOfTouch:
     seconds: float
 
 
-Tell = Callable[[Register | Printed | OutOfTouch], Awaitable[None]]
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What the machine of the newest attempt told others last; it has not answered for `seconds`."""
+
+    machine: NodeId
+    seconds: float
+    records: tuple[LogRecord, ...]
+
+
+Told = Register | Printed | OutOfTouch | Tail
+Tell = Callable[[Told], Awaitable[None]]
 
 
 class Jobs:
@@ -257,6 +271,32 @@ class Jobs:
         async for message in self._read(key, Action.LOGS, source.job, source.node, wanted):
             for piece in decode_pieces(message):
                 yield Printed(piece, epoch + piece.position)
+
+    async def tail(self, key: KeyId, job: JobView) -> Tail | None:
+        """What the machine of the newest attempt told the job's stewards last; None where none of them has anything."""
+        node = job.register.node
+        if node is None:
+            return None
+        for steward in map(self._node.log.current, job.spec.stewards):
+            if steward == self._node.log.current(node) or self._node.state(steward) is MemberState.DOWN:
+                continue
+            try:
+                async with asyncio.timeout(TAIL_LIMIT_S):
+                    messages = [part async for part in self._read(key, Action.LOGS, job.spec.job, steward, TailWanted)]
+            except (MeshgpuError, TimeoutError):
+                continue
+            pieces = (piece for message in messages for piece in decode_pieces(message))
+            if records := tuple(piece for piece in pieces if isinstance(piece, LogRecord)):
+                return Tail(node, self._silence_s(node), records)
+        return None
+
+    def _silence_s(self, node: NodeId) -> float:
+        """For how long a machine has not been heard here; 0 where that is not known."""
+        now = self._runtime.outside.clock.now()
+        for machine in self._node.machines(now):
+            if machine.member.node == self._node.log.current(node):
+                return machine.down_s or machine.heard_s or 0.0
+        return 0.0
 
     async def attempt(self, key: KeyId, found: Found, epoch: int) -> Source:
         """Where the log of an attempt is, however old. Raises `unknown-attempt`, and says which there are."""

@@ -150,6 +150,8 @@ class Runtime:
                 self.post(ev.AttemptFinished(event.job, event.epoch, event.ended_wall_s, told, event.evidence))
             case ports.AttemptProgress():
                 self.post(ev.AttemptProgressed(event.job, event.epoch, event.phase, sendable(event.detail)))
+            case ports.AttemptPrinted():
+                self.post(ev.AttemptPrinted(event.job, event.epoch, event.chunk))
             case ports.AttemptMeasured():
                 self.post(ev.AttemptMeasured(event.job, event.epoch, event.metric))
             case _:

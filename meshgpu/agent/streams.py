@@ -3,8 +3,7 @@
 import asyncio
 import json
 import os
-import struct
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,19 +16,23 @@ from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.node import Node
 from meshgpu.core.trust.roles import may_say
 from meshgpu.errors import MeshgpuError, TrustError
-from meshgpu.model.bulk import AttemptsWanted, BulkRequest, ChunksWanted, FilesWanted, FileWanted, LogsWanted
+from meshgpu.model.bulk import (
+    AttemptsWanted,
+    BulkRequest,
+    ChunksWanted,
+    FilesWanted,
+    FileWanted,
+    LogsWanted,
+    TailWanted,
+)
 from meshgpu.model.ids import Digest, JobId, NodeId
-from meshgpu.model.job import Action
-from meshgpu.model.logs import LogGap, LogPiece, LogRecord, LogStream
+from meshgpu.model.job import Action, JobRequest, JobSpec
+from meshgpu.model.logs import LogGap
 from meshgpu.model.trust import Signed
 from meshgpu.ports import ChunkStore, Clock
 from meshgpu.wire.bulk import decode_bulk
+from meshgpu.wire.logs import encode_piece
 
-_RECORD: Final = struct.Struct(">BdQI")
-_MISSING: Final = struct.Struct(">Q")
-_GAP: Final = 0
-_STREAM_NUMBERS: Final = {LogStream.STDOUT: 1, LogStream.STDERR: 2}
-_STREAMS: Final = {number: stream for stream, number in _STREAM_NUMBERS.items()}
 MESSAGE_BYTES: Final = 256 * 1024
 """Of a list of files gathered into one message."""
 
@@ -60,6 +63,8 @@ class Streams:
                 return self._logs(self._attempt(peer, request.request, Action.LOGS, epoch), request)
             case AttemptsWanted():
                 return self._epochs(self._attempt(peer, request.request, Action.LOGS).spec.job)
+            case TailWanted():
+                return self._tail(peer, request.request)
             case FilesWanted():
                 return self._files(self._attempt(peer, request.request, Action.FILES))
             case FileWanted(path=path):
@@ -67,14 +72,19 @@ class Streams:
 
     def _attempt(self, peer: NodeId, signed: Signed, action: Action, epoch: int = 0) -> Attempt:
         """An attempt of a job here, the newest for epoch 0, if the request's user may see it."""
-        request = self._node.rules.verify_request(signed, self._clock.now(), peer)
+        request = self._request(peer, signed, action)
         attempts, attempt = self._node.attempts, None
         if request.job:
             attempt = attempts.find(request.job, epoch) if epoch else attempts.latest(request.job)
-        may_see = attempt is not None and (attempt.spec.user == request.user or attempt.spec.shared)
-        if request.action is not action or attempt is None or not may_see:
-            raise TrustError("unknown-job", "cannot find that job among yours on this machine", "meshgpu ps -a")
+        if attempt is None or not _may_see(request, attempt.spec):
+            raise _unknown()
         return attempt
+
+    def _request(self, peer: NodeId, signed: Signed, action: Action) -> JobRequest:
+        request = self._node.rules.verify_request(signed, self._clock.now(), peer)
+        if request.action is not action:
+            raise _unknown()
+        return request
 
     # -- trees --------------------------------------------------------------------------------------------------------
 
@@ -102,6 +112,15 @@ class Streams:
         async for pieces in follow(LedgerReader(ledger, begin.position), ended):
             if message := b"".join(encode_piece(kept) for piece in pieces if (kept := begin.keep(piece)) is not None):
                 yield message
+
+    async def _tail(self, peer: NodeId, signed: Signed) -> AsyncIterator[bytes]:
+        request = self._request(peer, signed, Action.LOGS)
+        stewardship = self._node.stewardship
+        view = stewardship.view(request.job) if request.job else None
+        if view is None or not _may_see(request, view.spec):
+            raise _unknown()
+        if (tail := stewardship.tail(view.spec.job)) is not None:
+            yield tail.data
 
     async def _epochs(self, job: JobId) -> AsyncIterator[bytes]:
         def with_log() -> list[int]:
@@ -139,30 +158,12 @@ class Streams:
                 yield data
 
 
-def encode_piece(piece: LogPiece) -> bytes:
-    """As it travels; `LogsWanted` says how."""
-    if isinstance(piece, LogGap):
-        return _RECORD.pack(_GAP, 0.0, piece.position, _MISSING.size) + _MISSING.pack(piece.size_bytes)
-    head = _RECORD.pack(_STREAM_NUMBERS[piece.stream], piece.wall_s, piece.position, len(piece.data))
-    return head + piece.data
+def _may_see(request: JobRequest, spec: JobSpec) -> bool:
+    return spec.user == request.user or spec.shared
 
 
-def decode_pieces(message: bytes) -> Iterator[LogPiece]:
-    """The pieces in one message of a log stream. Raises MeshgpuError `bad-message`."""
-    start = 0
-    while start < len(message):
-        try:
-            number, wall_s, position, length = _RECORD.unpack_from(message, start)
-            start += _RECORD.size
-            data = message[start : start + length]
-            if number == _GAP:
-                (missing_bytes,) = _MISSING.unpack(data)
-                yield LogGap(missing_bytes, position)
-            else:
-                yield LogRecord(_STREAMS[number], wall_s, data, position)
-        except (struct.error, KeyError) as error:
-            raise MeshgpuError("bad-message", "cannot read a log: a record of it is garbled") from error
-        start += length
+def _unknown() -> TrustError:
+    return TrustError("unknown-job", "cannot find that job among yours on this machine", "meshgpu ps -a")
 
 
 def decode_epochs(data: bytes) -> list[int]:

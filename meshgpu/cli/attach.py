@@ -110,6 +110,8 @@ class Attachment:
         elif event["type"] == "dropped":
             self._line.clear()
             self._printer.tell_gap(event)
+        elif event["type"] == "tail":
+            self._printer.tell_tail(event)
         elif event["type"] == "out-of-touch":
             self._tell_silence(event)
         else:

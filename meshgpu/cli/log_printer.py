@@ -5,8 +5,8 @@ import json
 import sys
 from datetime import datetime
 
-from meshgpu.cli.render import note, size
-from meshgpu.client.views import DroppedEvent, LogEvent
+from meshgpu.cli.render import ago, note, plain, size
+from meshgpu.client.views import DroppedEvent, LogEvent, TailEvent
 
 
 class LogPrinter:
@@ -39,6 +39,10 @@ class LogPrinter:
     def tell_gap(self, event: DroppedEvent) -> None:
         if event["bytes"]:
             note(f"… {size(event['bytes'])} of earlier output were dropped")
+
+    def tell_tail(self, event: TailEvent) -> None:
+        away = f"{plain(event['machine'])} has been out of touch for {ago(event['seconds'])}"
+        note(f"{away}; these are the last {size(event['bytes'])} that it sent to others")
 
     def _stamped(self, event: LogEvent, data: bytes) -> bytes:
         stamp = f"{moment(event['at'])} ".encode()

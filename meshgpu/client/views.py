@@ -441,6 +441,15 @@ class DroppedEvent(TypedDict):
     position: int
 
 
+class TailEvent(TypedDict):
+    """The machine that has the log has not answered for `seconds`; what follows, `bytes` of it, it told others last."""
+
+    type: Literal["tail"]
+    machine: str
+    seconds: float
+    bytes: int
+
+
 class LogRequest(TypedDict, total=False):
     """Which part of a log is wanted; all of the newest attempt's where nothing is said.
 
@@ -465,7 +474,7 @@ class EndEvent(TypedDict):
 
 
 SubmitEvent = ShippingEvent | JobEvent
-FollowEvent = JobEvent | LogEvent | DroppedEvent | OutOfTouchEvent | EndEvent
+FollowEvent = JobEvent | LogEvent | DroppedEvent | TailEvent | OutOfTouchEvent | EndEvent
 
 
 class FileView(TypedDict):

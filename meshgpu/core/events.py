@@ -8,6 +8,7 @@ from meshgpu.model.ids import Address, JobId, KeyId, MeshId, NodeId
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import Action, Draft, Phase, Result
 from meshgpu.model.lending import Pause
+from meshgpu.model.logs import LogChunk
 from meshgpu.model.messages import KnockResult, Message
 from meshgpu.model.receipt import NO_EVIDENCE, Evidence
 from meshgpu.model.sweep import Metric
@@ -227,6 +228,15 @@ class AttemptMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptPrinted:
+    """What the attempt has printed; of much, only the newest part."""
+
+    job: JobId
+    epoch: int
+    chunk: LogChunk
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptBegan:
     """The job's process runs."""
 
@@ -356,6 +366,7 @@ Event = (
     | TreeFailed
     | AttemptProgressed
     | AttemptMeasured
+    | AttemptPrinted
     | AttemptBegan
     | AttemptFinished
     | BurstConfigured

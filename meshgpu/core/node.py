@@ -465,6 +465,8 @@ class Node:
                 return self.stewardship.tree_failed(job, code, reason)
             case ev.AttemptProgressed():
                 return self.attempts.progressed(event.job, event.epoch, event.phase, event.detail)
+            case ev.AttemptPrinted():
+                return self.attempts.printed(event.job, event.epoch, event.chunk)
             case ev.AttemptMeasured():
                 return self.attempts.measured(event.job, event.epoch, event.metric)
             case ev.AttemptBegan():
@@ -533,6 +535,8 @@ class Node:
                 return self.attempts.fenced(now, peer, message)
             case msg.AttemptReport():
                 return self.stewardship.reported(now, peer, message)
+            case msg.AttemptOutput():
+                return self.stewardship.printed(peer, message)
             case msg.ReportAck():
                 return self.attempts.acknowledged(peer, message)
             case msg.Cancel():
@@ -672,12 +676,12 @@ class Node:
         self._links.link_opened(now, peer)
         if self._is_probed(peer):
             self._liveness.link_opened(now, peer)
-        self.attempts.steward_linked(now, peer)
+        tails = self.attempts.steward_linked(now, peer)
         self.submissions.steward_linked(now, peer)
         self.asking.linked_again(now, peer)
         self.stewardship.room_changed(now)
         self.burst.mesh_changed(now)
-        return [*self._gossip.link_opened(now, peer), *self.stewardship.linked(now, peer)]
+        return [*self._gossip.link_opened(now, peer), *self.stewardship.linked(now, peer), *tails]
 
     def _look_for_clones(self, now: Now, peer: NodeId, instance: str) -> list[Effect]:
         is_news = self._clones.link_opened(now, peer, instance)

@@ -43,6 +43,13 @@ class AttemptsWanted:
 
 
 @dataclass(frozen=True, slots=True)
+class TailWanted:
+    """What a steward has of the newest output of a job. request: signed, for LOGS. Answered as LogsWanted, at once."""
+
+    request: Signed
+
+
+@dataclass(frozen=True, slots=True)
 class FilesWanted:
     """What a job left. request: signed, for FILES. Answered with one JSON list of [path, bytes]."""
 
@@ -57,4 +64,4 @@ class FileWanted:
     path: str
 
 
-BulkRequest = ChunksWanted | LogsWanted | AttemptsWanted | FilesWanted | FileWanted
+BulkRequest = ChunksWanted | LogsWanted | AttemptsWanted | TailWanted | FilesWanted | FileWanted

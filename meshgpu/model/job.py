@@ -390,6 +390,7 @@ class AttemptPlan:
     gpus: the shares that were held, in PCI order. fenced: whether the job must be shut in (another user's job).
     machine: the machine's name, for MESHGPU_MACHINE. image: of the container it runs in; empty for a process.
     key: the user's key that signed the spec, which secrets are bound to; None only where there are none.
+    is_tailed: whether others are to hear what it prints.
     """
 
     spec: JobSpec
@@ -399,3 +400,4 @@ class AttemptPlan:
     machine: str
     image: str = ""
     key: KeyId | None = None
+    is_tailed: bool = False

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
+
+TAIL_BYTES: Final = 64 * 1024
+"""Of the newest output of an attempt, with what tells stream and time: what its job's stewards keep of it."""
 
 
 class LogStream(StrEnum):
@@ -28,6 +32,15 @@ class LogGap:
 
 
 LogPiece = LogRecord | LogGap
+
+
+@dataclass(frozen=True, slots=True)
+class LogChunk:
+    """A stretch of a ledger, from `start` to `end`. data: its records as they travel."""
+
+    start: int
+    end: int
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from meshgpu.model.gossip import Incarnation, KnockOutcome
 from meshgpu.model.ids import Address, HoldId, JobId, NodeId
 from meshgpu.model.job import Ballot, Phase, Register, Result, Stamp, Standing
+from meshgpu.model.logs import LogChunk
 from meshgpu.model.resources import GpuShare
 from meshgpu.model.sweep import Metric, Trial
 from meshgpu.model.trust import Head, Signed
@@ -251,6 +252,15 @@ class AttemptReport:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptOutput:
+    """Node to stewards: what an attempt has printed since the last one, or the newest of all when a Link opens."""
+
+    job: JobId
+    epoch: int
+    chunk: LogChunk
+
+
+@dataclass(frozen=True, slots=True)
 class ReportAck:
     """Steward to node: the result of this epoch is recorded. is_forgotten: no, but no such job is known here."""
 
@@ -370,6 +380,7 @@ Message = (
     | Activate
     | Fence
     | AttemptReport
+    | AttemptOutput
     | ReportAck
     | Cancel
     | Ask

@@ -127,6 +127,8 @@ class Story:
             case msg.AttemptReport():
                 said = str(message.result.outcome) if message.result else str(message.phase or "not begun")
                 return f"AttemptReport {self._job(message.job)}/{message.epoch} {said}"
+            case msg.AttemptOutput():
+                return f"AttemptOutput {self._job(message.job)}/{message.epoch} to {message.chunk.end}"
             case msg.SubmitAnswer():
                 said = "held" if message.held else message.reason or "receiving"
                 return f"SubmitAnswer {self._job(message.job)} {said}"

@@ -8,7 +8,7 @@ import pytest
 
 from meshgpu import guard
 from meshgpu.adapters.log_ledger import LedgerReader
-from meshgpu.adapters.log_search import find_begin
+from meshgpu.adapters.log_search import find_begin, select
 from meshgpu.guard import LEDGER_HEADER, Ledger, LedgerBounds
 from meshgpu.model.logs import LogRecord, LogSelection, LogStream
 
@@ -123,3 +123,8 @@ def test_newest_lines_of_any_log_are_those_of_a_simple_count(
                 assert whole[stream].endswith(told[stream])
                 assert told[stream].count(b"\n") >= newest.count(b"\n")
         assert sum(data.count(b"\n") for data in told.values()) <= lines
+        short = select([LogRecord(stream, wall_s, data, 0) for stream, wall_s, data in prints], LogSelection(lines))
+        for stream in LogStream:
+            parts = whole[stream].splitlines(keepends=True)
+            kept = b"".join(record.data for record in short if record.stream is stream)
+            assert kept == b"".join(parts[len(parts) - wanted.count(stream) :])

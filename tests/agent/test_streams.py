@@ -1,6 +1,7 @@
 """Who may read logs and files over a bulk stream: the job's user, and everybody where the signed spec says so."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,24 @@ from meshgpu.core.trust.meshlog import MeshLog
 from meshgpu.core.trust.requests import RequestRules
 from meshgpu.errors import TrustError
 from meshgpu.guard import LEDGER_HEADER
-from meshgpu.model.bulk import BulkRequest, FilesWanted, FileWanted, LogsWanted
+from meshgpu.model.bulk import AttemptsWanted, BulkRequest, FilesWanted, FileWanted, LogsWanted, TailWanted
 from meshgpu.model.clock import Now
 from meshgpu.model.ids import HoldId, JobId, NodeId, UserName, digest, job_id
-from meshgpu.model.job import Action, AttemptState, EnvironmentRequest, JobRequest, JobSpec
+from meshgpu.model.job import (
+    Action,
+    AttemptState,
+    EnvironmentRequest,
+    JobRequest,
+    JobSpec,
+    JobState,
+    JobView,
+    Register,
+)
+from meshgpu.model.logs import LogChunk, LogGap, LogRecord, LogSelection, LogStream
 from meshgpu.model.resources import NO_GPU, Resources
 from meshgpu.model.trust import Role, Signed
 from meshgpu.sim.office import Office, furnish
+from meshgpu.wire.logs import decode_pieces
 
 NOW = Now(1.0, 1_800_000_001.0, "boot")
 ADA, EVE = UserName("ada"), UserName("eve")
@@ -40,8 +52,24 @@ class Rooms:
     def attempts(self) -> "Rooms":
         return self
 
+    @property
+    def stewardship(self) -> "Rooms":
+        return self
+
     def latest(self, job: JobId) -> Attempt | None:
-        return self.attempt if job == self.attempt.spec.job else None
+        return self.find(job, 1)
+
+    def find(self, job: JobId, epoch: int) -> Attempt | None:
+        return self.attempt if (job, epoch) == (self.attempt.spec.job, 1) else None
+
+    def epochs(self, job: JobId) -> list[int]:
+        return [1] if job == self.attempt.spec.job else []
+
+    def view(self, job: JobId) -> JobView | None:
+        return JobView(self.attempt.spec, Register(job, JobState.ACTIVE)) if job == self.attempt.spec.job else None
+
+    def tail(self, job: JobId) -> LogChunk:
+        return LogChunk(0, 5, f"the end of {job}".encode())
 
     def now(self) -> Now:
         return NOW
@@ -123,16 +151,57 @@ async def test_user_reads_what_the_job_printed_and_left(rooms: Rooms) -> None:
 
 async def test_owner_of_the_machine_reads_nothing_of_another_users_job(rooms: Rooms) -> None:
     """And cannot tell a job that is not hers from one that does not exist."""
-    for wanted in (LogsWanted, FilesWanted):
+    kinds: list[tuple[Action, Callable[[Signed], BulkRequest]]] = [
+        (Action.LOGS, lambda signed: LogsWanted(signed, 0, follow=False)),
+        (Action.LOGS, lambda signed: LogsWanted(signed, 0, follow=False, epoch=1)),
+        (Action.LOGS, AttemptsWanted),
+        (Action.LOGS, TailWanted),
+        (Action.FILES, FilesWanted),
+    ]
+    for action, wanted in kinds:
         said = []
         for job in (rooms.attempt.spec.job, JobId("z" * 26)):
-            peer, signed = rooms.request(EVE, Action.LOGS if wanted is LogsWanted else Action.FILES, job)
-            request = LogsWanted(signed, 0, False) if wanted is LogsWanted else FilesWanted(signed)
+            peer, signed = rooms.request(EVE, action, job)
+            request = wanted(signed)
             with pytest.raises(TrustError) as caught:
                 await anext(rooms.streams.answer(peer, request))
             said.append((caught.value.code, caught.value.message))
         assert said[0] == said[1]
         assert said[0][0] == "unknown-job"
+
+
+async def test_user_reads_the_end_that_a_steward_keeps_and_which_attempts_there_are(rooms: Rooms) -> None:
+    peer, signed = rooms.request(ADA, Action.LOGS)
+    job = rooms.attempt.spec.job
+    assert [part async for part in rooms.streams.answer(peer, TailWanted(signed))] == [f"the end of {job}".encode()]
+    peer, signed = rooms.request(ADA, Action.LOGS)
+    assert [part async for part in rooms.streams.answer(peer, AttemptsWanted(signed))] == [b"[1]"]
+    peer, signed = rooms.request(ADA, Action.FILES)
+    with pytest.raises(TrustError, match="cannot find that job"):
+        await anext(rooms.streams.answer(peer, TailWanted(signed)))
+
+
+async def test_attempt_that_never_was_here_is_not_found(rooms: Rooms) -> None:
+    peer, signed = rooms.request(ADA, Action.LOGS)
+    with pytest.raises(TrustError, match="cannot find that job"):
+        rooms.streams.answer(peer, LogsWanted(signed, 0, follow=False, epoch=2))
+
+
+@pytest.mark.parametrize("data", [bytes(range(256)) * 40, b"\x1b[2J\x00\r\xff", b"x" * 65_536])
+async def test_every_byte_passes(rooms: Rooms, data: bytes) -> None:
+    ledger = rooms.home.attempt(rooms.attempt.spec.job, 1) / "log"
+    ledger.write_bytes(LEDGER_HEADER.pack(2, NOW.wall_s, len(data)) + data)
+    peer, signed = rooms.request(ADA, Action.LOGS)
+    message = b"".join([part async for part in rooms.streams.answer(peer, LogsWanted(signed, 0, follow=False))])
+    (record,) = decode_pieces(message)
+    assert record == LogRecord(LogStream.STDERR, NOW.wall_s, data, LEDGER_HEADER.size + len(data))
+
+
+async def test_who_wants_nothing_old_is_told_where_it_begins(rooms: Rooms) -> None:
+    peer, signed = rooms.request(ADA, Action.LOGS)
+    wanted = LogsWanted(signed, 0, follow=False, selection=LogSelection(lines=0))
+    message = b"".join([part async for part in rooms.streams.answer(peer, wanted)])
+    assert list(decode_pieces(message)) == [LogGap(0, LEDGER_HEADER.size + 5)]
 
 
 async def test_everybody_reads_what_is_shared(rooms: Rooms) -> None:

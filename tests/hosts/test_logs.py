@@ -121,3 +121,34 @@ def test_endless_log_keeps_its_newest_part_and_says_so(lab: list[Host], submit: 
     assert {"about": "log", "holds": True} in [
         {name: check[name] for name in ("about", "holds")} for check in receipt["checks"]
     ]
+
+
+# -- while the machine that runs it is away --------------------------------------------------------------------------
+
+
+def test_end_of_a_log_is_read_while_its_machine_is_away(office: Office, tmp_path: Path) -> None:
+    """From every other machine, also the one that does not hold the job; all of it is there again afterwards."""
+    dee, *rigs = [office.host(name) for name in ("dee", "eve", "fay", "gil")]
+    office.form_mesh(dee, *rigs)
+    (tmp_path / "print.py").write_text(PRINT)
+    done = dee.meshgpu(
+        "run", "-d", "--json", "-m", "fay", "--", "python", "print.py", "4000", "0.01", directory=tmp_path
+    )
+    job = json.loads(done.stdout)["id"]
+    assert "fay" in dee.json("info", job)["job"]["machine"]
+    until(lambda: "line 200\n" in dee.meshgpu("logs", job).stdout)
+    rigs[1].cut()
+    until(lambda: rigs[0].json("machines")["machines"][2]["state"] == "down", seconds=60.0)
+    for host in (dee, rigs[0], rigs[2]):
+        told = host.meshgpu("logs", job)
+        assert re.search(r"fay has been out of touch for \d+ s; these are the last [\d.]+ kB that it sent", told.stderr)
+        lines = numbers(told.stdout)
+        assert lines == list(range(lines[0], lines[-1] + 1))
+        assert lines[-1] >= 199
+        assert numbers(host.meshgpu("logs", "-n", "2", "--stdout", job).stdout) == lines[-2:]
+        stamped = host.meshgpu("logs", "--stderr", "-t", job)
+        assert stamped.stdout == ""
+        assert " err " in stamped.stderr
+    rigs[1].heal()
+    until(lambda: numbers(dee.meshgpu("logs", job, code=None).stdout)[:1] == [0], seconds=60.0)
+    dee.meshgpu("kill", job)

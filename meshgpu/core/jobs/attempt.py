@@ -6,6 +6,7 @@ from typing import Final
 
 from meshgpu.core.effects import Persist
 from meshgpu.core.jobs.placement import wanted_cpus
+from meshgpu.core.jobs.tail import Tail
 from meshgpu.errors import BrokenInvariant
 from meshgpu.model.gossip import Allocation
 from meshgpu.model.ids import Digest, HoldId, NodeId
@@ -37,6 +38,7 @@ class Attempt:
     preempted: why the machine's owner wants it gone, empty where he does not. kill_at: `boot_s` at which it must be.
     fenced: whether it is shut in. receipt: what this node signed when it ended. steward: the one that spoke for the job
     last; it may have other keys by now, and with them another id. forgotten_by: stewards that know no such job.
+    tail: of what it printed.
     """
 
     spec: JobSpec
@@ -61,6 +63,7 @@ class Attempt:
     fenced: bool = False
     receipt: Signed | None = None
     forgotten_by: set[NodeId] = field(default_factory=set)
+    tail: Tail = field(default_factory=Tail)
     story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
 
     @property

@@ -14,6 +14,7 @@ from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttemp
 from meshgpu.core.jobs.attempt import Attempt
 from meshgpu.core.jobs.placement import Host, clear, find_room, out_of_bounds
 from meshgpu.core.jobs.queue import CLAIM_AFTER_S
+from meshgpu.core.jobs.tail import Tail
 from meshgpu.core.owner import GRACE_S, NEEDS_IMAGE, Owner, Permission, at_home, permission
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import runnable
@@ -27,8 +28,10 @@ from meshgpu.model.gossip import Allocation
 from meshgpu.model.ids import RANDOM_ID_BYTES, HoldId, JobId, KeyId, NodeId, UserName, display_name, random_id
 from meshgpu.model.inventory import GpuReading, Inventory
 from meshgpu.model.job import Action, AttemptPlan, AttemptState, JobSpec, Phase, PlacingVote, Result, StopMode, quorum
+from meshgpu.model.logs import LogChunk
 from meshgpu.model.messages import (
     Activate,
+    AttemptOutput,
     AttemptReport,
     Cancel,
     Commit,
@@ -384,11 +387,15 @@ class Attempts:
             if attempt.state is AttemptState.HELD and attempt.steward not in self._log.members:
                 del self._live[key]
 
-    def steward_linked(self, now: Now, steward: NodeId) -> None:
-        """A Link to a steward is up again: tell it at once how its attempts stand."""
-        for attempt in self._live.values():
+    def steward_linked(self, now: Now, steward: NodeId) -> list[Effect]:
+        """A Link to a steward is up again: tell it at once how its attempts stand, and what they printed last."""
+        effects: list[Effect] = []
+        for (job, epoch), attempt in self._live.items():
             if self._holds(steward, attempt.spec) and attempt.needs_telling:
                 attempt.due = now.boot_s
+                if steward in self._listeners(attempt.spec) and (tail := attempt.tail.whole()) is not None:
+                    effects.append(Send(steward, AttemptOutput(job, epoch, tail)))
+        return effects
 
     # -- what the executor says ---------------------------------------------------------------------------------------
 
@@ -399,6 +406,14 @@ class Attempts:
             return []
         attempt.metric = metric
         return [self._report(attempt)]
+
+    def printed(self, job: JobId, epoch: int, chunk: LogChunk) -> list[Effect]:
+        """The job has printed something: its stewards keep the newest part."""
+        attempt = self._live.get((job, epoch))
+        if attempt is None or attempt.state not in MAY_LIVE:
+            return []
+        attempt.tail.add(chunk)
+        return [Send(steward, AttemptOutput(job, epoch, chunk)) for steward in self._listeners(attempt.spec)]
 
     def progressed(self, job: JobId, epoch: int, phase: Phase, detail: str) -> list[Effect]:
         attempt = self._live.get((job, epoch))
@@ -473,7 +488,22 @@ class Attempts:
     def _plan(self, attempt: Attempt) -> AttemptPlan:
         image = self._owner.policy.image(attempt.spec.image)
         name = self._log.name_of(self._node)
-        return AttemptPlan(attempt.spec, attempt.epoch, attempt.gpus, attempt.fenced, name, image, attempt.signed.key)
+        return AttemptPlan(
+            attempt.spec,
+            attempt.epoch,
+            attempt.gpus,
+            attempt.fenced,
+            name,
+            image,
+            attempt.signed.key,
+            is_tailed=bool(self._listeners(attempt.spec)),
+        )
+
+    def _listeners(self, spec: JobSpec) -> list[NodeId]:
+        """Who else is to have the newest output. A job with secrets may print them, and they are for its node alone."""
+        if spec.secrets is not None:
+            return []
+        return [node for steward in spec.stewards if (node := self._log.current(steward)) != self._node]
 
     def _conclude(
         self, attempt: Attempt, result: Result, ended_wall_s: float, evidence: Evidence = NO_EVIDENCE
@@ -560,6 +590,7 @@ class Attempts:
         """Its steward knows how it ended."""
         key = (attempt.spec.job, attempt.epoch)
         self._delivered[key] = self._live.pop(key)
+        attempt.tail = Tail()
         attempt.advance(AttemptState.DELIVERED)
         return [attempt.persist()]
 

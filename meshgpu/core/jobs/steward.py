@@ -19,6 +19,7 @@ from meshgpu.core.jobs.offering import Offering, OfferTiming
 from meshgpu.core.jobs.placement import Candidate, Guest
 from meshgpu.core.jobs.queue import Crowd
 from meshgpu.core.jobs.replica import Replica
+from meshgpu.core.jobs.tail import CHUNK_LIMIT_BYTES, Tail
 from meshgpu.core.jobs.turns import Turns, TurnTiming
 from meshgpu.core.statemachine import earliest
 from meshgpu.core.sweep import check_space, runnable, trial_spec
@@ -47,12 +48,14 @@ from meshgpu.model.job import (
     Standing,
     StopMode,
 )
+from meshgpu.model.logs import LogChunk
 from meshgpu.model.messages import (
     Accept,
     Accepted,
     Activate,
     Answer,
     Ask,
+    AttemptOutput,
     AttemptReport,
     Challenge,
     CommitAnswer,
@@ -69,6 +72,9 @@ from meshgpu.model.messages import (
 from meshgpu.model.records import JobRecord
 from meshgpu.model.sweep import Trial
 from meshgpu.model.trust import Notary, Signed
+
+TAILS_LIMIT: Final = 128
+"""Jobs whose newest output is kept: 16 MiB at the very most."""
 
 UNFINISHED_LIMIT: Final = 5_000
 """A user's unfinished jobs at most: a loop must not fill a colleague's memory."""
@@ -157,6 +163,8 @@ class Stewardship:
         self._doubted: dict[JobId, HeldJob] = {}
         """Jobs that have ended by what this disk has, which others may see otherwise."""
         self._trials: dict[JobId, dict[int, HeldJob]] = {}
+        self._tails: dict[JobId, tuple[int, Tail]] = {}
+        """{job: (attempt, what it printed last)}, the one that printed last at the end."""
         self._sweep_at: float | None = None
         self._expiry_at: float | None = None
         """`boot_s` at which it is looked whether a job has waited for too long; None while none may."""
@@ -197,6 +205,12 @@ class Stewardship:
     def view(self, job: JobId) -> JobView | None:
         found = self._find(job)
         return JobView(found.spec, found.told, found.trial, found.sweep) if found else None
+
+    def tail(self, job: JobId) -> LogChunk | None:
+        """What the newest attempt of a job printed last, as far as it is known here."""
+        found = self._find(job)
+        epoch, tail = self._tails.get(job, (0, Tail()))
+        return tail.whole() if found is not None and found.register.epoch == epoch else None
 
     def turn(self, job: JobId) -> Ballot | None:
         """The ballot by which this node speaks for a job; None where it does not."""
@@ -693,6 +707,23 @@ class Stewardship:
             metric=report.metric,
         )
 
+    def printed(self, node: NodeId, output: AttemptOutput) -> list[Effect]:
+        """What the attempt of a job printed last; kept in memory, of the TAILS_LIMIT jobs that printed last."""
+        job = self._find(output.job)
+        is_meant = job is not None and self._is_at(node, job) and job.register.epoch == output.epoch
+        if job is None or not is_meant or job.spec.secrets is not None:
+            return []
+        if len(output.chunk.data) > CHUNK_LIMIT_BYTES or output.chunk.end <= output.chunk.start:
+            return [Reject(node, "says of a log what cannot be")]
+        epoch, tail = self._tails.pop(output.job, (0, Tail()))
+        if epoch != output.epoch:
+            tail = Tail()
+        tail.add(output.chunk)
+        self._tails[output.job] = output.epoch, tail
+        if len(self._tails) > TAILS_LIMIT:
+            del self._tails[next(iter(self._tails))]
+        return []
+
     def _keep_receipt(self, job: HeldJob, report: AttemptReport, result: Result) -> list[Effect]:
         """Only what can be shown later: a receipt of this very attempt, which says what the report says."""
         if report.receipt is None:
@@ -973,6 +1004,7 @@ class Stewardship:
             self._ending.pop(job, None)
             self._doubted.pop(job, None)
             self._trials.pop(job, None)
+            self._tails.pop(job, None)
         return [Persist("job", job, None) for job in old]
 
     def _is_abandoned(self, now: Now, job: HeldJob) -> bool:

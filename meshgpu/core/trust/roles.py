@@ -7,13 +7,22 @@ state machine that it is for. `admin` is a right of a user's key and stands in t
 from collections.abc import Mapping
 from typing import Final
 
-from meshgpu.model.bulk import AttemptsWanted, BulkRequest, ChunksWanted, FilesWanted, FileWanted, LogsWanted
+from meshgpu.model.bulk import (
+    AttemptsWanted,
+    BulkRequest,
+    ChunksWanted,
+    FilesWanted,
+    FileWanted,
+    LogsWanted,
+    TailWanted,
+)
 from meshgpu.model.messages import (
     Accept,
     Accepted,
     Activate,
     Answer,
     Ask,
+    AttemptOutput,
     AttemptReport,
     Cancel,
     Commit,
@@ -71,9 +80,11 @@ MAY: Final[Mapping[type[Message | BulkRequest], frozenset[Role]]] = {
     OfferAnswer: _RUNS,
     CommitAnswer: _RUNS,
     AttemptReport: _RUNS,
+    AttemptOutput: _RUNS,
     ChunksWanted: _RUNS,
     LogsWanted: OFFICE_ROLES,
     AttemptsWanted: OFFICE_ROLES,
+    TailWanted: OFFICE_ROLES,
     FilesWanted: OFFICE_ROLES,
     FileWanted: OFFICE_ROLES,
 }

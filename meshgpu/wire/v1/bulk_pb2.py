@@ -26,7 +26,7 @@ from meshgpu.wire.v1 import logs_pb2 as meshgpu_dot_wire_dot_v1_dot_logs__pb2
 from meshgpu.wire.v1 import trust_pb2 as meshgpu_dot_wire_dot_v1_dot_trust__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ameshgpu/wire/v1/bulk.proto\x12\x0fmeshgpu.wire.v1\x1a\x1ameshgpu/wire/v1/logs.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\"+\n\x0c\x43hunksWanted\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06\x63hunks\x18\x02 \x03(\t\"\x99\x01\n\nLogsWanted\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x30\n\tselection\x18\x05 \x01(\x0b\x32\x1d.meshgpu.wire.v1.LogSelection\":\n\x0e\x41ttemptsWanted\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"7\n\x0b\x46ilesWanted\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"D\n\nFileWanted\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04path\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ameshgpu/wire/v1/bulk.proto\x12\x0fmeshgpu.wire.v1\x1a\x1ameshgpu/wire/v1/logs.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\"+\n\x0c\x43hunksWanted\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06\x63hunks\x18\x02 \x03(\t\"\x99\x01\n\nLogsWanted\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x30\n\tselection\x18\x05 \x01(\x0b\x32\x1d.meshgpu.wire.v1.LogSelection\":\n\x0e\x41ttemptsWanted\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"6\n\nTailWanted\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"7\n\x0b\x46ilesWanted\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"D\n\nFileWanted\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12\x0c\n\x04path\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOGSWANTED']._serialized_end=303
   _globals['_ATTEMPTSWANTED']._serialized_start=305
   _globals['_ATTEMPTSWANTED']._serialized_end=363
-  _globals['_FILESWANTED']._serialized_start=365
-  _globals['_FILESWANTED']._serialized_end=420
-  _globals['_FILEWANTED']._serialized_start=422
-  _globals['_FILEWANTED']._serialized_end=490
+  _globals['_TAILWANTED']._serialized_start=365
+  _globals['_TAILWANTED']._serialized_end=419
+  _globals['_FILESWANTED']._serialized_start=421
+  _globals['_FILESWANTED']._serialized_end=476
+  _globals['_FILEWANTED']._serialized_start=478
+  _globals['_FILEWANTED']._serialized_end=546
 # @@protoc_insertion_point(module_scope)

@@ -115,6 +115,30 @@ class AttemptsWanted(_message.Message):
 Global___AttemptsWanted: _TypeAlias = AttemptsWanted  # noqa: Y015
 
 @_typing.final
+class TailWanted(_message.Message):
+    """What a steward has of the newest output of a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> _trust_pb2.Signed:
+        """JobRequest for logs, signed by its user; required."""
+
+    def __init__(
+        self,
+        *,
+        request: _trust_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TailWanted: _TypeAlias = TailWanted  # noqa: Y015
+
+@_typing.final
 class FilesWanted(_message.Message):
     """Names and sizes of what a job left."""
 

@@ -51,6 +51,7 @@ class Frame(_message.Message):
     PROMISE_FIELD_NUMBER: _builtins.int
     ACCEPT_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
+    ATTEMPT_OUTPUT_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """Protocol version; 1."""
     mesh: _builtins.str
@@ -159,6 +160,10 @@ class Frame(_message.Message):
     def accepted(self) -> _messages_pb2.Accepted:
         """Present for this message."""
 
+    @_builtins.property
+    def attempt_output(self) -> _messages_pb2.AttemptOutput:
+        """Present for this message."""
+
     def __init__(
         self,
         *,
@@ -190,12 +195,13 @@ class Frame(_message.Message):
         promise: _messages_pb2.Promise | None = ...,
         accept: _messages_pb2.Accept | None = ...,
         accepted: _messages_pb2.Accepted | None = ...,
+        attempt_output: _messages_pb2.AttemptOutput | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "accepted", b"accepted", "activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "knock_answer", b"knock_answer", "knock_wanted", b"knock_wanted", "log_delta", b"log_delta", "offer", b"offer", "offer_answer", b"offer_answer", "prepare", b"prepare", "probe_answer", b"probe_answer", "probe_for", b"probe_for", "promise", b"promise", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "accepted", b"accepted", "activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_output", b"attempt_output", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "knock_answer", b"knock_answer", "knock_wanted", b"knock_wanted", "log_delta", b"log_delta", "offer", b"offer", "offer_answer", b"offer_answer", "prepare", b"prepare", "probe_answer", b"probe_answer", "probe_for", b"probe_for", "promise", b"promise", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "accepted", b"accepted", "activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "knock_answer", b"knock_answer", "knock_wanted", b"knock_wanted", "log_delta", b"log_delta", "mesh", b"mesh", "offer", b"offer", "offer_answer", b"offer_answer", "prepare", b"prepare", "probe_answer", b"probe_answer", "probe_for", b"probe_for", "promise", b"promise", "protocol", b"protocol", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "accepted", b"accepted", "activate", b"activate", "answer", b"answer", "ask", b"ask", "attempt_output", b"attempt_output", "attempt_report", b"attempt_report", "body", b"body", "cancel", b"cancel", "commit", b"commit", "commit_answer", b"commit_answer", "fence", b"fence", "gossip_delta", b"gossip_delta", "gossip_digest", b"gossip_digest", "job_update", b"job_update", "knock_answer", b"knock_answer", "knock_wanted", b"knock_wanted", "log_delta", b"log_delta", "mesh", b"mesh", "offer", b"offer", "offer_answer", b"offer_answer", "prepare", b"prepare", "probe_answer", b"probe_answer", "probe_for", b"probe_for", "promise", b"promise", "protocol", b"protocol", "release", b"release", "report_ack", b"report_ack", "submit", b"submit", "submit_answer", b"submit_answer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["gossip_digest", "gossip_delta", "log_delta", "submit", "submit_answer", "offer", "offer_answer", "release", "commit", "commit_answer", "activate", "fence", "attempt_report", "report_ack", "cancel", "ask", "answer", "job_update", "probe_for", "probe_answer", "knock_wanted", "knock_answer", "prepare", "promise", "accept", "accepted"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["gossip_digest", "gossip_delta", "log_delta", "submit", "submit_answer", "offer", "offer_answer", "release", "commit", "commit_answer", "activate", "fence", "attempt_report", "report_ack", "cancel", "ask", "answer", "job_update", "probe_for", "probe_answer", "knock_wanted", "knock_answer", "prepare", "promise", "accept", "accepted", "attempt_output"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

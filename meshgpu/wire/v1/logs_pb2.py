@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ameshgpu/wire/v1/logs.proto\x12\x0fmeshgpu.wire.v1\"b\n\x0cLogSelection\x12\x12\n\x05lines\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x0csince_wall_s\x18\x02 \x01(\x01\x12\x13\n\x06stream\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\x08\n\x06_linesB\t\n\x07_streamb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ameshgpu/wire/v1/logs.proto\x12\x0fmeshgpu.wire.v1\"b\n\x0cLogSelection\x12\x12\n\x05lines\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x0csince_wall_s\x18\x02 \x01(\x01\x12\x13\n\x06stream\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\x08\n\x06_linesB\t\n\x07_stream\"4\n\x08LogChunk\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,4 +33,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LOGSELECTION']._serialized_start=47
   _globals['_LOGSELECTION']._serialized_end=145
+  _globals['_LOGCHUNK']._serialized_start=147
+  _globals['_LOGCHUNK']._serialized_end=199
 # @@protoc_insertion_point(module_scope)

@@ -24,78 +24,81 @@ _sym_db = _symbol_database.Default()
 
 from meshgpu.wire.v1 import gossip_pb2 as meshgpu_dot_wire_dot_v1_dot_gossip__pb2
 from meshgpu.wire.v1 import job_pb2 as meshgpu_dot_wire_dot_v1_dot_job__pb2
+from meshgpu.wire.v1 import logs_pb2 as meshgpu_dot_wire_dot_v1_dot_logs__pb2
 from meshgpu.wire.v1 import resources_pb2 as meshgpu_dot_wire_dot_v1_dot_resources__pb2
 from meshgpu.wire.v1 import sweep_pb2 as meshgpu_dot_wire_dot_v1_dot_sweep__pb2
 from meshgpu.wire.v1 import trust_pb2 as meshgpu_dot_wire_dot_v1_dot_trust__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshgpu/wire/v1/messages.proto\x12\x0fmeshgpu.wire.v1\x1a\x1cmeshgpu/wire/v1/gossip.proto\x1a\x19meshgpu/wire/v1/job.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\x1a\x1bmeshgpu/wire/v1/sweep.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\"Z\n\x05Known\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x31\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x1c.meshgpu.wire.v1.Incarnation\x12\x0f\n\x07version\x18\x03 \x01(\x04\"\x92\x01\n\x0cGossipDigest\x12%\n\x05known\x18\x01 \x03(\x0b\x32\x16.meshgpu.wire.v1.Known\x12$\n\x05heads\x18\x02 \x03(\x0b\x32\x15.meshgpu.wire.v1.Head\x12\x14\n\x0cwants_answer\x18\x03 \x01(\x08\x12\x0f\n\x07summary\x18\x04 \x01(\t\x12\x0e\n\x06number\x18\x05 \x01(\x04\"*\n\x08ProbeFor\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\"?\n\x0bProbeAnswer\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x10\n\x08is_alive\x18\x03 \x01(\x08\"7\n\x0bGossipDelta\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\"4\n\x08LogDelta\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\";\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0e\n\x06wall_s\x18\x02 \x01(\x01\x12\x0f\n\x07refused\x18\x03 \x01(\x0c\"s\n\x06Submit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x05\x66resh\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x42\x08\n\x06_fresh\"\xb2\x01\n\x0cSubmitAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04held\x18\x02 \x01(\x08\x12\x12\n\ndone_bytes\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x32\n\tchallenge\x18\x07 \x01(\x0b\x32\x1a.meshgpu.wire.v1.ChallengeH\x00\x88\x01\x01\x42\x0c\n\n_challenge\"\x9c\x01\n\x07Prepare\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\'\n\x06\x62\x61llot\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Ballot\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12*\n\x05trial\x18\x04 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x42\x08\n\x06_trial\"\xa9\x01\n\x07Promise\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\'\n\x06\x62\x61llot\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Ballot\x12)\n\x08promised\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Ballot\x12\x30\n\x08standing\x18\x04 \x01(\x0b\x32\x19.meshgpu.wire.v1.StandingH\x00\x88\x01\x01\x42\x0b\n\t_standing\"\xad\x01\n\x06\x41\x63\x63\x65pt\x12\x0b\n\x03job\x18\x01 \x01(\t\x12+\n\x08standing\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Standing\x12*\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x12*\n\x05trial\x18\x04 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x01\x88\x01\x01\x42\x07\n\x05_specB\x08\n\x06_trial\"\xb2\x01\n\x08\x41\x63\x63\x65pted\x12\x0b\n\x03job\x18\x01 \x01(\t\x12%\n\x05stamp\x18\x02 \x01(\x0b\x32\x16.meshgpu.wire.v1.Stamp\x12)\n\x08promised\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Ballot\x12*\n\x04vote\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x12\x12\n\nis_lacking\x18\x05 \x01(\x08\x42\x07\n\x05_vote\"\x90\x01\n\x05Offer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12*\n\x05trial\x18\x04 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x12\x0e\n\x06\x63laims\x18\x05 \x01(\x08\x42\x08\n\x06_trial\"\x7f\n\x0bOfferAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\x04hold\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\'\n\x04gpus\x18\x04 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x0f\n\x07refusal\x18\x05 \x01(\tB\x07\n\x05_hold\"$\n\x07Release\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04hold\x18\x02 \x01(\t\"`\n\x06\x43ommit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04hold\x18\x03 \x01(\t\x12&\n\x05votes\x18\x05 \x03(\x0b\x32\x17.meshgpu.wire.v1.SignedJ\x04\x08\x04\x10\x05\"L\n\x0c\x43ommitAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"&\n\x08\x41\x63tivate\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"#\n\x05\x46\x65nce\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xe2\x02\n\rAttemptReport\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\x05phase\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x1b\n\x0estarted_wall_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0c\x65nded_wall_s\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12,\n\x06result\x18\x07 \x01(\x0b\x32\x17.meshgpu.wire.v1.ResultH\x03\x88\x01\x01\x12,\n\x06metric\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.MetricH\x04\x88\x01\x01\x12-\n\x07receipt\x18\t \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x05\x88\x01\x01\x42\x08\n\x06_phaseB\x11\n\x0f_started_wall_sB\x0f\n\r_ended_wall_sB\t\n\x07_resultB\t\n\x07_metricB\n\n\x08_receipt\"=\n\tReportAck\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cis_forgotten\x18\x03 \x01(\x08\"\xab\x01\n\x06\x43\x61ncel\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12(\n\x07request\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12*\n\x05trial\x18\x05 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x42\x08\n\x06_trial\">\n\x03\x41sk\x12\r\n\x05query\x18\x01 \x01(\t\x12(\n\x07request\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"_\n\tTrialView\x12%\n\x05trial\x18\x01 \x01(\x0b\x32\x16.meshgpu.wire.v1.Trial\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\"\xfd\x01\n\nSignedView\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\x12*\n\x05trial\x18\x03 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x12*\n\x06trials\x18\x04 \x03(\x0b\x32\x1a.meshgpu.wire.v1.TrialView\x12-\n\x07receipt\x18\x05 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x01\x88\x01\x01\x42\x08\n\x06_trialB\n\n\x08_receipt\"\xa3\x01\n\x06\x41nswer\x12\r\n\x05query\x18\x01 \x01(\t\x12*\n\x05views\x18\x02 \x03(\x0b\x32\x1b.meshgpu.wire.v1.SignedView\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x32\n\tchallenge\x18\x05 \x01(\x0b\x32\x1a.meshgpu.wire.v1.ChallengeH\x00\x88\x01\x01\x42\x0c\n\n_challenge\"8\n\tJobUpdate\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\"\x1c\n\x0bKnockWanted\x12\r\n\x05query\x18\x01 \x01(\t\"K\n\x0bKnockResult\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x11\n\x04node\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_node\"\x8d\x01\n\x0bKnockAnswer\x12\r\n\x05query\x18\x01 \x01(\t\x12,\n\x06knocks\x18\x02 \x03(\x0b\x32\x1c.meshgpu.wire.v1.KnockResult\x12\r\n\x05hears\x18\x03 \x01(\x08\x12\x11\n\tannounces\x18\x04 \x01(\x08\x12\x0e\n\x06wall_s\x18\x05 \x01(\x01\x12\x0f\n\x07is_busy\x18\x06 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emeshgpu/wire/v1/messages.proto\x12\x0fmeshgpu.wire.v1\x1a\x1cmeshgpu/wire/v1/gossip.proto\x1a\x19meshgpu/wire/v1/job.proto\x1a\x1ameshgpu/wire/v1/logs.proto\x1a\x1fmeshgpu/wire/v1/resources.proto\x1a\x1bmeshgpu/wire/v1/sweep.proto\x1a\x1bmeshgpu/wire/v1/trust.proto\"Z\n\x05Known\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x31\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x1c.meshgpu.wire.v1.Incarnation\x12\x0f\n\x07version\x18\x03 \x01(\x04\"\x92\x01\n\x0cGossipDigest\x12%\n\x05known\x18\x01 \x03(\x0b\x32\x16.meshgpu.wire.v1.Known\x12$\n\x05heads\x18\x02 \x03(\x0b\x32\x15.meshgpu.wire.v1.Head\x12\x14\n\x0cwants_answer\x18\x03 \x01(\x08\x12\x0f\n\x07summary\x18\x04 \x01(\t\x12\x0e\n\x06number\x18\x05 \x01(\x04\"*\n\x08ProbeFor\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\"?\n\x0bProbeAnswer\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x10\n\x08is_alive\x18\x03 \x01(\x08\"7\n\x0bGossipDelta\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\"4\n\x08LogDelta\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.meshgpu.wire.v1.Signed\";\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0e\n\x06wall_s\x18\x02 \x01(\x01\x12\x0f\n\x07refused\x18\x03 \x01(\x0c\"s\n\x06Submit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x05\x66resh\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x42\x08\n\x06_fresh\"\xb2\x01\n\x0cSubmitAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04held\x18\x02 \x01(\x08\x12\x12\n\ndone_bytes\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x32\n\tchallenge\x18\x07 \x01(\x0b\x32\x1a.meshgpu.wire.v1.ChallengeH\x00\x88\x01\x01\x42\x0c\n\n_challenge\"\x9c\x01\n\x07Prepare\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\'\n\x06\x62\x61llot\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Ballot\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12*\n\x05trial\x18\x04 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x42\x08\n\x06_trial\"\xa9\x01\n\x07Promise\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\'\n\x06\x62\x61llot\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Ballot\x12)\n\x08promised\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Ballot\x12\x30\n\x08standing\x18\x04 \x01(\x0b\x32\x19.meshgpu.wire.v1.StandingH\x00\x88\x01\x01\x42\x0b\n\t_standing\"\xad\x01\n\x06\x41\x63\x63\x65pt\x12\x0b\n\x03job\x18\x01 \x01(\t\x12+\n\x08standing\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Standing\x12*\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x12*\n\x05trial\x18\x04 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x01\x88\x01\x01\x42\x07\n\x05_specB\x08\n\x06_trial\"\xb2\x01\n\x08\x41\x63\x63\x65pted\x12\x0b\n\x03job\x18\x01 \x01(\t\x12%\n\x05stamp\x18\x02 \x01(\x0b\x32\x16.meshgpu.wire.v1.Stamp\x12)\n\x08promised\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Ballot\x12*\n\x04vote\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x00\x88\x01\x01\x12\x12\n\nis_lacking\x18\x05 \x01(\x08\x42\x07\n\x05_vote\"\x90\x01\n\x05Offer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12*\n\x05trial\x18\x04 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x12\x0e\n\x06\x63laims\x18\x05 \x01(\x08\x42\x08\n\x06_trial\"\x7f\n\x0bOfferAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\x04hold\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\'\n\x04gpus\x18\x04 \x03(\x0b\x32\x19.meshgpu.wire.v1.GpuShare\x12\x0f\n\x07refusal\x18\x05 \x01(\tB\x07\n\x05_hold\"$\n\x07Release\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04hold\x18\x02 \x01(\t\"`\n\x06\x43ommit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04hold\x18\x03 \x01(\t\x12&\n\x05votes\x18\x05 \x03(\x0b\x32\x17.meshgpu.wire.v1.SignedJ\x04\x08\x04\x10\x05\"L\n\x0c\x43ommitAnswer\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"&\n\x08\x41\x63tivate\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"#\n\x05\x46\x65nce\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xe2\x02\n\rAttemptReport\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\x05phase\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x1b\n\x0estarted_wall_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0c\x65nded_wall_s\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12,\n\x06result\x18\x07 \x01(\x0b\x32\x17.meshgpu.wire.v1.ResultH\x03\x88\x01\x01\x12,\n\x06metric\x18\x08 \x01(\x0b\x32\x17.meshgpu.wire.v1.MetricH\x04\x88\x01\x01\x12-\n\x07receipt\x18\t \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x05\x88\x01\x01\x42\x08\n\x06_phaseB\x11\n\x0f_started_wall_sB\x0f\n\r_ended_wall_sB\t\n\x07_resultB\t\n\x07_metricB\n\n\x08_receipt\"U\n\rAttemptOutput\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12(\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x19.meshgpu.wire.v1.LogChunk\"=\n\tReportAck\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cis_forgotten\x18\x03 \x01(\x08\"\xab\x01\n\x06\x43\x61ncel\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12(\n\x07request\x18\x04 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12*\n\x05trial\x18\x05 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x42\x08\n\x06_trial\">\n\x03\x41sk\x12\r\n\x05query\x18\x01 \x01(\t\x12(\n\x07request\x18\x02 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\"_\n\tTrialView\x12%\n\x05trial\x18\x01 \x01(\x0b\x32\x16.meshgpu.wire.v1.Trial\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\"\xfd\x01\n\nSignedView\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.meshgpu.wire.v1.Signed\x12+\n\x08register\x18\x02 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\x12*\n\x05trial\x18\x03 \x01(\x0b\x32\x16.meshgpu.wire.v1.TrialH\x00\x88\x01\x01\x12*\n\x06trials\x18\x04 \x03(\x0b\x32\x1a.meshgpu.wire.v1.TrialView\x12-\n\x07receipt\x18\x05 \x01(\x0b\x32\x17.meshgpu.wire.v1.SignedH\x01\x88\x01\x01\x42\x08\n\x06_trialB\n\n\x08_receipt\"\xa3\x01\n\x06\x41nswer\x12\r\n\x05query\x18\x01 \x01(\t\x12*\n\x05views\x18\x02 \x03(\x0b\x32\x1b.meshgpu.wire.v1.SignedView\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x32\n\tchallenge\x18\x05 \x01(\x0b\x32\x1a.meshgpu.wire.v1.ChallengeH\x00\x88\x01\x01\x42\x0c\n\n_challenge\"8\n\tJobUpdate\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x19.meshgpu.wire.v1.Register\"\x1c\n\x0bKnockWanted\x12\r\n\x05query\x18\x01 \x01(\t\"K\n\x0bKnockResult\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x11\n\x04node\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_node\"\x8d\x01\n\x0bKnockAnswer\x12\r\n\x05query\x18\x01 \x01(\t\x12,\n\x06knocks\x18\x02 \x03(\x0b\x32\x1c.meshgpu.wire.v1.KnockResult\x12\r\n\x05hears\x18\x03 \x01(\x08\x12\x11\n\tannounces\x18\x04 \x01(\x08\x12\x0e\n\x06wall_s\x18\x05 \x01(\x01\x12\x0f\n\x07is_busy\x18\x06 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshgpu.wire.v1.messages_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KNOWN']._serialized_start=199
-  _globals['_KNOWN']._serialized_end=289
-  _globals['_GOSSIPDIGEST']._serialized_start=292
-  _globals['_GOSSIPDIGEST']._serialized_end=438
-  _globals['_PROBEFOR']._serialized_start=440
-  _globals['_PROBEFOR']._serialized_end=482
-  _globals['_PROBEANSWER']._serialized_start=484
-  _globals['_PROBEANSWER']._serialized_end=547
-  _globals['_GOSSIPDELTA']._serialized_start=549
-  _globals['_GOSSIPDELTA']._serialized_end=604
-  _globals['_LOGDELTA']._serialized_start=606
-  _globals['_LOGDELTA']._serialized_end=658
-  _globals['_CHALLENGE']._serialized_start=660
-  _globals['_CHALLENGE']._serialized_end=719
-  _globals['_SUBMIT']._serialized_start=721
-  _globals['_SUBMIT']._serialized_end=836
-  _globals['_SUBMITANSWER']._serialized_start=839
-  _globals['_SUBMITANSWER']._serialized_end=1017
-  _globals['_PREPARE']._serialized_start=1020
-  _globals['_PREPARE']._serialized_end=1176
-  _globals['_PROMISE']._serialized_start=1179
-  _globals['_PROMISE']._serialized_end=1348
-  _globals['_ACCEPT']._serialized_start=1351
-  _globals['_ACCEPT']._serialized_end=1524
-  _globals['_ACCEPTED']._serialized_start=1527
-  _globals['_ACCEPTED']._serialized_end=1705
-  _globals['_OFFER']._serialized_start=1708
-  _globals['_OFFER']._serialized_end=1852
-  _globals['_OFFERANSWER']._serialized_start=1854
-  _globals['_OFFERANSWER']._serialized_end=1981
-  _globals['_RELEASE']._serialized_start=1983
-  _globals['_RELEASE']._serialized_end=2019
-  _globals['_COMMIT']._serialized_start=2021
-  _globals['_COMMIT']._serialized_end=2117
-  _globals['_COMMITANSWER']._serialized_start=2119
-  _globals['_COMMITANSWER']._serialized_end=2195
-  _globals['_ACTIVATE']._serialized_start=2197
-  _globals['_ACTIVATE']._serialized_end=2235
-  _globals['_FENCE']._serialized_start=2237
-  _globals['_FENCE']._serialized_end=2272
-  _globals['_ATTEMPTREPORT']._serialized_start=2275
-  _globals['_ATTEMPTREPORT']._serialized_end=2629
-  _globals['_REPORTACK']._serialized_start=2631
-  _globals['_REPORTACK']._serialized_end=2692
-  _globals['_CANCEL']._serialized_start=2695
-  _globals['_CANCEL']._serialized_end=2866
-  _globals['_ASK']._serialized_start=2868
-  _globals['_ASK']._serialized_end=2930
-  _globals['_TRIALVIEW']._serialized_start=2932
-  _globals['_TRIALVIEW']._serialized_end=3027
-  _globals['_SIGNEDVIEW']._serialized_start=3030
-  _globals['_SIGNEDVIEW']._serialized_end=3283
-  _globals['_ANSWER']._serialized_start=3286
-  _globals['_ANSWER']._serialized_end=3449
-  _globals['_JOBUPDATE']._serialized_start=3451
-  _globals['_JOBUPDATE']._serialized_end=3507
-  _globals['_KNOCKWANTED']._serialized_start=3509
-  _globals['_KNOCKWANTED']._serialized_end=3537
-  _globals['_KNOCKRESULT']._serialized_start=3539
-  _globals['_KNOCKRESULT']._serialized_end=3614
-  _globals['_KNOCKANSWER']._serialized_start=3617
-  _globals['_KNOCKANSWER']._serialized_end=3758
+  _globals['_KNOWN']._serialized_start=227
+  _globals['_KNOWN']._serialized_end=317
+  _globals['_GOSSIPDIGEST']._serialized_start=320
+  _globals['_GOSSIPDIGEST']._serialized_end=466
+  _globals['_PROBEFOR']._serialized_start=468
+  _globals['_PROBEFOR']._serialized_end=510
+  _globals['_PROBEANSWER']._serialized_start=512
+  _globals['_PROBEANSWER']._serialized_end=575
+  _globals['_GOSSIPDELTA']._serialized_start=577
+  _globals['_GOSSIPDELTA']._serialized_end=632
+  _globals['_LOGDELTA']._serialized_start=634
+  _globals['_LOGDELTA']._serialized_end=686
+  _globals['_CHALLENGE']._serialized_start=688
+  _globals['_CHALLENGE']._serialized_end=747
+  _globals['_SUBMIT']._serialized_start=749
+  _globals['_SUBMIT']._serialized_end=864
+  _globals['_SUBMITANSWER']._serialized_start=867
+  _globals['_SUBMITANSWER']._serialized_end=1045
+  _globals['_PREPARE']._serialized_start=1048
+  _globals['_PREPARE']._serialized_end=1204
+  _globals['_PROMISE']._serialized_start=1207
+  _globals['_PROMISE']._serialized_end=1376
+  _globals['_ACCEPT']._serialized_start=1379
+  _globals['_ACCEPT']._serialized_end=1552
+  _globals['_ACCEPTED']._serialized_start=1555
+  _globals['_ACCEPTED']._serialized_end=1733
+  _globals['_OFFER']._serialized_start=1736
+  _globals['_OFFER']._serialized_end=1880
+  _globals['_OFFERANSWER']._serialized_start=1882
+  _globals['_OFFERANSWER']._serialized_end=2009
+  _globals['_RELEASE']._serialized_start=2011
+  _globals['_RELEASE']._serialized_end=2047
+  _globals['_COMMIT']._serialized_start=2049
+  _globals['_COMMIT']._serialized_end=2145
+  _globals['_COMMITANSWER']._serialized_start=2147
+  _globals['_COMMITANSWER']._serialized_end=2223
+  _globals['_ACTIVATE']._serialized_start=2225
+  _globals['_ACTIVATE']._serialized_end=2263
+  _globals['_FENCE']._serialized_start=2265
+  _globals['_FENCE']._serialized_end=2300
+  _globals['_ATTEMPTREPORT']._serialized_start=2303
+  _globals['_ATTEMPTREPORT']._serialized_end=2657
+  _globals['_ATTEMPTOUTPUT']._serialized_start=2659
+  _globals['_ATTEMPTOUTPUT']._serialized_end=2744
+  _globals['_REPORTACK']._serialized_start=2746
+  _globals['_REPORTACK']._serialized_end=2807
+  _globals['_CANCEL']._serialized_start=2810
+  _globals['_CANCEL']._serialized_end=2981
+  _globals['_ASK']._serialized_start=2983
+  _globals['_ASK']._serialized_end=3045
+  _globals['_TRIALVIEW']._serialized_start=3047
+  _globals['_TRIALVIEW']._serialized_end=3142
+  _globals['_SIGNEDVIEW']._serialized_start=3145
+  _globals['_SIGNEDVIEW']._serialized_end=3398
+  _globals['_ANSWER']._serialized_start=3401
+  _globals['_ANSWER']._serialized_end=3564
+  _globals['_JOBUPDATE']._serialized_start=3566
+  _globals['_JOBUPDATE']._serialized_end=3622
+  _globals['_KNOCKWANTED']._serialized_start=3624
+  _globals['_KNOCKWANTED']._serialized_end=3652
+  _globals['_KNOCKRESULT']._serialized_start=3654
+  _globals['_KNOCKRESULT']._serialized_end=3729
+  _globals['_KNOCKANSWER']._serialized_start=3732
+  _globals['_KNOCKANSWER']._serialized_end=3873
 # @@protoc_insertion_point(module_scope)

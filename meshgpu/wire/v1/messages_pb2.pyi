@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from meshgpu.wire.v1 import gossip_pb2 as _gossip_pb2
 from meshgpu.wire.v1 import job_pb2 as _job_pb2
+from meshgpu.wire.v1 import logs_pb2 as _logs_pb2
 from meshgpu.wire.v1 import resources_pb2 as _resources_pb2
 from meshgpu.wire.v1 import sweep_pb2 as _sweep_pb2
 from meshgpu.wire.v1 import trust_pb2 as _trust_pb2
@@ -810,6 +811,38 @@ class AttemptReport(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__started_wall_s) -> _WhichOneofReturnType__started_wall_s | None: ...
 
 Global___AttemptReport: _TypeAlias = AttemptReport  # noqa: Y015
+
+@_typing.final
+class AttemptOutput(_message.Message):
+    """Node to stewards: what an attempt has printed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """Job id."""
+    epoch: _builtins.int
+    """Attempt, from 1."""
+    @_builtins.property
+    def chunk(self) -> _logs_pb2.LogChunk:
+        """Required."""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        chunk: _logs_pb2.LogChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "epoch", b"epoch", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttemptOutput: _TypeAlias = AttemptOutput  # noqa: Y015
 
 @_typing.final
 class ReportAck(_message.Message):

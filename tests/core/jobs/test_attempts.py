@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import pytest
@@ -30,8 +31,10 @@ from meshgpu.model.job import (
     StopMode,
 )
 from meshgpu.model.lending import Pause
+from meshgpu.model.logs import LogChunk
 from meshgpu.model.messages import (
     Activate,
+    AttemptOutput,
     AttemptReport,
     Cancel,
     Commit,
@@ -772,3 +775,62 @@ def test_receipt_and_fence_are_the_same_after_a_restart(bench: Bench) -> None:
     latest = again.latest(bench.spec.job)
     assert latest is not None
     assert (latest.receipt, latest.fenced) == (record.receipt, record.fenced)
+
+
+# -- what it prints --------------------------------------------------------------------------------------------------
+
+
+def printed(*ends: int) -> list[LogChunk]:
+    return [LogChunk(start, end, b"x" * (end - start)) for start, end in pairwise((0, *ends))]
+
+
+def test_stewards_hear_what_is_printed_and_all_of_it_when_they_come_back(bench: Bench) -> None:
+    bench.accept()
+    started = only(bench.activate(), StartAttempt)
+    assert started.plan.is_tailed
+    bench.attempts.began(bench.spec.job, 1, 100.0)
+    for chunk in printed(5, 8):
+        (told,) = bench.attempts.printed(bench.spec.job, 1, chunk)
+        assert told == Send(bench.steward, AttemptOutput(bench.spec.job, 1, chunk))
+    whole = LogChunk(0, 8, b"x" * 8)
+    assert bench.attempts.steward_linked(bench.at(2), bench.steward) == [
+        Send(bench.steward, AttemptOutput(bench.spec.job, 1, whole))
+    ]
+    assert bench.attempts.steward_linked(bench.at(2), bench.office.setups[2].node) == []
+
+
+def test_output_of_a_job_with_secrets_stays_where_it_runs(bench: Bench, signed: Sign) -> None:
+    secrets = SecretBox(("TOKEN",), b"box", (SecretWrap(bench.office.setups[3].node, b"e" * 32, b"w" * 48),))
+    bench.spec, bench.signed = signed(secrets=secrets)
+    bench.accept()
+    assert not only(bench.activate(), StartAttempt).plan.is_tailed
+    assert bench.attempts.printed(bench.spec.job, 1, *printed(5)) == []
+    assert bench.attempts.steward_linked(bench.at(2), bench.steward) == []
+
+
+def test_output_is_told_to_nobody_where_only_the_node_itself_holds_the_job(bench: Bench, signed: Sign) -> None:
+    me = bench.office.setups[3].node
+    bench.spec, bench.signed = signed(stewards=(me,))
+    effects = bench.attempts.offered(bench.at(0), me, Offer(bench.spec.job, 1, bench.signed))
+    assert only(effects, OfferAnswer).hold
+    assert not bench.attempts._listeners(bench.spec)
+
+
+def test_output_of_an_attempt_that_is_over_is_forgotten(bench: Bench) -> None:
+    bench.run()
+    bench.attempts.printed(bench.spec.job, 1, *printed(5))
+    bench.attempts.finished(bench.at(3), bench.spec.job, 1, 130.0, DONE)
+    assert bench.attempts.printed(bench.spec.job, 1, LogChunk(5, 6, b"y")) == []
+    bench.attempts.acknowledged(bench.steward, ReportAck(bench.spec.job, 1))
+    found = bench.attempts.latest(bench.spec.job)
+    assert found is not None
+    assert found.tail.whole() is None
+
+
+def test_attempts_are_found_by_number(bench: Bench) -> None:
+    assert bench.attempts.epochs(bench.spec.job) == []
+    bench.offer()
+    assert bench.attempts.find(bench.spec.job, 1) is None  # held is not accepted
+    bench.run()
+    assert bench.attempts.epochs(bench.spec.job) == [1]
+    assert bench.attempts.find(bench.spec.job, 1) is bench.attempts.latest(bench.spec.job)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from meshgpu.core.effects import Effect, FetchTree, Persist, Send
+from meshgpu.core.effects import Effect, FetchTree, Persist, Reject, Send
+from meshgpu.core.jobs import steward as steward_module
 from meshgpu.core.jobs.placement import Candidate
 from meshgpu.core.jobs.queue import Crowd
 from meshgpu.core.jobs.steward import Stewardship, StewardTiming
@@ -17,12 +18,14 @@ from meshgpu.model.clock import Now
 from meshgpu.model.gossip import Capacity, NodeRecord
 from meshgpu.model.ids import HoldId, KeyId, NodeId, UserName
 from meshgpu.model.job import Action, AttemptState, JobRequest, JobSpec, JobState, Phase, Register, Result, Standing
+from meshgpu.model.logs import TAIL_BYTES, LogChunk
 from meshgpu.model.messages import (
     Accept,
     Accepted,
     Activate,
     Answer,
     Ask,
+    AttemptOutput,
     AttemptReport,
     Commit,
     CommitAnswer,
@@ -500,3 +503,27 @@ def test_final_register_is_proposed_no_change(table: Table) -> None:
     assert job is not None
     with pytest.raises(BrokenInvariant):
         job.change(table.now, state=JobState.QUEUED)
+
+
+def test_each_steward_keeps_what_the_attempt_of_the_register_prints(table: Table) -> None:
+    table.submit()
+    table.run()
+    job = table.spec.job
+    for seat in table.seats.values():
+        assert seat.tail(job) is None
+        for node, epoch, start in ((table.runner, 1, 0), (table.spec.stewards[0], 1, 3), (table.runner, 2, 3)):
+            seat.printed(node, AttemptOutput(job, epoch, LogChunk(start, start + 3, b"abc")))
+        assert seat.tail(job) == LogChunk(0, 3, b"abc")
+        for size, end in ((4 * TAIL_BYTES, 9), (3, 3)):
+            chunk = LogChunk(3, end, b"x" * size)
+            assert isinstance(seat.printed(table.runner, AttemptOutput(job, 1, chunk))[0], Reject)
+        assert seat.tail(job) == LogChunk(0, 3, b"abc")
+
+
+def test_output_that_stewards_keep_is_bounded(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    table.submit()
+    table.run()
+    monkeypatch.setattr(steward_module, "TAILS_LIMIT", 0)
+    seat = table.seats[table.spec.stewards[0]]
+    seat.printed(table.runner, AttemptOutput(table.spec.job, 1, LogChunk(0, 3, b"abc")))
+    assert seat.tail(table.spec.job) is None

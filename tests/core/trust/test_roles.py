@@ -21,9 +21,9 @@ from meshgpu.sim.office import furnish
 KINDS = (*get_args(Message), *get_args(BulkRequest))
 LOOKS = {
     *("GossipDigest", "GossipDelta", "LogDelta", "ProbeFor", "ProbeAnswer", "KnockWanted", "KnockAnswer"),
-    *("Ask", "LogsWanted", "AttemptsWanted", "FilesWanted", "FileWanted"),
+    *("Ask", "LogsWanted", "AttemptsWanted", "TailWanted", "FilesWanted", "FileWanted"),
 }
-RUNS = {"OfferAnswer", "CommitAnswer", "AttemptReport", "ChunksWanted"}
+RUNS = {"OfferAnswer", "CommitAnswer", "AttemptReport", "AttemptOutput", "ChunksWanted"}
 HOLDS = {
     *("Offer", "Release", "Commit", "Activate", "Fence", "Cancel", "ReportAck"),
     *("Prepare", "Promise", "Accept", "Accepted"),
