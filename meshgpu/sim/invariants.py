@@ -391,7 +391,8 @@ class Invariants:
             self._fail(f"{register.job} is {register.state} while it lives")
         is_timed_out = register.result is not None and register.result.outcome is AttemptState.TIMED_OUT
         was_sent_away = (register.job, register.epoch) in self.ledger.preempted and not is_timed_out
-        if was_sent_away and register.job not in self.ledger.stops_asked:
+        is_expired = register.state is JobState.EXPIRED  # it never began, and had no time left to begin elsewhere
+        if was_sent_away and not is_expired and register.job not in self.ledger.stops_asked:
             self._fail(f"{register.job}/{register.epoch} was sent away, but is recorded as {register.state}")
         if register.state is JobState.CANCELLED and register.job not in self.ledger.stops_asked:
             self._fail(f"{register.job} is cancelled, but its user did not ask for it")

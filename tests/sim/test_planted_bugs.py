@@ -184,8 +184,8 @@ def test_job_whose_first_steward_alone_may_speak_for_it_is_caught(monkeypatch: p
 def test_steward_that_reuses_an_epoch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Stewardship._requeue
 
-    def thrifty(self: Stewardship, now: Now, job: object, reason: str, died: int = 0) -> list[Effect]:
-        effects = original(self, now, job, reason, died)  # type: ignore[arg-type]
+    def thrifty(self: Stewardship, now: Now, job: object, *args: Any, **how: Any) -> list[Effect]:
+        effects = original(self, now, job, *args, **how)  # type: ignore[arg-type]
         register: Register = job.register  # type: ignore[attr-defined]
         job.register = replace(register, epoch=register.epoch - 1)  # type: ignore[attr-defined]
         return effects
