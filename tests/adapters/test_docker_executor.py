@@ -92,7 +92,8 @@ class Rig:
         return await self.ended()
 
     def printed(self, stream: LogStream = LogStream.STDOUT) -> str:
-        pieces = LedgerReader(self.attempt / "log").read(2**22)
+        reader = LedgerReader(self.attempt / "log")
+        pieces = [piece for read in iter(lambda: reader.read(2**22), []) for piece in read]
         data = (piece.data for piece in pieces if isinstance(piece, LogRecord) and piece.stream is stream)
         return b"".join(data).decode()
 
