@@ -3,10 +3,14 @@
 The simulator must not know the wire, so what messages weigh is given to it from here.
 """
 
+import gc
 import json
 import math
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -15,6 +19,7 @@ import typer
 from meshgpu.cli.render import note, table
 from meshgpu.errors import MeshgpuError
 from meshgpu.model.ids import MeshId
+from meshgpu.model.messages import Message
 from meshgpu.sim.meshes import Sizes
 from meshgpu.sim.plot import draw
 from meshgpu.sim.study import Pair, Plan, Row, rows, study
@@ -28,10 +33,13 @@ RIGHT: Final = frozenset({"meshgpu", "memberlist", "ratio"})
 
 
 def sim(
-    nodes: Annotated[str, typer.Option("--nodes", metavar="N,N,…", help="Sizes of the mesh.")] = "4,16,64",
+    nodes: Annotated[str, typer.Option("--nodes", metavar="N,N,…", help="Sizes of the mesh.")] = "4,16,64,256",
     seconds: Annotated[
-        float, typer.Option("--seconds", min=10.0, help="Virtual seconds of news, and of trouble.")
-    ] = 300.0,
+        float | None,
+        typer.Option(
+            "--seconds", min=10.0, help="Virtual seconds of news, and of trouble; without, 300, of 256 machines 75."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Decides all that is drawn.")] = 1,
     delay: Annotated[str, typer.Option("--delay", metavar="LOW:HIGH", help="Of a packet, milliseconds.")] = "0.2:3",
     jitter: Annotated[float, typer.Option("--jitter", min=0.0, help="Mean of what comes on top, milliseconds.")] = 0.0,
@@ -49,35 +57,46 @@ def sim(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Simulate meshes, beside memberlist: how fast news spreads, what that costs, and who is held for down."""
+    sizes = _sizes(nodes)
+    shortest_s = Plan(seconds=seconds).lasts_s(max(sizes))
     low, high = _range("--delay", delay)
     plan = Plan(
         seconds=seconds,
         seed=seed,
         weather=Weather((low / 1e3, high / 1e3), jitter / 1e3, loss),
-        cuts=tuple(_range("--cut", text, seconds) for text in cut or ()),
+        cuts=tuple(_range("--cut", text, shortest_s) for text in cut or ()),
         starved=starve,
         pause_s=pause,
     )
-    sizes = _sizes(nodes)
     if plot is not None and plot.suffix != ".svg":
         raise MeshgpuError("bad-request", f"cannot draw into {plot}: expected a name that ends in .svg")
-    pairs: list[Pair] = []
-    for size in sizes:
-        began = time.monotonic()
-        pairs.append(study(plan, size, WEIGHTS))
-        note(f"{size} machines took {time.monotonic() - began:.0f} s")
+    began = time.monotonic()
+    with _processors() as processors:
+        pairs = study(plan, sizes, WEIGHTS, processors.map)
+    note(f"took {time.monotonic() - began:.0f} s")
     if as_json:
         print(json.dumps([_as_json(pair) for pair in pairs]))
     else:
-        print("\n".join(_page(plan, pairs)))
+        print("\n".join(_page(caption(plan, sizes), pairs)))
     if plot is not None:
-        plot.write_text(draw(pairs, caption(plan)))
+        plot.write_text(draw(pairs, caption(plan, sizes)))
         note(f"drawn into {plot}")
 
 
-WEIGHTS: Final = Sizes(
-    value=lambda value: len(encode(value)), frame=lambda message: len(encode_frame(MeshId("0" * 64), message))
-)
+def value_bytes(value: object) -> int:
+    return len(encode(value))
+
+
+def frame_bytes(message: Message) -> int:
+    return len(encode_frame(MeshId("0" * 64), message))
+
+
+WEIGHTS: Final = Sizes(value_bytes, frame_bytes)
+
+
+def _processors() -> ProcessPoolExecutor:
+    """A process for each of this machine's. Worlds leave few cycles, and looking for them takes long in large ones."""
+    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), initializer=gc.disable)
 
 
 # -- what was asked for -----------------------------------------------------------------------------------------------
@@ -115,8 +134,11 @@ def _range(flag: str, text: str, limit: float = math.inf) -> tuple[float, float]
 # -- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def caption(plan: Plan) -> str:
+def caption(plan: Plan, sizes: Sequence[int]) -> str:
     """What the figures are of, in one line."""
+    lasts = {size: f"{plan.lasts_s(size):g} s" for size in sizes}
+    usual = lasts[min(sizes)]
+    shorter = [f"{lasts_s} of {size}" for size, lasts_s in lasts.items() if lasts_s != usual]
     low, high = (f"{value * 1e3:g}" for value in plan.weather.delay_s)
     parts = [f"delay {low} to {high} ms"]
     if plan.weather.jitter_s:
@@ -127,11 +149,11 @@ def caption(plan: Plan) -> str:
         parts.append(f"{plan.starved:.0%} starved")
     if plan.pause_s:
         parts.append(f"pauses of {plan.pause_s:g} s")
-    return " · ".join([*parts, f"{plan.seconds:g} s", f"seed {plan.seed}"])
+    return " · ".join([*parts, ", ".join([usual, *shorter]), f"seed {plan.seed}"])
 
 
-def _page(plan: Plan, pairs: Sequence[Pair]) -> Iterator[str]:
-    yield caption(plan)
+def _page(about: str, pairs: Sequence[Pair]) -> Iterator[str]:
+    yield about
     lines: list[tuple[str, ...]] = []
     for pair in pairs:
         lines.append((f"{pair.nodes} machines", "", "", "", ""))

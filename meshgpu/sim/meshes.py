@@ -169,12 +169,7 @@ class OurMesh:
         self.sent_bytes += FRAME_BYTES + self._scale.weigh(message)
 
     def _keep_alive(self) -> None:
-        ends = sum(
-            len(self.machines) - 1 - sum(self.holds_down(number, other) for other in range(self.size))
-            for number in range(self.size)
-            if self.machines[number].agent is not None
-        )
-        self.sent_bytes += ends * KEEPALIVE_BYTES_PER_S
+        self.sent_bytes += self.world.network.ends * KEEPALIVE_BYTES_PER_S
         self.timeline.after(1.0, self._keep_alive)
 
     def _heard(self, machine: Machine) -> None:

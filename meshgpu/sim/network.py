@@ -273,6 +273,11 @@ class Network:
         """Whether a bulk stream from `source` to `target` would work now."""
         return source == target or (bool(self.hosts[target].instance) and not self.is_cut(source, target))
 
+    @property
+    def ends(self) -> int:
+        """Of Links that somebody holds for open: two of each, while neither side has noticed that it is dead."""
+        return len(self._ends)
+
     def is_linked(self, one: NodeId, other: NodeId) -> bool:
         link = self._ends.get((one, other))
         return link is not None and not link.is_dead and self._ends.get((other, one)) is link

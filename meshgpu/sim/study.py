@@ -2,19 +2,25 @@
 
 Three worlds for each size: one in which machines say something new and paths are cut, one in which agents are killed
 and machines are lost, and one in which machines starve and stop. Each is run twice: with our nodes, and with
-memberlist's. Weather, changes, cuts and victims are the same in both.
+memberlist's. Weather, changes, cuts and victims are the same in both. No world knows of another, so they may be run at
+the same time.
 """
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
+from enum import StrEnum
+from itertools import permutations, product
 from typing import Final
 
 from meshgpu.sim.meshes import MemberlistMesh, Mesh, OurMesh, Sizes
 from meshgpu.sim.weather import Weather
 
+LARGE: Final = 64
+"""Machines. What happens in larger meshes grows with the square, so less of it is played, unless one says how long."""
+SECONDS: Final = 300.0
+"""Of news, and of starving, where the mesh is not large."""
 QUIET_S: Final = 60.0
 """For which nothing happens while traffic is weighed: two of memberlist's full exchanges."""
 NEWS_S: Final = 2.0
@@ -22,12 +28,12 @@ NEWS_S: Final = 2.0
 READINGS_S: Final = 6.0
 """How often readings go out that change all the time: gossiped after 5 s at the earliest, read every 2 s."""
 LATE_S: Final = 120.0
-"""After the last news, and after each loss: what not all know by then counts as never."""
+"""After the last news, and after each loss, at most: what not all know by then counts as never."""
 REST_S: Final = 30.0
 """Between two losses, all being well."""
 LOSSES: Final = 8
 LOSSES_OF_ALL: Final = 512
-"""Agents killed, and machines lost, in each world; fewer where there are more than 64 machines."""
+"""Agents killed, and machines lost, in each world; fewer in large meshes."""
 STARVED_S: Final = 1.0
 """How often a starved machine's lag is drawn anew."""
 STARVED_LAG_S: Final = 0.3
@@ -43,16 +49,22 @@ META_LIMIT_BYTES: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is studied. seconds: of news, and of starving. cuts: when the mesh is halved, and until when, in seconds of
-    the news. starved: part of the machines whose steps come late. pause_s: for how long machines stop; 0: never.
+    """What is studied. seconds: of news, and of starving; None: as long as suits the size.
+
+    cuts: when the mesh is halved, and until when, in seconds of the news. starved: part of the machines whose steps
+    come late. pause_s: for how long machines stop; 0: never.
     """
 
-    seconds: float = 300.0
+    seconds: float | None = None
     seed: int = 1
     weather: Weather = field(default_factory=Weather)
     cuts: tuple[tuple[float, float], ...] = ()
     starved: float = 0.2
     pause_s: float = 20.0
+
+    def lasts_s(self, nodes: int) -> float:
+        """Seconds of news, and of starving, in a mesh of that size."""
+        return _shortened(SECONDS, nodes) if self.seconds is None else self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +76,25 @@ class Figures:
     false_downs: how often a machine that lives was held for down by somebody, in `node_seconds`.
     """
 
-    known_s: tuple[float, ...]
-    killed_s: tuple[float, ...]
-    lost_s: tuple[float, ...]
-    quiet_bytes: float
-    busy_bytes: float
-    false_downs: int
-    node_seconds: float
+    known_s: tuple[float, ...] = ()
+    killed_s: tuple[float, ...] = ()
+    lost_s: tuple[float, ...] = ()
+    quiet_bytes: float = 0.0
+    busy_bytes: float = 0.0
+    false_downs: int = 0
+    node_seconds: float = 0.0
+
+    def __add__(self, other: "Figures") -> "Figures":
+        """With what another world showed, which is of something else."""
+        return Figures(
+            self.known_s + other.known_s,
+            self.killed_s + other.killed_s,
+            self.lost_s + other.lost_s,
+            self.quiet_bytes + other.quiet_bytes,
+            self.busy_bytes + other.busy_bytes,
+            self.false_downs + other.false_downs,
+            self.node_seconds + other.node_seconds,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,29 +106,74 @@ class Pair:
     memberlist: Figures
 
 
-def study(plan: Plan, nodes: int, sizes: Sizes) -> Pair:
-    """Run all worlds of one size. Equal plans give equal figures."""
-    meta_bytes = min(OurMesh(plan.seed, 2, Weather(), None).said_bytes(sizes), META_LIMIT_BYTES)
-    return Pair(
-        nodes,
-        figures(plan, lambda seed: OurMesh(seed, nodes, plan.weather, sizes)),
-        figures(plan, lambda seed: MemberlistMesh(seed, nodes, plan.weather, meta_bytes)),
-    )
+class Side(StrEnum):
+    OURS = "meshgpu"
+    MEMBERLIST = "memberlist"
 
 
-def figures(plan: Plan, make: Callable[[int], Mesh]) -> Figures:
-    """make(seed): a mesh in which all is well."""
-    mesh = make(plan.seed)
-    quiet = traffic(mesh, QUIET_S)
-    known = news(mesh, plan)
-    busy = traffic(mesh, QUIET_S, reads=True)
-    downs, node_seconds = starving(make(plan.seed + 2), plan)
-    mesh = make(plan.seed + 1)
-    rng = random.Random(f"{plan.seed} losses")  # noqa: S311 - a reproducible world
-    victims = [rng.randrange(mesh.size) for _ in range(max(min(LOSSES, LOSSES_OF_ALL // mesh.size), 2))]
-    killed = sorted(loss(mesh, victim, mesh.kill) for victim in victims)
-    lost = sorted(loss(mesh, victim, mesh.lose) for victim in victims)
-    return Figures(tuple(known), tuple(killed), tuple(lost), quiet, busy, downs, node_seconds)
+class Life(StrEnum):
+    """What is happening in a world."""
+
+    NEWS = "news"
+    LOSSES = "losses"
+    STARVING = "starving"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One world of a study."""
+
+    plan: Plan
+    nodes: int
+    sizes: Sizes
+    side: Side
+    life: Life
+
+
+Each = Callable[[Callable[[Part], Figures], Sequence[Part]], Iterable[Figures]]
+"""`map`, or what does the same on several processors."""
+
+
+def study(plan: Plan, nodes: Sequence[int], sizes: Sizes, each: Each = map) -> list[Pair]:
+    """Run all worlds of all sizes. Equal plans give equal figures."""
+    largest_first = sorted(set(nodes), reverse=True)  # they take longest: nobody shall wait for the last of them
+    parts = [Part(plan, *part) for part in product(largest_first, (sizes,), Side, Life)]
+    found: dict[tuple[int, Side], Figures] = {}
+    for part, figures in zip(parts, each(play, parts), strict=True):
+        found[part.nodes, part.side] = found.get((part.nodes, part.side), Figures()) + figures
+    return [Pair(n, found[n, Side.OURS], found[n, Side.MEMBERLIST]) for n in reversed(largest_first)]
+
+
+def play(part: Part) -> Figures:
+    """Run one world, from a mesh in which all is well."""
+    plan, nodes, sizes = part.plan, part.nodes, part.sizes
+    seed = plan.seed + list(Life).index(part.life)
+    mesh: Mesh
+    if part.side is Side.OURS:
+        mesh = OurMesh(seed, nodes, plan.weather, sizes)
+    else:
+        meta_bytes = min(OurMesh(plan.seed, 2, Weather(), None).said_bytes(sizes), META_LIMIT_BYTES)
+        mesh = MemberlistMesh(seed, nodes, plan.weather, meta_bytes)
+    match part.life:
+        case Life.NEWS:
+            quiet = traffic(mesh, QUIET_S)
+            known = news(mesh, plan)
+            busy = traffic(mesh, _shortened(QUIET_S, nodes), reads=True)
+            return Figures(known_s=tuple(known), quiet_bytes=quiet, busy_bytes=busy)
+        case Life.LOSSES:
+            rng = random.Random(f"{plan.seed} losses")  # noqa: S311 - a reproducible world
+            victims = [rng.randrange(nodes) for _ in range(max(min(LOSSES, LOSSES_OF_ALL // nodes), 2))]
+            killed = sorted(loss(mesh, victim, mesh.kill) for victim in victims)
+            lost = sorted(loss(mesh, victim, mesh.lose) for victim in victims)
+            return Figures(killed_s=tuple(killed), lost_s=tuple(lost))
+        case Life.STARVING:
+            downs, node_seconds = starving(mesh, plan)
+            return Figures(false_downs=downs, node_seconds=node_seconds)
+
+
+def _shortened(seconds: float, nodes: int) -> float:
+    """For large meshes."""
+    return seconds * min(1.0, LARGE / nodes)
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------
@@ -124,6 +193,7 @@ def news(mesh: Mesh, plan: Plan) -> list[float]:
     """How long each change took to be known everywhere, sorted; the mesh is halved meanwhile, as planned."""
     timeline, rng = mesh.timeline, random.Random(f"{plan.seed} news")  # noqa: S311 - a reproducible world
     began, took = timeline.time_s, list[float]()
+    ends = began + plan.lasts_s(mesh.size)
     lacking: dict[int, tuple[float, set[int]]] = {}  # {who changed: when first, and who has not heard its newest}
 
     def heard(observer: int) -> None:
@@ -143,13 +213,15 @@ def news(mesh: Mesh, plan: Plan) -> list[float]:
         mesh.change(node)
 
     mesh.stepped = heard
-    _repeat(mesh, NEWS_S, began + plan.seconds, change, NEWS_S)
-    for begins, ends in plan.cuts:
+    _repeat(mesh, NEWS_S, ends, change, NEWS_S)
+    for parted, whole in plan.cuts:
         half = set(rng.sample(range(mesh.size), mesh.size // 2))
         across = [(a, b) for a, b in permutations(range(mesh.size), 2) if (a in half) != (b in half)]
-        _each(mesh, began + begins, across, mesh.cut)
-        _each(mesh, began + ends, across, mesh.heal)
-    timeline.run_until(began + plan.seconds + LATE_S)
+        _each(mesh, began + parted, across, mesh.cut)
+        _each(mesh, began + whole, across, mesh.heal)
+    timeline.run_until(ends)
+    while lacking and timeline.time_s < ends + LATE_S:
+        timeline.run_until(timeline.time_s + NEWS_S)
     mesh.stepped = _ignore
     return sorted([*took, *(math.inf for _ in lacking)])
 
@@ -187,7 +259,8 @@ def starving(mesh: Mesh, plan: Plan) -> tuple[int, float]:
     One that several hold for down at a time counts once, until nobody does.
     """
     rng = random.Random(f"{plan.seed} starving")  # noqa: S311 - a reproducible world
-    began, ends = mesh.timeline.time_s, mesh.timeline.time_s + plan.seconds
+    began = mesh.timeline.time_s
+    ends = began + plan.lasts_s(mesh.size)
     starved = sorted(rng.sample(range(mesh.size), round(mesh.size * plan.starved)))
     held: set[int] = set()
     count = 0

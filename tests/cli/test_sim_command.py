@@ -47,8 +47,8 @@ def test_json_names_every_figure_with_its_unit(cli: Cli) -> None:
     [
         (("--nodes", "4,many"), "'4,many'", "numbers from 2 to 1,000"),
         (("--nodes", "1"), "'1'", "numbers from 2 to 1,000"),
-        (("--cut", "90:60"), "'90:60' as --cut", "two numbers that do not fall, at most 300"),
-        (("--cut", "60:400"), "'60:400' as --cut", "at most 300"),
+        (("--cut", "90:60"), "'90:60' as --cut", "two numbers that do not fall, at most 75"),
+        (("--nodes", "4", "--cut", "60:400"), "'60:400' as --cut", "at most 300"),
         (("--delay", "fast"), "'fast' as --delay", "two numbers that do not fall"),
         (("--delay", "0:inf"), "'0:inf' as --delay", "two numbers"),
         (("--plot", "sim.png"), "sim.png", "ends in .svg"),
@@ -93,4 +93,9 @@ def test_figures_keep_three_digits() -> None:
 
 def test_caption_tells_only_what_was_asked_for() -> None:
     calm = Plan(starved=0.0, pause_s=0.0)
-    assert caption(calm) == "delay 0.2 to 3 ms · no loss · 300 s · seed 1"
+    assert caption(calm, (4, 64)) == "delay 0.2 to 3 ms · no loss · 300 s · seed 1"
+
+
+def test_caption_says_that_large_meshes_were_studied_for_less_long() -> None:
+    assert caption(Plan(), (4, 64, 256)).endswith(" · 300 s, 75 s of 256 · seed 1")
+    assert caption(Plan(seconds=120.0), (4, 256)).endswith(" · 120 s · seed 1")

@@ -1,6 +1,7 @@
 """A study gives equal figures for equal seeds, begins with a mesh in which all is well, and sees what goes wrong."""
 
 import math
+from collections.abc import Callable, Sequence
 from itertools import permutations
 
 import pytest
@@ -9,7 +10,7 @@ from meshgpu.core.membership.gossip import Gossip
 from meshgpu.core.membership.liveness import Liveness
 from meshgpu.model.messages import GossipDelta, GossipDigest
 from meshgpu.sim.meshes import FRAME_BYTES, OurMesh, Sizes
-from meshgpu.sim.study import LATE_S, Plan, figures, loss, news, quantile, starving, study, traffic
+from meshgpu.sim.study import LATE_S, Figures, Part, Plan, loss, news, quantile, starving, study, traffic
 from meshgpu.sim.weather import Weather
 
 SIZES = Sizes(value=lambda _value: 100, frame=lambda message: 1000 if isinstance(message, GossipDelta) else 50)
@@ -20,10 +21,16 @@ def ours(size: int, seed: int = 1, weather: Weather | None = None) -> OurMesh:
     return OurMesh(seed, size, weather or Weather(), SIZES)
 
 
+def backwards(play: Callable[[Part], Figures], parts: Sequence[Part]) -> list[Figures]:
+    """As `map`, the last first: where several processors work, no order is kept."""
+    return [play(part) for part in reversed(parts)][::-1]
+
+
 def test_equal_plans_give_equal_figures() -> None:
-    first, second = study(SMALL, 4, SIZES), study(SMALL, 4, SIZES)
+    first, second = study(SMALL, (4,), SIZES), study(SMALL, (4,), SIZES, backwards)
     assert first == second
-    assert study(Plan(seconds=20.0, seed=2), 4, SIZES).ours.known_s != first.ours.known_s
+    (other,) = study(Plan(seconds=20.0, seed=2), (4,), SIZES)
+    assert other.ours.known_s != first[0].ours.known_s
 
 
 def test_mesh_begins_with_everybody_linked_alive_and_known() -> None:
@@ -119,8 +126,16 @@ def test_figures_say_never_where_nobody_noticed(monkeypatch: pytest.MonkeyPatch)
     assert loss(mesh, 1, mesh.lose) == math.inf
 
 
-def test_all_figures_are_of_one_mesh() -> None:
-    found = figures(SMALL, lambda seed: ours(3, seed))
-    assert len(found.killed_s) == len(found.lost_s) == 8
-    assert found.node_seconds == pytest.approx(60.0)
-    assert 0 < found.quiet_bytes < found.busy_bytes
+def test_all_figures_of_a_size_stand_together() -> None:
+    two, three = study(SMALL, (3, 2), SIZES)
+    assert (two.nodes, three.nodes) == (2, 3)
+    for found in (three.ours, three.memberlist):
+        assert len(found.killed_s) == len(found.lost_s) == 8
+        assert found.node_seconds == pytest.approx(60.0)
+        assert len(found.known_s) == 9
+    assert 0 < three.ours.quiet_bytes < three.ours.busy_bytes
+
+
+def test_large_meshes_are_studied_for_less_long_unless_one_says_how_long() -> None:
+    assert [Plan().lasts_s(nodes) for nodes in (4, 64, 128, 256)] == [300.0, 300.0, 150.0, 75.0]
+    assert Plan(seconds=300.0).lasts_s(256) == 300.0
