@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from meshgpu.core.jobs.placement import (
     OFFERS,
     Candidate,
+    Clearing,
     Host,
     Rule,
+    clear,
     explain,
     find_room,
     nearest_name,
@@ -23,6 +25,7 @@ from meshgpu.model.constraints import Where
 from meshgpu.model.gossip import Allocation, Capacity, NodeRecord
 from meshgpu.model.ids import GpuId, JobId, NodeId, UserName
 from meshgpu.model.inventory import Gpu, GpuReading, Inventory
+from meshgpu.model.job import Priority
 from meshgpu.model.resources import GB, NO_GPU, GpuRequest, GpuShare, Resources, parse_gpus
 
 SMALL = Gpu(GpuId("GPU-small"), 0, "NVIDIA GeForce RTX 3060", 12 * 2**30)
@@ -106,6 +109,18 @@ def test_constraint_leaves_the_gpus_and_machines_out_for_which_it_does_not_hold(
     assert never_fits(Resources(NO_GPU, on=Where("not (rig7)")), rig7) == "is not where the job may run: not (rig7)"
     assert never_fits(Resources(NO_GPU, on=Where("owner=bob")), rig7) == ""
     assert never_fits(Resources(GpuRequest(1), on=Where("rig8")), rig7)
+
+
+def test_room_is_made_by_as_few_as_possible_and_first_by_those_who_give_way() -> None:
+    pair = Host(Inventory(8, 64 * GB, (LARGE, replace(LARGE, uuid=GpuId("GPU-other"), index=2))))
+    stays = replace(used(GpuShare(LARGE.uuid)), job=JobId("b" * 26))
+    goes = replace(used(GpuShare(GpuId("GPU-other"))), job=JobId("c" * 26), priority=Priority.LOW, preemptible=True)
+    one = clear(Resources(GpuRequest(1)), pair, (), (stays, goes), Priority.NORMAL)
+    assert one == Clearing((GpuShare(GpuId("GPU-other")),), (goes,), gives_way=True)
+    both = clear(Resources(GpuRequest(2)), pair, (), (stays, goes), Priority.NORMAL)
+    assert both is not None
+    assert (set(both.blocking), both.gives_way) == ({stays, goes}, False)
+    assert clear(Resources(GpuRequest(3)), pair, (), (stays, goes), Priority.HIGH) is None
 
 
 def test_faulty_gpu_is_left_out() -> None:

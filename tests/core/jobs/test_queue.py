@@ -1,15 +1,22 @@
 """Whose turn it is when jobs wait, and what room is made for them."""
 
+import random
 from collections.abc import Callable
 
 import pytest
 
+from meshgpu.core.effects import Send
 from meshgpu.core.jobs.held_job import HeldJob
-from meshgpu.core.jobs.queue import ADVANCE_S, Crowd, Order, lines, loads
+from meshgpu.core.jobs.offering import Offering, OfferTiming
+from meshgpu.core.jobs.placement import Candidate
+from meshgpu.core.jobs.queue import ADVANCE_S, CLAIM_AFTER_S, Crowd, Order, lines, loads
 from meshgpu.core.jobs.replica import Replica
-from meshgpu.model.gossip import Allocation, Capacity, Line, Used
+from meshgpu.model.clock import Now
+from meshgpu.model.gossip import Allocation, Capacity, Line, NodeRecord, Used
 from meshgpu.model.ids import GpuId, JobId, NodeId, UserName
+from meshgpu.model.inventory import Gpu, Inventory
 from meshgpu.model.job import JobSpec, JobState, Priority, Register
+from meshgpu.model.messages import Offer
 from meshgpu.model.resources import GB, NO_GPU, GpuRequest, GpuShare, Resources
 from meshgpu.model.trust import Signed
 
@@ -88,6 +95,7 @@ def test_what_runs_counts_beside_what_was_used() -> None:
         Allocation(JobId("j" * 26), 1, "train", ADA, (whole, whole)),
         Allocation(JobId("k" * 26), 1, "train", ADA, (part,)),
         Allocation(JobId("l" * 26), 1, "train", BOB, (), cpus=4),
+        Allocation(JobId("m" * 26), 1, "train", BOB, (whole,), is_kept=True),
     )
     found = loads([Capacity((), running, used=(Used(ADA, 100.0),)), Capacity((), (), used=(Used(BOB, 50.0),))])
     assert found == {ADA: 100.0 + 2.5 * ADVANCE_S, BOB: 50.0 + 0.1 * ADVANCE_S}
@@ -112,6 +120,32 @@ def test_ahead_of_a_job_are_those_that_go_first(job: Make) -> None:
     assert Crowd({}, there).ahead(ADA, Priority.NORMAL, 5) == {ADA: 2 + 4, BOB: 2}
     assert Crowd({}, there).ahead(ADA, Priority.NORMAL, 1) == {BOB: 2}
     assert Crowd({BOB: 1.0}, there).ahead(BOB, Priority.LOW, 1) == {ADA: 7, BOB: 2}
+
+
+def test_room_goes_to_users_in_turn(job: Make, at: Callable[[float], Now]) -> None:
+    gpus = tuple(Gpu(GpuId(f"GPU-{index}"), index, "RTX 4090", 24 * 2**30) for index in range(8))
+    room = Candidate(NodeId("rig"), "rig", NodeRecord("1", (), Inventory(8, 64 * GB, gpus)), Capacity((), ()))
+    offering = Offering(random.Random(1), lambda _guest, _machine: [room], lambda: ALONE, OfferTiming())
+    jobs = [job(name, user, since_s) for name, user, since_s in (("a0", ADA, 0), ("a1", ADA, 1), ("b0", BOB, 2))]
+    names = {held.spec.job: held.spec.name for held in jobs}
+    for held in jobs:
+        held.replica.ask()
+    effects = offering.place_waiting(at(0), jobs)
+    offers = [effect.message for effect in effects if isinstance(effect, Send)]
+    assert [names[offer.job] for offer in offers if isinstance(offer, Offer)] == ["a0", "b0", "a1"]
+
+
+def test_only_the_head_of_the_queue_claims(job: Make, at: Callable[[float], Now]) -> None:
+    gpu = Gpu(GpuId("GPU-0"), 0, "RTX 4090", 24 * 2**30)
+    taken = Allocation(JobId("o" * 26), 1, "other", BOB, (GpuShare(gpu.uuid),))
+    full = Candidate(NodeId("rig"), "rig", NodeRecord("1", (), Inventory(8, 64 * GB, (gpu,))), Capacity((), (taken,)))
+    offering = Offering(random.Random(1), lambda _guest, _machine: [full], lambda: ALONE, OfferTiming())
+    first, second = job("first", ADA, 0), job("second", ADA, 1, resources=Resources(GpuRequest(1), cpus=1))
+    for held in (second, first):
+        held.replica.ask()
+        held.waits_since = at(0).wall_s
+    offering.place_waiting(at(CLAIM_AFTER_S), [second, first])
+    assert (list(first.offers), list(second.offers)) == ([NodeId("rig")], [])
 
 
 def test_what_waits_is_told_in_a_line_for_each_user_and_priority(job: Make) -> None:

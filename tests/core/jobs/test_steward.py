@@ -34,10 +34,12 @@ from meshgpu.model.job import (
     SecretWrap,
     StopMode,
 )
+from meshgpu.model.logs import LogChunk
 from meshgpu.model.messages import (
     Activate,
     Answer,
     Ask,
+    AttemptOutput,
     AttemptReport,
     Cancel,
     Commit,
@@ -1105,6 +1107,19 @@ def test_receipt_of_a_newer_attempt_takes_the_place_of_an_older_one(bench: Bench
     done = Result(AttemptState.EXITED, 0)
     second = signed_receipt(bench, done)
     assert record_of(end(bench, done, second)).receipt == second
+
+
+# -- what jobs print --------------------------------------------------------------------------------------------------
+
+
+def test_output_is_kept_of_the_current_attempt_only_and_from_its_machine(bench: Bench) -> None:
+    bench.activate()
+    chunk = LogChunk(0, 5, b"hello")
+    bench.stewardship.printed(bench.office.setups[1].node, AttemptOutput(bench.spec.job, 1, chunk))
+    bench.stewardship.printed(bench.node, AttemptOutput(bench.spec.job, 2, chunk))
+    assert bench.stewardship.tail(bench.spec.job) is None
+    bench.stewardship.printed(bench.node, AttemptOutput(bench.spec.job, 1, chunk))
+    assert bench.stewardship.tail(bench.spec.job) == chunk
 
 
 # -- the queue --------------------------------------------------------------------------------------------------------
