@@ -33,7 +33,7 @@ RIGHT: Final = frozenset({"meshgpu", "memberlist", "ratio"})
 
 
 def sim(
-    nodes: Annotated[str, typer.Option("--nodes", metavar="N,N,…", help="Sizes of the mesh.")] = "4,16,64,256",
+    nodes: Annotated[str, typer.Option("--nodes", metavar="N,N,…", help="Sizes of the mesh.")] = "4,16,64",
     seconds: Annotated[
         float | None,
         typer.Option(

@@ -1116,6 +1116,7 @@ def test_output_is_kept_of_the_current_attempt_only_and_from_its_machine(bench: 
     bench.activate()
     chunk = LogChunk(0, 5, b"hello")
     bench.stewardship.printed(bench.office.setups[1].node, AttemptOutput(bench.spec.job, 1, chunk))
+    assert bench.stewardship.tail(bench.spec.job) is None
     bench.stewardship.printed(bench.node, AttemptOutput(bench.spec.job, 2, chunk))
     assert bench.stewardship.tail(bench.spec.job) is None
     bench.stewardship.printed(bench.node, AttemptOutput(bench.spec.job, 1, chunk))
