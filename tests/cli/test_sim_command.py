@@ -47,7 +47,7 @@ def test_json_names_every_figure_with_its_unit(cli: Cli) -> None:
     [
         (("--nodes", "4,many"), "'4,many'", "numbers from 2 to 1,000"),
         (("--nodes", "1"), "'1'", "numbers from 2 to 1,000"),
-        (("--cut", "90:60"), "'90:60' as --cut", "two numbers that do not fall, at most 75"),
+        (("--cut", "90:60"), "'90:60' as --cut", "two numbers that do not fall, at most 300"),
         (("--nodes", "4", "--cut", "60:400"), "'60:400' as --cut", "at most 300"),
         (("--delay", "fast"), "'fast' as --delay", "two numbers that do not fall"),
         (("--delay", "0:inf"), "'0:inf' as --delay", "two numbers"),

@@ -7,6 +7,7 @@ Knows nothing of registers beyond "it waits": what a chosen hold means is the st
 """
 
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -94,9 +95,9 @@ class Offering:
             return effects
         crowd = self._crowd()
         order = Order([job for job in waiting if not job.offers], crowd)
-        is_head = not offering
+        is_head, heads = not offering, crowd.heads()
         while (job := order.next()) is not None:
-            before = crowd.before(job)
+            before = bisect_left(heads, crowd.key_of(job))
             is_head, may_claim = False, is_head and not before
             if job.due is None and before:
                 job.due = now.boot_s + min(before, COURTESY_LIMIT) * COURTESY_S

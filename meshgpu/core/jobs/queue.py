@@ -53,10 +53,9 @@ class Crowd:
     def key_of(self, job: HeldJob) -> Key:
         return self.key(job.spec.user, job.spec.priority, job.register.submitted_wall_s)
 
-    def before(self, job: HeldJob) -> int:
-        """How many other stewards hold jobs that go first."""
-        own = self.key_of(job)
-        return sum(any(self._first(line) < own for line in lines) for lines in self.lines.values())
+    def heads(self) -> list[Key]:
+        """The first of what waits at each steward, in order."""
+        return sorted(min(map(self._first, lines)) for lines in self.lines.values() if lines)
 
     def ahead(self, user: UserName, priority: Priority, since_wall_s: float) -> dict[UserName, int]:
         """{user: how many of his jobs in `lines` go before such a job, at most}; it is not counted itself."""

@@ -106,10 +106,12 @@ def test_job_lets_those_stewards_pass_whose_jobs_go_first(job: Make) -> None:
         return (Line(user, priority, 1, first_s, first_s),)
 
     older, younger, high = line(ADA, 1), line(ADA, 20), line(ADA, 20, Priority.HIGH)
-    crowd = Crowd({}, dict(zip(map(NodeId, "abc"), (older, younger, high), strict=True)))
-    assert crowd.before(job("mine", ADA, 10)) == 2
-    assert crowd.before(job("mine", ADA, 10, priority=Priority.HIGH)) == 0
-    assert Crowd({BOB: 1.0}, {NodeId("a"): line(BOB, 1)}).before(job("mine", ADA, 10)) == 0
+    crowd = Crowd({}, dict(zip(map(NodeId, "abcd"), (older, younger, high, ()), strict=True)))
+    before = [key < crowd.key_of(job("mine", ADA, 10)) for key in crowd.heads()]
+    assert before == [True, True, False]
+    urgent = job("mine", ADA, 10, priority=Priority.HIGH)
+    assert min(crowd.heads()) > crowd.key_of(urgent)
+    assert Crowd({BOB: 1.0}, {NodeId("a"): line(BOB, 1)}).heads() > [crowd.key_of(job("mine", ADA, 10))]
 
 
 def test_ahead_of_a_job_are_those_that_go_first(job: Make) -> None:
