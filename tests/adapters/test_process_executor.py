@@ -919,7 +919,7 @@ async def main(top, name, script):
     work = top / "jobs" / "job" / "1" / "work"
     work.mkdir(parents=True)
     (top / "secret").write_text("the agent's key")
-    executor.run(SimpleNamespace(spec=spec, epoch=1, gpus=(), fenced=True, machine="rig7"), work)
+    executor.run(SimpleNamespace(spec=spec, epoch=1, gpus=(), fenced=True, machine="rig7", is_tailed=False), work)
     while not isinstance(event := await asyncio.wait_for(events.get(), 30), AttemptEnded):
         pass
     await executor.close()

@@ -137,6 +137,7 @@ def test_end_of_a_log_is_read_while_its_machine_is_away(office: Office, tmp_path
     job = json.loads(done.stdout)["id"]
     assert "fay" in dee.json("info", job)["job"]["machine"]
     until(lambda: "line 200\n" in dee.meshgpu("logs", job).stdout)
+    time.sleep(2.0)  # in which it reaches those who hold the job, on a busy machine as well
     rigs[1].cut()
     until(lambda: rigs[0].json("machines")["machines"][2]["state"] == "down", seconds=60.0)
     for host in (dee, rigs[0], rigs[2]):
