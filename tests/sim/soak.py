@@ -1,4 +1,4 @@
-"""Many more seeds than CI runs: `make sim-long`, or `python -m tests.sim.soak --seeds 10000 --from 420`.
+"""Many more seeds than CI runs: `make sim-long`, or `python -m tests.sim.soak --seeds 10000 --from 220`.
 
 Each seed is one mesh of seven machines under faults; with `--renting`, two burst peers and a failing provider. The
 first that breaks an invariant is named and ends the run.
@@ -35,7 +35,7 @@ def rent(seed: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--from", dest="first", type=int, default=420, help="first seed; CI runs those below")
+    parser.add_argument("--from", dest="first", type=int, default=220, help="first seed; CI runs those below")
     parser.add_argument("--seeds", type=int, default=10_000, help="how many")
     parser.add_argument("--renting", action="store_true", help="play the burst world instead")
     options = parser.parse_args()
