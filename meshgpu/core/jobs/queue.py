@@ -101,8 +101,9 @@ class Order:
         for job in waiting:
             spec, since = job.spec, job.register.submitted_wall_s
             self._users.setdefault(spec.user, []).append((-spec.priority.rank, since, spec.job, job))
-        for jobs in self._users.values():
-            jobs.sort(key=lambda entry: entry[:3], reverse=True)
+        for jobs in self._users.values():  # those of one moment, as trials are, stay as they came
+            jobs.sort(key=lambda entry: entry[:2])
+            jobs.reverse()
         self._heads: list[tuple[int, float, float, str, UserName]] = []
         for user in self._users:
             self._line_up(user)

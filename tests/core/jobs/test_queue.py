@@ -58,6 +58,10 @@ def test_oldest_goes_first(job: Make) -> None:
     ]
 
 
+def test_jobs_of_one_moment_go_as_they_came(job: Make) -> None:
+    assert turns([job(f"trial{number}") for number in range(20)]) == [f"trial{number}" for number in range(20)]
+
+
 def test_priority_goes_before_age_and_before_shares(job: Make) -> None:
     high, low = job("high", BOB, 9, priority=Priority.HIGH), job("low", ADA, 0, priority=Priority.LOW)
     assert turns([low, job("normal", ADA, 5), high], Crowd({BOB: 1e9}, {})) == ["high", "normal", "low"]
