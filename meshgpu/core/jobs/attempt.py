@@ -83,17 +83,7 @@ class Attempt:
         self.state = state
 
     def allocation(self) -> Allocation:
-        return Allocation(
-            self.spec.job,
-            self.epoch,
-            self.spec.name,
-            self.spec.user,
-            self.gpus,
-            wanted_cpus(self.spec.resources),
-            self.spec.resources.memory_bytes,
-            self.spec.priority,
-            self.spec.preemptible,
-        )
+        return allocation_of(self.spec, self.epoch, self.gpus)
 
     def persist(self) -> Persist:
         record = AttemptRecord(
@@ -149,3 +139,19 @@ class Attempt:
             self.metric,
             self.receipt,
         )
+
+
+def allocation_of(spec: JobSpec, epoch: int, gpus: tuple[GpuShare, ...], *, is_kept: bool = False) -> Allocation:
+    """What a job takes of its machine, as others see it; or what is only kept free for it."""
+    return Allocation(
+        spec.job,
+        epoch,
+        spec.name,
+        spec.user,
+        gpus,
+        wanted_cpus(spec.resources),
+        spec.resources.memory_bytes,
+        spec.priority,
+        spec.preemptible,
+        is_kept,
+    )

@@ -11,7 +11,7 @@ from typing import Final
 
 from meshgpu.core.audit import AuditChain
 from meshgpu.core.effects import AdoptAttempt, DiscardAttempt, Effect, EndAttempt, Persist, Reject, Send, StartAttempt
-from meshgpu.core.jobs.attempt import Attempt
+from meshgpu.core.jobs.attempt import Attempt, allocation_of
 from meshgpu.core.jobs.placement import Host, clear, find_room, out_of_bounds
 from meshgpu.core.jobs.queue import CLAIM_AFTER_S
 from meshgpu.core.jobs.tail import Tail
@@ -240,10 +240,8 @@ class Attempts:
         clearing = clear(spec.resources, self._host(), self._readings, self.allocations(), spec.priority)
         if clearing is None or not (clearing.gives_way or now.wall_s - spec.issued_wall_s >= CLAIM_AFTER_S):
             return []
-        claimant = Attempt(
-            spec, offer.spec, offer.epoch, AttemptState.HELD, clearing.gpus, HoldId(""), spec.stewards[0], 0.0
-        )
-        self._claim = Claim(replace(claimant.allocation(), is_kept=True), now.boot_s + self._timing.claim_s)
+        kept_free = allocation_of(spec, offer.epoch, clearing.gpus, is_kept=True)
+        self._claim = Claim(kept_free, now.boot_s + self._timing.claim_s)
         if not clearing.gives_way:
             return []
         reason = f"gave way to {display_name(spec.name, spec.job)} ({spec.user})"
